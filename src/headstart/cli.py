@@ -1,0 +1,215 @@
+"""The command `headstart`. Heavy imports wait until a command runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import headstart
+
+RECIPE_KEYS = """\
+Any key of the recipe can be set as --dotted.key VALUE, for example --search.evolution.population 8;
+--data is short for --data.source. docs/recipe.md lists the keys."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 a mistake in what was asked.
+    """
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and not options.takes_overrides:
+        parser.error(f"{options.command} does not know {overrides[0]}; see its --help")
+    try:
+        options.handler(options, overrides)
+    except ValueError as error:
+        return _fail(error, 2, options.debug)
+    except KeyboardInterrupt:
+        print("headstart: stopped; the same command goes on from here", file=sys.stderr)
+        return 1
+    except (RuntimeError, OSError, ImportError) as error:
+        return _fail(error, 1, options.debug)
+    return 0
+
+
+def _fail(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"headstart: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headstart",
+        description="Find the sub-network of a pretrained LLM that is the best place to begin, "
+        "cut it out, pretrain it with distillation, and see what that saved.",
+    )
+    parser.add_argument("--version", action="version", version=headstart.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, handler: Any, summary: str, example: str, recipe: str | None = None
+    ) -> argparse.ArgumentParser:
+        epilog = f"example:\n  {example}" + (f"\n\n{RECIPE_KEYS}" if recipe else "")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(handler=handler, takes_overrides=recipe is not None)
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        if recipe == "argument":
+            command.add_argument("recipe", nargs="?", type=Path, help="a YAML file")
+        return command
+
+    add(
+        "run",
+        _run,
+        "Search, extract, pretrain and report, as a recipe says.",
+        "headstart run recipes/demo.yaml --output runs/mine --data corpus.jsonl",
+        recipe="argument",
+    )
+    add(
+        "demo",
+        _demo,
+        "Run recipes/demo.yaml: a real teacher and real text, on a CPU in minutes.",
+        "headstart demo\n  headstart demo --teacher my-model/ --data my-text/ --output runs/mine",
+        recipe="demo",
+    )
+    add(
+        "search",
+        _search,
+        "Search for the best sub-network in a parameter bin.",
+        "headstart search --teacher my-model/ --data corpus.jsonl --search.bin.around 400M "
+        "--output runs/mine",
+        recipe="argument",
+    )
+    extract = add(
+        "extract",
+        _extract,
+        "Cut a sub-network out of a teacher as an ordinary checkpoint.",
+        "headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/",
+    )
+    extract.add_argument("--teacher", required=True, help="a folder or a hub id")
+    extract.add_argument("--spec", required=True, type=Path, help="search.json or subnet.json")
+    extract.add_argument("--out", required=True, type=Path, help="folder to write")
+    add(
+        "pretrain",
+        _pretrain,
+        "Pretrain the arms of a recipe from an extracted student, and report.",
+        "headstart pretrain --student student/ --teacher my-model/ --data corpus.jsonl "
+        "--pretrain.tokens 1000000 --output runs/mine",
+        recipe="argument",
+    )
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        "Loss, perplexity and bits per byte of a model on a corpus' validation split.",
+        "headstart evaluate runs/demo/arms/subnet/model --data corpus.jsonl",
+    )
+    evaluate.add_argument("model", help="a folder or a hub id")
+    evaluate.add_argument("--data", required=True, help="a file, a folder or a datasets id")
+    evaluate.add_argument("--text-column", default="text")
+    evaluate.add_argument("--block-length", type=int, default=512, help="tokens")
+    evaluate.add_argument("--tokens", type=int, default=65_536, help="at most so many")
+    report = add(
+        "report",
+        _report,
+        "Print the table of a finished run and write its report.html.",
+        "headstart report runs/demo",
+    )
+    report.add_argument("run_folder", type=Path)
+    return parser
+
+
+def _load(options: argparse.Namespace, overrides: list[str]) -> Any:
+    _quiet()
+    from headstart.recipe import load_recipe
+
+    return load_recipe(options.recipe, overrides)
+
+
+def _quiet() -> None:
+    """Leave the terminal to headstart's own progress and messages."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> None:
+    recipe = _load(options, overrides)
+    from headstart import pipeline
+
+    pipeline.run(recipe)
+
+
+def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
+    options.recipe = demo_recipe()
+    _run(options, overrides)
+
+
+def demo_recipe() -> Path:
+    """The path of demo.yaml, in an installed package or a clone."""
+    package = Path(__file__).parent
+    installed = package / "recipes" / "demo.yaml"
+    return installed if installed.is_file() else package.parents[1] / "recipes" / "demo.yaml"
+
+
+def _search(options: argparse.Namespace, overrides: list[str]) -> None:
+    recipe = _load(options, overrides)
+    from headstart import pipeline
+
+    outcome = pipeline.run_search(recipe)
+    winner = outcome["candidates"][outcome["winner"]]
+    sizes = ", ".join(f"{axis} {size}" for axis, size in winner["sizes"].items())
+    print(f"{outcome['parameters']:,} parameters, {outcome['loss']:.4f} nats: {sizes}")
+    print(f"spec: {Path(recipe.output) / 'search.json'}")
+
+
+def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
+    _quiet()
+    from headstart import pipeline
+
+    print(pipeline.run_extract(options.teacher, options.spec, options.out))
+
+
+def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
+    recipe = _load(options, overrides)
+    from headstart import pipeline
+
+    pipeline.run_pretrain(recipe)
+
+
+def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    _quiet()
+    from headstart import pipeline
+    from headstart.data import DataSettings
+
+    settings = DataSettings(
+        source=options.data, text_column=options.text_column, block_length=options.block_length
+    )
+    for name, value in pipeline.run_evaluate(options.model, settings, options.tokens).items():
+        print(f"{name:14} {value:,}" if name == "tokens" else f"{name:14} {value:.4f}")
+
+
+def _report(options: argparse.Namespace, overrides: list[str]) -> None:
+    from headstart.pipeline import run_report
+
+    run_report(options.run_folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

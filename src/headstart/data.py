@@ -1,0 +1,471 @@
+"""Text in, token blocks out: read, split, tokenise and pack a corpus once, then memory-map it.
+
+A corpus is read as a stream, so memory stays constant and nothing is copied into the datasets
+cache. What is written is one flat binary file per split and a manifest that says what went in.
+"""
+
+import bz2
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+from jaxtyping import UInt
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from headstart.assets import cache_root, content_hash, finished_folder
+
+SplitName = Literal["train", "search", "validation"]
+SPLITS: tuple[SplitName, ...] = ("train", "search", "validation")
+
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+READABLE = ".txt, .jsonl, .json (also with .gz, .bz2 or .xz after it) or .parquet"
+
+# "name" or "owner/name". It may end like "v1.5"; only letters after the last dot mean a file.
+HUB_ID = re.compile(r"(?!.*\.[A-Za-z]+$)\w[\w.-]*(/\w[\w.-]*)?")
+
+LAYOUT_VERSION = 1  # part of the fingerprint: raise it when the same inputs give other bytes
+BATCH_DOCUMENTS = 64
+MIN_BLOCK_LENGTH = 8
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What to read and how to cut it.
+
+    Attributes:
+        source: A file, a folder of files, or the id of a dataset on the Hugging Face hub (its
+            "train" split is read). In a .txt file a document is a run of lines up to a blank line.
+        text_column: The column that holds the text; a .txt file has no columns and ignores it.
+        block_length: Tokens per block.
+        validation_fraction: Share of the documents that results are reported on.
+        search_fraction: Share of the documents that the search measures fitness on: never
+            trained on, never reported on.
+        seed: Changes which documents fall into which split.
+    """
+
+    source: str = ""
+    text_column: str = "text"
+    block_length: int = 512
+    validation_fraction: float = 0.05
+    search_fraction: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """A prepared corpus on disk.
+
+    Attributes:
+        folder: Holds train.bin, search.bin, validation.bin and manifest.json.
+        manifest: The content of manifest.json. `manifest["splits"][name]` counts documents,
+            text_bytes and tokens (both before the ragged tail was dropped) and blocks.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def split(self, name: SplitName) -> UInt[np.memmap, "num_blocks block_length"]:
+        """Memory-map one split.
+
+        Args:
+            name: "train", "search" or "validation".
+
+        Returns:
+            Token ids, read-only.
+
+        Raises:
+            ValueError: There is no such split.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
+        shape = (self.manifest["splits"][name]["blocks"], self.manifest["settings"]["block_length"])
+        dtype = np.dtype(self.manifest["dtype"])
+        return np.memmap(self.folder / f"{name}.bin", dtype=dtype, mode="r", shape=shape)
+
+
+class BlockDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The blocks of one split as a torch dataset.
+
+    Args:
+        blocks: Token ids, such as `TokenBlocks.split` gives.
+        num_blocks: Keep the first so many; all when None.
+
+    Raises:
+        ValueError: Fewer blocks exist than were asked for.
+    """
+
+    def __init__(
+        self, blocks: UInt[np.ndarray, "num_blocks block_length"], num_blocks: int | None = None
+    ) -> None:
+        if num_blocks is not None and not 0 < num_blocks <= len(blocks):
+            raise ValueError(
+                f"num_blocks is {num_blocks} but the split holds {len(blocks)} blocks: "
+                f"ask for 1 to {len(blocks)}, or give more text"
+            )
+        self.blocks = blocks[:num_blocks]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One block, int64 [block_length]; labels are the ids, as the shift is the loss's job."""
+        token_ids = torch.from_numpy(self.blocks[index].astype(np.int64))
+        return {"input_ids": token_ids, "labels": token_ids}
+
+
+def check_source(settings: DataSettings) -> None:
+    """Find a user's mistakes in seconds, before any model loads.
+
+    Args:
+        settings: What `prepare` will be given.
+
+    Raises:
+        ValueError: A setting is out of range, the source does not exist, holds no readable file or
+            an empty one, or its first document does not read.
+    """
+    _checked_corpus(settings)
+
+
+def prepare(
+    settings: DataSettings, tokenizer: str | Path, cache_folder: Path | None = None
+) -> TokenBlocks:
+    """Tokenise a corpus into blocks of equal length, or find that done already.
+
+    Every document is followed by the tokenizer's end-of-sequence token and belongs to one split,
+    chosen by a hash of its text, so copies of a document land together and a document keeps its
+    place when others come or go. The documents of a split are joined in the order they are read
+    and cut into blocks; the ragged tail is dropped.
+
+    Args:
+        settings: What to read and how to cut it.
+        tokenizer: Checkpoint folder or hub id whose tokenizer is used.
+        cache_folder: Where prepared corpora are kept, one folder per fingerprint of the inputs'
+            content, the tokenizer and the settings; `cache_root() / "data"` when None.
+
+    Returns:
+        The prepared corpus.
+
+    Raises:
+        ValueError: As `check_source`; or a file is corrupt, the tokenizer does not load or has no
+            end-of-sequence token, or a split gets no whole block.
+    """
+    corpus = _checked_corpus(settings)
+    inputs = _inputs(corpus)
+    loaded = _load_tokenizer(tokenizer)
+    tokenizer_hash = _tokenizer_hash(loaded)
+    # Where the same content lies does not change the blocks; what it holds does.
+    relevant = {key: value for key, value in asdict(settings).items() if key != "source"}
+    identity = [LAYOUT_VERSION, inputs, tokenizer_hash, relevant]
+    fingerprint = _short_hash(json.dumps(identity, sort_keys=True))
+    folder = (cache_folder or cache_root() / "data") / fingerprint
+    if finished := _finished(folder):
+        return finished
+    shutil.rmtree(folder, ignore_errors=True)
+    with finished_folder(folder) as unfinished:
+        dtype = np.dtype(np.uint16 if max(loaded.get_vocab().values()) < 1 << 16 else np.uint32)
+        manifest = {
+            "fingerprint": fingerprint,
+            "settings": asdict(settings),
+            "inputs": inputs,
+            "tokenizer": tokenizer_hash,
+            "dtype": dtype.name,
+            "splits": _write_splits(corpus, settings, loaded, dtype, unfinished),
+        }
+        text = json.dumps(manifest, indent=2) + "\n"
+        (unfinished / "manifest.json").write_text(text, encoding="utf-8")
+    return TokenBlocks(folder, manifest)
+
+
+def split_of(text: str, settings: DataSettings) -> SplitName:
+    """The split a document belongs to, whatever else the corpus holds.
+
+    Args:
+        text: The document.
+        settings: Gives the fractions and the seed.
+
+    Returns:
+        "train", "search" or "validation".
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(settings.seed).encode())
+    place = int.from_bytes(digest.digest(), "big") / 2**64
+    if place < settings.validation_fraction:
+        return "validation"
+    if place < settings.validation_fraction + settings.search_fraction:
+        return "search"
+    return "train"
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """Where the documents are: local files in a fixed order, or a pinned dataset on the hub."""
+
+    source: str
+    files: tuple[Path, ...] = ()
+    revision: str = ""
+
+
+def _checked_corpus(settings: DataSettings) -> _Corpus:
+    for name in ("validation_fraction", "search_fraction"):
+        fraction = getattr(settings, name)
+        if not 0 < fraction < 1:
+            raise ValueError(f"data.{name} is {fraction}: give a number between 0 and 1")
+    held_out = settings.validation_fraction + settings.search_fraction
+    if held_out >= 1:
+        raise ValueError(
+            f"data.validation_fraction and data.search_fraction add up to {held_out:g}, which "
+            "leaves nothing to train on: make their sum less than 1"
+        )
+    if settings.block_length < MIN_BLOCK_LENGTH:
+        raise ValueError(
+            f"data.block_length is {settings.block_length} tokens: give at least {MIN_BLOCK_LENGTH}"
+        )
+    corpus = _find(settings.source)
+    if next(_texts(corpus, settings.text_column), None) is None:
+        raise ValueError(f"{settings.source} holds no text: every document is empty")
+    return corpus
+
+
+def _find(source: str) -> _Corpus:
+    if not source:
+        raise ValueError("data.source is empty: give a file, a folder or a dataset id")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        names = sorted((file.relative_to(path) for file in path.rglob("*")), key=Path.as_posix)
+        visible = [name for name in names if not any(part[0] == "." for part in name.parts)]
+        files = [path / name for name in visible if _builder(name) and (path / name).is_file()]
+        if not files:
+            raise ValueError(f"the folder {source} holds no file that ends in {READABLE}")
+    elif path.is_file():
+        if not _builder(path):
+            raise ValueError(f"{source} has an unknown suffix: give a file that ends in {READABLE}")
+        files = [path]
+    elif HUB_ID.fullmatch(source):
+        return _Corpus(source, revision=_hub_revision(source))
+    else:
+        raise ValueError(f"{source} does not exist: give a file, a folder or a dataset id")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise ValueError(f"the file {file} is empty: remove it or fetch it again")
+    return _Corpus(source, tuple(files))
+
+
+def _hub_revision(dataset_id: str) -> str:
+    """The commit that "main" is now, so that what is read is what the fingerprint names."""
+    try:
+        return str(HfApi().dataset_info(dataset_id, timeout=30).sha)
+    except Exception as error:
+        raise ValueError(
+            f"{dataset_id} is no local file or folder, and the hub gives no dataset of that name "
+            f"({_first_line(error)}): check the name and the network"
+        ) from error
+
+
+def _builder(path: Path) -> str | None:
+    """The datasets builder that reads a file, by its suffix."""
+    plain = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    builder = BUILDERS.get(plain.suffix.lower())
+    # A parquet file compresses its columns itself and is read out of order: no .gz around it.
+    return None if builder == "parquet" and plain != path else builder
+
+
+def _inputs(corpus: _Corpus) -> list[dict[str, Any]]:
+    """What identifies the content that is read, in its order."""
+    if not corpus.files:
+        return [{"name": corpus.source, "revision": corpus.revision}]
+    return [
+        {
+            "name": file.name,
+            "size_bytes": file.stat().st_size,
+            "blake2b": content_hash(file, "blake2b"),
+        }
+        for file in corpus.files
+    ]
+
+
+def _rows(corpus: _Corpus, file: Path | None, text_column: str) -> Iterator[dict[str, Any]]:
+    """Stream the rows of one file, or of the hub's dataset when there is no file."""
+    try:
+        if file is None:
+            stream = datasets.load_dataset(
+                corpus.source, revision=corpus.revision, split="train", streaming=True
+            )
+        else:
+            builder = _builder(file)
+            options = {"sample_by": "paragraph"} if builder == "text" else {}
+            # One file at a time, so an error names its file and columns may differ between files.
+            name = glob.escape(str(file))
+            stream = datasets.load_dataset(
+                builder, data_files=[name], split="train", streaming=True, **options
+            )
+        if text_column in (stream.column_names or ()):
+            stream = stream.select_columns([text_column])
+        yield from stream
+    except StopIteration:  # what load_dataset raises for a compressed file with nothing in it
+        return
+    except Exception as error:
+        where = f"{file or corpus.source}{_bad_line(file)}"
+        raise ValueError(f"cannot read {where}: {_first_line(error)}; mend or remove it") from error
+
+
+def _bad_line(file: Path | None) -> str:
+    """Name the first line of a .jsonl file that is not JSON, which the reader does not."""
+    if file is None or ".jsonl" not in file.name.lower():
+        return ""
+    opener: Any = OPENERS.get(file.suffix.lower(), open)
+    number = 0
+    try:
+        with opener(file, "rb") as lines:
+            for line in lines:
+                number += 1
+                json.loads(line if line.strip() else "null")
+    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error):
+        return f", line {number}" if number else ""
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _texts(corpus: _Corpus, text_column: str) -> Iterator[tuple[int, str]]:
+    """Every document that holds text, with the position of its file."""
+    for position, file in enumerate(corpus.files or (None,)):
+        is_plain = file is not None and _builder(file) == "text"
+        column = "text" if is_plain else text_column
+        for row in _rows(corpus, file, column):
+            if column not in row:
+                raise ValueError(
+                    f"{file or corpus.source} has no column {column!r}: set data.text_column to "
+                    f"one of {', '.join(row)}"
+                )
+            text = row[column] or ""  # an absent text is an empty one
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{file or corpus.source} holds {type(text).__name__}, not text, in its "
+                    f"column {column!r}: set data.text_column to a column of text"
+                )
+            if is_plain:
+                # The reader leaves odd newlines at a document's ends, and a byte order mark.
+                text = text.strip("\ufeff\n")
+            if text and not text.isspace():
+                yield position, text
+
+
+def _load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(tokenizer))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer loads from {tokenizer} ({_first_line(error)}): "
+            "give a checkpoint folder or a hub id that has one"
+        ) from error
+    if loaded.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer} has no end-of-sequence token to put between documents: "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return loaded
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash all that decides the tokens, wherever the tokenizer was loaded from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return _short_hash(f"{type(tokenizer).__name__} {tokenizer.eos_token_id} {rules}")
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _finished(folder: Path) -> TokenBlocks | None:
+    """The prepared corpus in a folder, if its files are as long as its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        item_bytes = np.dtype(manifest["dtype"]).itemsize
+        block_bytes = manifest["settings"]["block_length"] * item_bytes
+        for name in SPLITS:
+            expected_bytes = manifest["splits"][name]["blocks"] * block_bytes
+            if (folder / f"{name}.bin").stat().st_size != expected_bytes:
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return TokenBlocks(folder, manifest)
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[documents]:,} documents, {task.fields[rate]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        speed_estimate_period=3600,  # seconds: long enough to see several files end
+    )
+
+
+def _write_splits(
+    corpus: _Corpus,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: np.dtype[Any],
+    folder: Path,
+) -> dict[SplitName, dict[str, int]]:
+    """Write <split>.bin of every split and count what went in."""
+    counts = {name: {"documents": 0, "text_bytes": 0, "tokens": 0, "blocks": 0} for name in SPLITS}
+    documents = _texts(corpus, settings.text_column)
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in SPLITS}
+        bar = stack.enter_context(_progress_bar())
+        # The reader does not say how far into a file it is, so the bar counts whole files.
+        num_files = len(corpus.files) if len(corpus.files) > 1 else None
+        task = bar.add_task("Tokenising", total=num_files, documents=0, rate=0.0)
+        while batch := list(islice(documents, BATCH_DOCUMENTS)):
+            encoded = tokenizer(
+                [text for _, text in batch],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,  # no warning for a text longer than the model's context
+            )["input_ids"]
+            for (_, text), token_ids in zip(batch, encoded, strict=True):
+                name = split_of(text, settings)
+                count = counts[name]
+                files[name].write(np.array([*token_ids, tokenizer.eos_token_id], dtype).tobytes())
+                count["documents"] += 1
+                count["text_bytes"] += len(text.encode())
+                count["tokens"] += len(token_ids) + 1
+            num_documents = sum(count["documents"] for count in counts.values())
+            num_tokens = sum(count["tokens"] for count in counts.values())
+            rate = num_tokens / (bar.tasks[task].elapsed or 1)
+            bar.update(task, completed=batch[-1][0], documents=num_documents, rate=rate)
+        bar.update(task, completed=num_files or 1, total=num_files or 1)
+        for name, count in counts.items():
+            count["blocks"] = count["tokens"] // settings.block_length
+            files[name].truncate(count["blocks"] * settings.block_length * dtype.itemsize)
+    for name, count in counts.items():
+        if count["blocks"] == 0:
+            mend = "" if name == "train" else f", a larger data.{name}_fraction"
+            raise ValueError(
+                f"the {name} split got {count['tokens']} tokens, less than one block of "
+                f"{settings.block_length}: give more text{mend} or a smaller data.block_length"
+            )
+    return counts

@@ -1,0 +1,358 @@
+"""The stages in order: prepare, search, extract, pretrain, report. Each goes on where it stopped.
+
+A run folder holds:
+
+    recipe.yaml               what the run is; another recipe is refused
+    importance.safetensors    unit scores from the calibration pass
+    search.jsonl, search.json the journal of the search, and its outcome
+    student/                  the extracted sub-network
+    teacher.json              the teacher's own loss
+    arms/NAME/                checkpoints and TensorBoard logs; then model/ and arm.json
+    result.json, report.html  the answer
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import headstart
+from headstart.assets import demo_corpus, demo_teacher
+from headstart.data import DataSettings, TokenBlocks, check_source, prepare
+from headstart.evaluate import mean_loss, tokens_to_match
+from headstart.pretrain.arms import ArmInputs, run_arm, training_arguments
+from headstart.pretrain.teacher import load_frozen
+from headstart.progress import console, progress
+from headstart.recipe import Recipe, recipe_to_dict
+from headstart.report import load_result, result_table, write_html
+from headstart.search.search import load_spec, search, space_of
+from headstart.subnet.count import count
+from headstart.subnet.extract import checkpoint_files, extract, resolve_teacher
+from headstart.subnet.rules import match_tensor, sizes_of
+
+RESULT_FORMAT = "headstart-result/1"
+DEMO = "demo"
+"""As a recipe's teacher or data source: the pinned download of `headstart demo`."""
+
+
+def teacher_folder(recipe: Recipe) -> Path:
+    """The local folder of a recipe's teacher, downloaded if need be.
+
+    Raises:
+        ValueError: it does not exist, has no safetensors, or has a tensor that no rule knows.
+    """
+    from transformers import AutoConfig
+
+    folder = demo_teacher() if recipe.teacher == DEMO else resolve_teacher(recipe.teacher)
+    config = AutoConfig.from_pretrained(folder)
+    for name in checkpoint_files(folder):
+        match_tensor(name, config)
+    return folder
+
+
+def data_settings(settings: DataSettings) -> DataSettings:
+    """A recipe's data settings with the demo corpus as a file."""
+    return replace(settings, source=str(demo_corpus())) if settings.source == DEMO else settings
+
+
+def check(recipe: Recipe) -> None:
+    """Find a user's mistakes before any weights are loaded.
+
+    Raises:
+        ValueError: the first mistake found, with its mend.
+    """
+    from transformers import AutoConfig
+
+    for arm in recipe.pretrain.arms:
+        training_arguments(recipe.train, arm, Path(recipe.output))
+    if recipe.data.source != DEMO:
+        check_source(recipe.data)
+    config = AutoConfig.from_pretrained(teacher_folder(recipe))
+    if not recipe.student:
+        space_of(config, recipe.search)
+
+
+def open_run(recipe: Recipe) -> Path:
+    """Create the run folder, or find that it holds this very run.
+
+    Raises:
+        ValueError: the folder holds another run, or something that is no run.
+    """
+    folder = Path(recipe.output)
+    ours = recipe_to_dict(recipe)
+    kept = folder / "recipe.yaml"
+    if kept.is_file():
+        theirs = yaml.safe_load(kept.read_text())
+        for key, (here, there) in _differences(ours, theirs).items():
+            raise ValueError(
+                f"{folder} holds a run of another recipe ({key} is {there!r} there and {here!r} "
+                "here); choose another --output or delete the folder"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty and holds no headstart run; choose another --output"
+        )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(".unfinished")
+        unfinished.write_text(yaml.safe_dump(ours, sort_keys=False))
+        unfinished.rename(kept)
+    return folder
+
+
+def _differences(ours: Any, theirs: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in {**ours, **theirs}:
+            inner = f"{key}.{name}" if key else name
+            found |= _differences(ours.get(name), theirs.get(name), inner)
+        return found
+    return {} if ours == theirs else {key: (ours, theirs)}
+
+
+def run_search(recipe: Recipe) -> dict[str, Any]:
+    """Prepare the text and search; the outcome is in `search.json`."""
+    folder = _open_checked(recipe)
+    teacher = teacher_folder(recipe)
+    return search(teacher, _blocks(recipe, teacher), recipe.search, folder)
+
+
+def run_pretrain(recipe: Recipe) -> dict[str, Any]:
+    """Train every arm and write `result.json` and `report.html`.
+
+    The student is the recipe's own folder, or the one that a search in this run folder found.
+    """
+    folder = _open_checked(recipe)
+    teacher = teacher_folder(recipe)
+    blocks = _blocks(recipe, teacher)
+    student = Path(recipe.student) if recipe.student else folder / "student"
+    if not (student / "config.json").is_file():
+        raise ValueError(f"{student} holds no student; run the search first or give --student")
+    inputs = ArmInputs(student, teacher, blocks, recipe.pretrain, recipe.train)
+    trained = [run_arm(arm, inputs, folder / "arms" / arm.name) for arm in recipe.pretrain.arms]
+    result = _result(recipe, folder, inputs, trained)
+    unfinished = folder / "result.unfinished"
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.rename(folder / "result.json")
+    return run_report(folder)
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """All stages: search, extract, pretrain, report."""
+    folder = _open_checked(recipe)
+    if not recipe.student:
+        outcome = run_search(recipe)
+        if not (folder / "student").exists():
+            run_extract(
+                teacher_folder(recipe),
+                folder / "search.json",
+                folder / "student",
+                {
+                    "teacher_name": recipe.teacher,
+                    **{key: outcome[key] for key in ("loss", "parameters", "bin")},
+                    "recipe": recipe_to_dict(recipe),
+                },
+            )
+    return run_pretrain(recipe)
+
+
+def run_extract(
+    teacher: str | Path, spec: Path, out_folder: Path, provenance: dict[str, Any] | None = None
+) -> Path:
+    """Cut the sub-network that a spec file describes out of a teacher."""
+    folder = demo_teacher() if teacher == DEMO else resolve_teacher(teacher)
+    with progress("extract", len(checkpoint_files(folder)), "tensors") as advance:
+        return extract(folder, load_spec(spec), out_folder, provenance, lambda name: advance())
+
+
+def run_evaluate(model: str, settings: DataSettings, num_tokens: int) -> dict[str, Any]:
+    """Loss of a model on the validation split of a corpus, tokenised with its own tokenizer.
+
+    Returns:
+        "loss" in nats per token, "perplexity", "bits_per_byte" and "tokens".
+    """
+    from headstart.evaluate import bits_per_byte
+
+    if settings.source != DEMO:
+        check_source(settings)
+    folder = demo_teacher() if model == DEMO else resolve_teacher(model)
+    blocks = prepare(data_settings(settings), folder)
+    loss, tokens = _validation_loss(folder, blocks, num_tokens)
+    split = blocks.manifest["splits"]["validation"]
+    return {
+        "loss": loss,
+        "perplexity": float(torch.tensor(loss).exp()),
+        "bits_per_byte": bits_per_byte(loss, split["tokens"], split["text_bytes"]),
+        "tokens": tokens,
+    }
+
+
+def run_report(folder: Path) -> dict[str, Any]:
+    """Print the result table of a run folder and write its `report.html`."""
+    result = load_result(folder)
+    write_html(result, folder / "report.html")
+    console.print(result_table(result))
+    console.print(f"report: {folder / 'report.html'}")
+    return result
+
+
+def _open_checked(recipe: Recipe) -> Path:
+    folder = Path(recipe.output)
+    if not (folder / "recipe.yaml").is_file():
+        check(recipe)
+    return open_run(recipe)
+
+
+def _blocks(recipe: Recipe, teacher: Path) -> TokenBlocks:
+    return prepare(data_settings(recipe.data), teacher)
+
+
+def _validation_loss(model: Path, blocks: TokenBlocks, num_tokens: int) -> tuple[float, int]:
+    array = blocks.split("validation")
+    tokens = torch.from_numpy(array[: -(-num_tokens // array.shape[1])].astype("int64"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with progress(f"evaluate {model.name}", tokens.numel(), "tokens") as advance:
+        return mean_loss(load_frozen(model, device), tokens, 8, advance), tokens.numel()
+
+
+def _result(
+    recipe: Recipe, folder: Path, inputs: ArmInputs, trained: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of `result.json`; docs/result.md documents it."""
+    from transformers import AutoConfig
+
+    teacher_config = AutoConfig.from_pretrained(inputs.teacher)
+    student_config = AutoConfig.from_pretrained(inputs.student)
+    block_length = recipe.data.block_length
+    teacher_count, student_count = (
+        count(config, block_length) for config in (teacher_config, student_config)
+    )
+    kept = folder / "teacher.json"
+    if not kept.is_file():
+        loss, _ = _validation_loss(
+            inputs.teacher, inputs.blocks, recipe.pretrain.validation_tokens
+        )
+        kept.write_text(json.dumps({"loss": loss}) + "\n")
+    found = folder / "search.json"
+    outcome = json.loads(found.read_text()) if found.is_file() else None
+    upfront_flops = outcome["calibration_flops"] + outcome["search_flops"] if outcome else 0
+    arms = []
+    for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True):
+        flops_per_token = student_count.training_flops_per_token
+        if arm.kd:
+            flops_per_token += teacher_count.inference_flops_per_token
+        start = upfront_flops if arm.init == "subnet" else 0
+        curve = [
+            {**point, "flops": start + point["tokens"] * flops_per_token}
+            for point in run_result["curve"]
+        ]
+        arms.append(
+            {
+                **asdict(arm),
+                "parameters": student_count.parameters,
+                "tokens": run_result["tokens"],
+                "seconds": run_result["seconds"],
+                "loss_before": curve[0]["loss"],
+                "loss_final": curve[-1]["loss"],
+                "curve": curve,
+            }
+        )
+    scratch = next((arm for arm in arms if arm["init"] == "random"), None)
+    for arm in arms:
+        arm |= match_of(arm["curve"], scratch["curve"] if scratch else None)
+    return {
+        "format": RESULT_FORMAT,
+        "name": folder.name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["headstart", *sys.argv[1:]]),
+        "teacher": {
+            "name": getattr(teacher_config, "_name_or_path", "") or recipe.teacher,
+            "note": _note(inputs.teacher),
+            "parameters": teacher_count.parameters,
+            "non_embedding_parameters": teacher_count.non_embedding_parameters,
+            "loss": json.loads(kept.read_text())["loss"],
+            "sizes": sizes_of(teacher_config),
+        },
+        "student": {
+            "parameters": student_count.parameters,
+            "non_embedding_parameters": student_count.non_embedding_parameters,
+            "training_flops_per_token": student_count.training_flops_per_token,
+            "sizes": sizes_of(student_config),
+            "kept_layers": list(load_spec(inputs.student / "subnet.json").layers),
+            "bin": outcome["bin"] if outcome else [student_count.parameters] * 2,
+        },
+        "budget": {
+            "tokens": trained[0]["tokens"],
+            "tokens_per_step": trained[0]["tokens_per_step"],
+            "block_length": block_length,
+            "validation_tokens": trained[0]["validation_tokens"],
+        },
+        "costs": {
+            **{
+                key: outcome[key] if outcome else 0
+                for key in ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
+            },
+            "teacher_flops_per_token": teacher_count.inference_flops_per_token,
+        },
+        "target_loss": scratch["loss_final"] if scratch else None,
+        "arms": arms,
+        "search": outcome
+        and {key: outcome[key] for key in ("space", "order", "candidates", "winner")},
+        "recipe": recipe_to_dict(recipe),
+        "environment": _environment(),
+    }
+
+
+def match_of(
+    curve: list[dict[str, float]], scratch: list[dict[str, float]] | None
+) -> dict[str, float | None]:
+    """When an arm's curve reaches the scratch arm's final loss, in tokens and in FLOPs.
+
+    Args:
+        curve: the arm's evaluations: tokens, FLOPs and loss, from before training on.
+        scratch: the same of the scratch arm, or None without one.
+
+    Returns:
+        tokens_to_match, tokens_factor, flops_to_match, flops_factor (None where never, or where a
+        factor would divide by zero) and loss_difference at equal tokens.
+    """
+    names = ("tokens_to_match", "tokens_factor", "flops_to_match", "flops_factor")
+    match: dict[str, float | None] = dict.fromkeys((*names, "loss_difference"))
+    if scratch is None:
+        return match
+    target = scratch[-1]["loss"]
+    match["loss_difference"] = curve[-1]["loss"] - target
+    losses = [point["loss"] for point in curve]
+    for unit in ("tokens", "flops"):
+        spent = tokens_to_match([point[unit] for point in curve], losses, target)
+        match[f"{unit}_to_match"] = spent
+        match[f"{unit}_factor"] = scratch[-1][unit] / spent if spent else None
+    return match
+
+
+def _note(teacher: Path) -> str:
+    note = teacher / "teacher.json"
+    return str(json.loads(note.read_text()).get("note", "")) if note.is_file() else ""
+
+
+def _environment() -> dict[str, str]:
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "headstart": headstart.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": f"{device} ({torch.get_num_threads()} threads)",
+    }

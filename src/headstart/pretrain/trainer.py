@@ -1,0 +1,168 @@
+"""A transformers.Trainer that distils, evaluates at chosen steps, and resumes after a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from headstart.evaluate import next_token_loss
+from headstart.pretrain.losses import DistillationSettings, chunked_sum, distillation_loss
+from headstart.pretrain.teacher import Teacher
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """Trains on text, and on a teacher's outputs if one is given.
+
+    The loss comes from the last hidden states, chunk by chunk, so that no logits tensor of the
+    whole batch exists. Evaluation is always plain cross-entropy.
+
+    Args:
+        teacher: learnt from when `distillation` is set.
+        distillation: weights and temperature; None trains on text alone.
+        evaluation_steps: the optimizer steps after which to evaluate.
+        earlier_seconds: that the run had trained before it was resumed.
+        on_step: called after each optimizer step with (steps done, note).
+        **arguments: of transformers.Trainer.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        teacher: Teacher | None,
+        distillation: DistillationSettings | None,
+        evaluation_steps: set[int],
+        earlier_seconds: float = 0.0,
+        on_step: Callable[[int, str], None] = lambda steps, note: None,
+        **arguments: Any,
+    ) -> None:
+        assert (teacher is None) == (distillation is None)
+        super().__init__(**arguments)
+        self.teacher, self.distillation = teacher, distillation
+        self.started = time.perf_counter() - earlier_seconds
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(EvaluateAt(evaluation_steps))
+        self.add_callback(ReportStep(on_step))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        blocks = inputs["input_ids"]
+        # Through the wrapped model, so that DDP and FSDP see the call; one position's logits are
+        # the fewest that it can be asked for.
+        outputs = model(
+            input_ids=blocks, output_hidden_states=True, logits_to_keep=1, use_cache=False
+        )
+        hidden = outputs.hidden_states[-1]
+        matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        if model.training and self.teacher is not None:
+            total = self._distil(hidden, matrix, blocks)
+        else:
+            total = next_token_loss(hidden, matrix, blocks)
+        num_targets = blocks.shape[0] * (blocks.shape[1] - 1)
+        if num_items_in_batch is None:
+            loss = total / num_targets
+        else:
+            loss = total / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the seconds trained so far, which a resumed run reads from its checkpoint."""
+        super().log({**logs, "seconds": self.seconds}, *args, **kwargs)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def _distil(self, hidden: Tensor, matrix: Tensor, blocks: Tensor) -> Tensor:
+        teacher, settings = self.teacher, self.distillation
+        assert teacher is not None and settings is not None
+        targets = blocks[:, 1:].flatten()
+        teacher_hidden = teacher.hidden(blocks)[:, :-1].flatten(0, 1)
+
+        def token_loss(logits: Tensor, chunk: slice) -> Tensor:
+            teacher_logits = teacher.logits(teacher_hidden[chunk])
+            return distillation_loss(logits, targets[chunk], teacher_logits, settings)
+
+        return chunked_sum(hidden[:, :-1].flatten(0, 1), matrix, token_loss)
+
+
+class EvaluateAt(TrainerCallback):  # type: ignore[misc]
+    """Evaluates after chosen steps; TrainingArguments knows only even spacing."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = state.global_step in self.steps
+
+
+class ReportStep(TrainerCallback):  # type: ignore[misc]
+    """Passes steps done and the latest losses on to a progress bar."""
+
+    def __init__(self, on_step: Callable[[int, str], None]) -> None:
+        self.on_step = on_step
+        self.losses: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for key, name in (("loss", "train"), ("eval_loss", "validation")):
+            if key in (logs or {}):
+                self.losses[name] = f"{name} {logs[key]:.3f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step(state.global_step, " ".join(self.losses.values()))
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; cut-off ones are removed.
+
+    The Trainer writes a checkpoint's `trainer_state.json` after everything else in it.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    for checkpoint in reversed(checkpoints):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return checkpoint
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def seconds_until(checkpoint: Path | None) -> float:
+    """The seconds that a run had trained when it last logged before a checkpoint."""
+    if checkpoint is None:
+        return 0.0
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return max((entry.get("seconds", 0.0) for entry in history), default=0.0)
+
+
+def evaluation_steps(num_steps: int, num_evaluations: int) -> list[int]:
+    """Steps after which to evaluate: denser at the start, where loss falls fastest.
+
+    Quadratic spacing from the first step to the last, without step 0.
+
+    >>> evaluation_steps(100, 5)
+    [4, 16, 36, 64, 100]
+    """
+    spaced = (
+        round(num_steps * (k / num_evaluations) ** 2) for k in range(1, num_evaluations + 1)
+    )
+    return sorted({max(1, step) for step in spaced})
+

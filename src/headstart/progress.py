@@ -1,0 +1,66 @@
+"""One look for every long stage: a progress bar with rate and time left, on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console(stderr=True)
+
+
+class _RateColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {self.unit}/s" if speed else f"– {self.unit}/s")
+
+
+@contextmanager
+def progress(
+    description: str, total: float | None, unit: str
+) -> Iterator[Callable[..., None]]:
+    """Show a progress bar while the body runs.
+
+    Args:
+        description: the stage in a few words.
+        total: how many units there are, or None if that is not known.
+        unit: plural name of what is counted, for the rate.
+
+    Yields:
+        A function `advance(amount=1, note=None)`; a note is shown after the bar.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _RateColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=60) as bar:
+        task = bar.add_task(description, total=total, note="")
+
+        def advance(amount: float = 1, note: str | None = None) -> None:
+            bar.advance(task, amount)
+            if note is not None:
+                bar.update(task, note=note)
+
+        yield advance

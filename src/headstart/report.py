@@ -1,0 +1,404 @@
+"""The result of a run as a table in the terminal and as one self-contained HTML page.
+
+Everything here reads one file, `result.json` (its format is documented in docs/result.md), so a
+report can be made again long after the checkpoints are gone. What the page looks like, its charts
+and its drawing live in `report_page`.
+"""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from headstart.report_page import (
+    SCRIPT,
+    STYLE,
+    architecture_drawing,
+    arm_colours,
+    arm_label,
+    chart_block,
+    charts_of,
+    definitions,
+    inline_json,
+    section,
+    table,
+)
+
+Result = dict[str, Any]
+
+FORMAT = "headstart-result/1"
+SCRATCH = "scratch"
+NOTHING = "–"
+COLUMNS = (
+    "arm",
+    "parameters",
+    "loss before",
+    "loss final",
+    "tokens to match",
+    "fewer tokens",
+    "FLOPs to match",
+    "fewer FLOPs",
+    "time",
+)
+_RESULT_KEYS = (
+    "name created command teacher student budget costs target_loss arms search recipe environment"
+)
+_ARM_KEYS = (
+    "name init kd learning_rate parameters tokens loss_before loss_final tokens_to_match "
+    "tokens_factor flops_to_match flops_factor loss_difference seconds curve"
+)
+
+
+def load_result(run_folder: Path) -> Result:
+    """Reads `result.json` of a run folder and checks that a report can be made of it.
+
+    Args:
+        run_folder: the folder a finished run wrote.
+
+    Returns:
+        The result, as documented in docs/result.md.
+
+    Raises:
+        ValueError: the file is missing, is no JSON, has another format, or lacks keys.
+    """
+    path = Path(run_folder) / "result.json"
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): give the folder of a finished run."
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}): restore the file or run again to write it anew."
+        ) from error
+    found = result.get("format") if isinstance(result, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} has format {found!r}, not {FORMAT!r}: "
+            "read it with the headstart version that wrote it, or run again."
+        )
+    if missing := [key for key in _RESULT_KEYS.split() if key not in result]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: run again to write it anew.")
+    if not (isinstance(result["arms"], list) and result["arms"]):
+        raise ValueError(f"{path} has no arms: run again with at least one arm in the recipe.")
+    for index, arm in enumerate(result["arms"]):
+        keys = arm if isinstance(arm, dict) else {}
+        if missing := [key for key in _ARM_KEYS.split() if key not in keys]:
+            name = keys.get("name", index)
+            raise ValueError(
+                f"{path}: arm {name!r} lacks {', '.join(missing)}: run again to write it anew."
+            )
+    return result
+
+
+def count_text(count: float) -> str:
+    """A count in the unit a reader would say.
+
+    >>> count_text(12_345_678), count_text(999), count_text(1_300_000_000)
+    ('12.3M', '999', '1.30B')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            value = count / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"
+    return f"{count:.0f}"
+
+
+def flops_text(flops: float) -> str:
+    """Floating point operations with three digits.
+
+    >>> flops_text(1.234e15), flops_text(0)
+    ('1.23e15', '0')
+    """
+    if not flops:
+        return "0"
+    mantissa, exponent = f"{flops:.2e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def factor_text(factor: float) -> str:
+    """A ratio with three digits: `11.7x`, `1.26x`, `0.48x`."""
+    decimals = 2 if factor < 9.995 else 1 if factor < 99.95 else 0
+    return f"{factor:,.{decimals}f}x"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in the two largest units.
+
+    >>> duration_text(8.25), duration_text(200), duration_text(3900)
+    ('8.2 s', '3 min 20 s', '1 h 05 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _nats(loss: float) -> str:
+    return f"{loss:.2f}" if abs(loss) >= 0.1 else f"{loss:.3f}"
+
+
+def result_rows(result: Result) -> list[tuple[str, ...]]:
+    """The cells of every table of results, one row per arm, in the order of `COLUMNS`."""
+    return [_row(arm, compared=result["target_loss"] is not None) for arm in result["arms"]]
+
+
+def _row(arm: Result, compared: bool) -> tuple[str, ...]:
+    loss_final = f"{arm['loss_final']:.3f}"
+    tokens = fewer_tokens = flops = fewer_flops = NOTHING
+    if compared and arm["name"] != SCRATCH:
+        loss_final += f" ({arm['loss_difference']:+.3f})".replace("-", "−")
+        if arm["tokens_to_match"] is None:
+            tokens = f"not within {arm['tokens']:,} tokens"
+        elif arm["tokens_to_match"] == 0:
+            tokens = "before training"
+        else:
+            tokens = f"{round(arm['tokens_to_match']):,}"
+        if arm["tokens_factor"] is not None:
+            fewer_tokens = factor_text(arm["tokens_factor"])
+        if arm["flops_to_match"] is not None:
+            flops = flops_text(arm["flops_to_match"])
+        if arm["flops_factor"] is not None:
+            fewer_flops = factor_text(arm["flops_factor"])
+    return (
+        arm["name"],
+        count_text(arm["parameters"]),
+        f"{arm['loss_before']:.3f}",
+        loss_final,
+        tokens,
+        fewer_tokens,
+        flops,
+        fewer_flops,
+        duration_text(arm["seconds"]),
+    )
+
+
+def result_table(result: Result) -> Table:
+    """The table of results for the terminal."""
+    table = Table(title=Text(result["name"]))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for row in result_rows(result):
+        table.add_row(*map(Text, row))  # Text, so that brackets in a name are no markup
+    return table
+
+
+def markdown_table(result: Result) -> str:
+    """The table of results in GitHub's Markdown, with no newline at its end."""
+    rule = [":--"] + ["--:"] * (len(COLUMNS) - 1)
+    rows = [[html.escape(cell).replace("|", r"\|") for cell in row] for row in result_rows(result)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(COLUMNS), rule, *rows])
+
+
+def best_arm(result: Result) -> Result:
+    """The arm which matched scratch's loss earliest, else the one that ended lowest."""
+    others = [arm for arm in result["arms"] if arm["name"] != SCRATCH] or result["arms"]
+    matched = [arm for arm in others if arm["tokens_to_match"] is not None]
+    if result["target_loss"] is not None and matched:
+        return min(matched, key=lambda arm: (arm["tokens_to_match"], arm["loss_final"]))
+    return min(others, key=lambda arm: arm["loss_final"])
+
+
+def headline(result: Result) -> str:
+    """What the run found, in one plain sentence, and what it cost, in a second one if known."""
+    return " ".join(filter(None, (_match_sentence(result), _cost_sentence(result))))
+
+
+def _match_sentence(result: Result) -> str:
+    best, target = best_arm(result), result["target_loss"]
+    name, ends = best["name"], f"{_nats(best['loss_final'])} nats after {best['tokens']:,} tokens"
+    if target is None:
+        return f"{name} ends at {ends}; no scratch arm was run to compare it with."
+    if name == SCRATCH:
+        return f"{name} ends at {ends}; no other arm was run to compare it with."
+    loss = f"scratch's loss of {_nats(target)} nats"
+    difference = best["loss_difference"]
+    side = f"{_nats(abs(difference))} nats {'lower' if difference <= 0 else 'higher'}"
+    if best["tokens_to_match"] is None:
+        return (
+            f"No arm reaches {loss} within {best['tokens']:,} tokens; "
+            f"the closest, {name}, ends {side}."
+        )
+    if best["tokens_to_match"] == 0:
+        return f"{name} is at or below {loss} before training; at equal tokens it ends {side}."
+    matching = f"{round(best['tokens_to_match']):,} of {best['tokens']:,} tokens"
+    factor = best["tokens_factor"]
+    return f"{name} reaches {loss} after {matching}: {factor_text(factor)} fewer."
+
+
+def _cost_sentence(result: Result) -> str:
+    best = best_arm(result)
+    factor = best["flops_factor"]
+    if result["target_loss"] is None or best["name"] == SCRATCH or not factor:
+        return ""
+    counted = "Counting the search" if result["search"] else "All costs counted"
+    if factor >= 1:
+        return f"{counted}, it needs {factor_text(factor)} fewer FLOPs."
+    return f"{counted}, it costs {factor_text(1 / factor)} more FLOPs at this budget."
+
+
+def write_html(result: Result, path: Path) -> None:
+    """Writes the report as one HTML file that needs no network.
+
+    Args:
+        result: what `load_result` returned.
+        path: the file to write; it appears whole or not at all.
+    """
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(_page(result), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _page(result: Result) -> str:
+    from plotly.offline import get_plotlyjs  # slow to import, and only the page needs it
+
+    name, created = html.escape(result["name"]), html.escape(result["created"][:10])
+    sections = [_results(result), _curves(result), _search(result), _architecture(result)]
+    sections += [definitions(result["budget"]["tokens"]), _costs(result), _settings(result)]
+    # The policy forbids every request, so a page that reads well here reads well offline.
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
+style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
+<title>{name} · headstart</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<p class="eyebrow">headstart · {name}</p>
+<h1>{html.escape(_match_sentence(result))}</h1>
+<p class="lead">{html.escape(_cost_sentence(result))}</p>
+<p class="meta">{created} · <code>{html.escape(result["command"])}</code></p>
+</header>
+<main>
+{"".join(sections)}</main>
+<noscript><p class="note">The charts need JavaScript; the tables do not.</p></noscript>
+<script>{get_plotlyjs()}</script>
+<script>const charts = {inline_json(charts_of(result))};
+{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _results(result: Result) -> str:
+    colours = arm_colours(result)
+    rows = [
+        [arm_label(name, colours), *map(html.escape, cells)] for name, *cells in result_rows(result)
+    ]
+    note = "Losses are in nats per token on the validation split"
+    if result["target_loss"] is not None:
+        note += "; in brackets, the difference to scratch at equal tokens"
+    return section("Results", table(COLUMNS, rows) + f'<p class="note">{note}.</p>\n')
+
+
+def _curves(result: Result) -> str:
+    colours = arm_colours(result)
+    labels = "".join(arm_label(name, colours) for name in colours)
+    legend = f'<p class="legend">{labels}</p>\n'
+    omitted = "On the log scale a point at 0 has no place"
+    tokens_note = f"{omitted}: read the loss before training off the table or the linear scale."
+    flops_note = (
+        "Search and calibration are paid before the first step, so an arm that needs them starts "
+        f"to the right; an arm that distils also pays the teacher’s forward passes. {omitted}."
+    )
+    tokens = legend + chart_block("loss-tokens", tokens_note, scales=True)
+    flops = legend + chart_block("loss-flops", flops_note, scales=True)
+    return section("Loss against tokens", tokens) + section("Loss against FLOPs", flops)
+
+
+def _search(result: Result) -> str:
+    search = result["search"]
+    if search is None:
+        return section("Search", '<p class="note">This run began without a search.</p>\n')
+    facts = (
+        f"{len(search['candidates']):,} candidates of the {search['space']} space were scored "
+        f"without training, units read in {search['order']} order."
+    )
+    band = "The band is the parameter bin; the ring marks the winner."
+    order = "Each point is one candidate; the line is the best loss so far."
+    charts = chart_block("search-parameters", band) + chart_block("search-order", order)
+    note = f'<p class="note">{html.escape(facts)}</p>\n'
+    return section("Search", f'{note}<div class="pair">\n{charts}</div>\n')
+
+
+def _architecture(result: Result) -> str:
+    teacher, student = result["teacher"], result["student"]
+    both = (teacher, student)
+    rows = [
+        [key.replace("_", " "), *(_size_text(model["sizes"][key]) for model in both)]
+        for key in ("layers", "embed", "kv_groups", "q_per_kv", "head_dim", "mlp", "vocab")
+    ]
+    rows.insert(2, ["heads", *(_heads_text(model["sizes"]) for model in both)])
+    rows += [
+        [key.replace("_", " ").replace("non ", "non-"), *(count_text(model[key]) for model in both)]
+        for key in ("parameters", "non_embedding_parameters")
+    ]
+    name = teacher["name"] + (f" ({teacher['note']})" if teacher["note"] else "")
+    note = (
+        f'<p class="note">The teacher is {html.escape(name)}; its own loss is {teacher["loss"]:.3f} nats. '
+        "Width stands for embed, one bar for a layer, the first layer at the bottom.</p>\n"
+    )
+    body = f'<div class="pair">\n{architecture_drawing(teacher, student)}'
+    body += table(("", "teacher", "student"), rows) + "</div>\n"
+    return section("Architecture", note + body)
+
+
+def _size_text(size: int | list[int]) -> str:
+    """One size, or the range of the sizes of a layer-wise student."""
+    if isinstance(size, list):
+        low, high = min(size), max(size)
+        return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    return f"{size:,}"
+
+
+def _heads_text(sizes: Result) -> str:
+    groups = sizes["kv_groups"]
+    groups = groups if isinstance(groups, list) else [groups]
+    return _size_text([count * sizes["q_per_kv"] for count in groups])
+
+
+def _costs(result: Result) -> str:
+    costs, student, budget = result["costs"], result["student"], result["budget"]
+    colours = arm_colours(result)
+    rows = [
+        ["calibration", f"{flops_text(costs['calibration_flops'])} FLOPs"],
+        ["search", f"{flops_text(costs['search_flops'])} FLOPs"],
+        ["search tokens", f"{costs['search_tokens']:,}"],
+        ["search time", duration_text(costs["search_seconds"])],
+        ["teacher, per token", f"{flops_text(costs['teacher_flops_per_token'])} FLOPs"],
+        ["student training, per token", f"{flops_text(student['training_flops_per_token'])} FLOPs"],
+        ["tokens per arm", f"{budget['tokens']:,}"],
+        ["tokens per step", f"{budget['tokens_per_step']:,}"],
+        ["block length", f"{budget['block_length']:,} tokens"],
+        ["validation split", f"{budget['validation_tokens']:,} tokens"],
+    ]
+    rows += [
+        [arm_label(arm["name"], colours), f"{flops_text(arm['curve'][-1]['flops'])} FLOPs"]
+        for arm in result["arms"]
+        if arm["curve"]
+    ]
+    note = "The last rows are the arms’ totals, with what was paid before training."
+    return section("Costs", table((), rows, "facts") + f'<p class="note">{note}</p>\n')
+
+
+def _settings(result: Result) -> str:
+    recipe = yaml.safe_dump(result["recipe"], sort_keys=False, allow_unicode=True)
+    environment = [
+        [html.escape(str(cell)) for cell in row] for row in result["environment"].items()
+    ]
+    return section("Recipe", f"<pre>{html.escape(recipe)}</pre>\n") + section(
+        "Environment", table((), environment, "facts")
+    )

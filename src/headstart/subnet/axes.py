@@ -1,0 +1,113 @@
+"""Axis names and the layout-string grammar.
+
+A layout says what each dimension of a tensor is made of. Dimensions are separated by spaces; a
+dimension fused from several parts is written in parentheses, slowest part first; a part is an axis
+name or a constant:
+
+    "embed mlp"                            two dimensions
+    "(kv_groups q_per_kv head_dim) embed"  rows by group, then head of the group, then channel
+    "(kv_groups 3 head_dim) embed"         GPT-NeoX's fused query, key and value
+
+The same grammar serves weights, the inputs of linear layers and the entries of a model config, so
+that counting, slicing, importance and configs all read one table.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+GLOBAL_AXES = ("vocab", "layers", "embed")
+PER_LAYER_AXES = ("kv_groups", "q_per_kv", "head_dim", "mlp")
+AXES = GLOBAL_AXES + PER_LAYER_AXES
+
+Dimension: TypeAlias = "tuple[str | int, ...]"
+Sizes: TypeAlias = "Mapping[str, Any]"
+"""Axis name -> size: an int, or an integer array when many shapes are counted at once."""
+
+
+@cache
+def parse_layout(layout: str) -> tuple[Dimension, ...]:
+    """Split a layout string into its dimensions and their parts.
+
+    >>> parse_layout("(kv_groups 3 head_dim) embed")
+    (('kv_groups', 3, 'head_dim'), ('embed',))
+    """
+    groups = re.findall(r"\(([^()]*)\)|([^\s()]+)", layout)
+    dimensions = tuple(
+        tuple(int(part) if part.isdigit() else part for part in (fused or single).split())
+        for fused, single in groups
+    )
+    for part in (part for dimension in dimensions for part in dimension):
+        assert isinstance(part, int) or part in AXES, f"unknown axis {part!r} in {layout!r}"
+    return dimensions
+
+
+def axes_of(layout: str) -> frozenset[str]:
+    """The axes that a layout names.
+
+    >>> sorted(axes_of("(kv_groups 3 head_dim) embed"))
+    ['embed', 'head_dim', 'kv_groups']
+    """
+    parts = (part for dimension in parse_layout(layout) for part in dimension)
+    return frozenset(part for part in parts if isinstance(part, str))
+
+
+def dimension_size(dimension: Dimension, sizes: Sizes) -> Any:
+    """The product of a dimension's parts."""
+    return math.prod(part if isinstance(part, int) else sizes[part] for part in dimension)
+
+
+def shape_of(layout: str, sizes: Sizes) -> tuple[int, ...]:
+    """The shape of a tensor with this layout.
+
+    >>> shape_of("(kv_groups 3 head_dim) embed", {"kv_groups": 2, "head_dim": 4, "embed": 8})
+    (24, 8)
+    """
+    return tuple(dimension_size(dimension, sizes) for dimension in parse_layout(layout))
+
+
+def slice_tensor(
+    tensor: Tensor, layout: str, sizes: Sizes, kept: Mapping[str, Sequence[int]]
+) -> Tensor:
+    """Keep the given indices of every axis that a tensor has.
+
+    Args:
+        tensor: any tensor whose shape is `shape_of(layout, sizes)`.
+        sizes: the tensor's own size along each axis of the layout.
+        kept: axis -> indices to keep, in order; an axis that is absent is kept whole.
+
+    Returns:
+        The sub-tensor, contiguous, with fused dimensions fused again. It is the tensor itself
+        when nothing is removed.
+    """
+    dimensions = parse_layout(layout)
+    assert tuple(tensor.shape) == shape_of(layout, sizes), (tensor.shape, layout, sizes)
+    for position, dimension in enumerate(dimensions):
+        index = _dimension_index(dimension, sizes, kept)
+        if index is not None:
+            tensor = tensor.index_select(position, index.to(tensor.device))
+    return tensor
+
+
+def _dimension_index(
+    dimension: Dimension, sizes: Sizes, kept: Mapping[str, Sequence[int]]
+) -> Tensor | None:
+    """Flat indices of the kept units in one (maybe fused) dimension; None keeps all of it."""
+    if all(
+        isinstance(part, int) or part not in kept or len(kept[part]) == sizes[part]
+        for part in dimension
+    ):
+        return None
+    index = torch.zeros(1, dtype=torch.long)
+    for part in dimension:
+        size = part if isinstance(part, int) else sizes[part]
+        units = kept.get(part, range(size)) if isinstance(part, str) else range(size)
+        index = (index[:, None] * size + torch.as_tensor(units)).flatten()
+    return index

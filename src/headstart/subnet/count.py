@@ -1,0 +1,94 @@
+"""Parameters and FLOPs of a model, from its config alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from headstart.subnet.axes import Sizes, axes_of, parse_layout, shape_of
+from headstart.subnet.rules import layouts_of, sizes_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a model costs.
+
+    Attributes:
+        parameters: all of them, a tied embedding counted once.
+        non_embedding_parameters: without the input embedding and the output matrix.
+        inference_flops_per_token: one forward pass at the given context length.
+        training_flops_per_token: forward and backward, three times a forward pass.
+    """
+
+    parameters: int
+    non_embedding_parameters: int
+    inference_flops_per_token: int
+    training_flops_per_token: int
+
+
+def count(config: PreTrainedConfig, context_length: int) -> Count:
+    """Count a model from its config.
+
+    Args:
+        config: of any family that headstart knows.
+        context_length: tokens that attention spans, for the FLOPs.
+    """
+    layouts, sizes = layouts_of(config), sizes_of(config)
+    inference = inference_flops_per_token(layouts, sizes, context_length)
+    return Count(
+        parameters(layouts, sizes),
+        non_embedding_parameters(layouts, sizes),
+        inference,
+        3 * inference,
+    )
+
+
+def parameters(layouts: Mapping[str, str], sizes: Sizes) -> Any:
+    """Parameters of a model with these tensors and sizes.
+
+    Args:
+        layouts: tensor name pattern -> layout, from `layouts_of`.
+        sizes: axis -> size; integer arrays count many shapes at once.
+    """
+    return sum(_numel(pattern, layout, sizes) for pattern, layout in layouts.items())
+
+
+def non_embedding_parameters(layouts: Mapping[str, str], sizes: Sizes) -> Any:
+    """Parameters of the tensors that have no vocabulary axis."""
+    return sum(
+        _numel(pattern, layout, sizes)
+        for pattern, layout in layouts.items()
+        if "vocab" not in axes_of(layout)
+    )
+
+
+def inference_flops_per_token(
+    layouts: Mapping[str, str], sizes: Sizes, context_length: int
+) -> Any:
+    """FLOPs of one token's forward pass: two per weight that multiplies it, and attention.
+
+    The embedding look-up costs nothing, the output matrix counts whether it is tied or not, and
+    attention counts the full context, without the causal half.
+
+    Source: PaLM (arXiv 2204.02311), appendix B, whose 6N + 12 L H Q T for training is three times
+    this.
+    """
+    matmul_parameters = sum(
+        _numel(pattern, layout, sizes)
+        for pattern, layout in layouts.items()
+        if len(parse_layout(layout)) == 2 and "vocab" not in axes_of(layout)
+    )
+    output_matrix = sizes["vocab"] * sizes["embed"]
+    heads = sizes["kv_groups"] * sizes["q_per_kv"] * sizes["head_dim"]
+    attention = 2 * sizes["layers"] * heads * context_length
+    return 2 * (matmul_parameters + output_matrix + attention)
+
+
+def _numel(pattern: str, layout: str, sizes: Sizes) -> Any:
+    copies = sizes["layers"] if "{i}" in pattern else 1
+    return math.prod(shape_of(layout, sizes)) * copies

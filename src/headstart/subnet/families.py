@@ -1,0 +1,133 @@
+"""The model families, as tables of axes. Data only; everything else in headstart reads them.
+
+A rule maps a checkpoint tensor's name to its layout. `{i}` stands for the layer. A rule may end in
+"if KEY" or "unless KEY": the tensor is there only when that key of the model's config is true, or
+false. DROPPED marks buffers that old checkpoints carry and transformers computes afresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+DROPPED = "dropped"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: `model_type` in the model's config.
+        tensors: tensor name pattern -> layout, see this module's docstring.
+        config: (config key, layout) pairs; the key's value is the product of the layout's axes. A
+            key that stands twice ties two products together: only sub-networks in which they
+            agree can be written as a stock checkpoint.
+        divides: (divisor, dividend) pairs of config keys which the stock code insists on.
+        input_embedding: the tensor that is looked up, not multiplied.
+        layer: module name pattern of a layer, whose input and output score the depth axis.
+        importance_sites: axis -> linear modules whose input has that axis as its units.
+        aliases: name in a file -> name in the model, where the two differ.
+    """
+
+    name: str
+    tensors: Mapping[str, str]
+    config: tuple[tuple[str, str], ...]
+    divides: tuple[tuple[str, str], ...]
+    input_embedding: str
+    layer: str
+    importance_sites: Mapping[str, tuple[str, ...]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+LLAMA = Family(
+    name="llama",
+    tensors={
+        "model.embed_tokens.weight": "vocab embed",
+        "model.layers.{i}.input_layernorm.weight": "embed",
+        "model.layers.{i}.self_attn.q_proj.weight": "(kv_groups q_per_kv head_dim) embed",
+        "model.layers.{i}.self_attn.q_proj.bias": "(kv_groups q_per_kv head_dim) if attention_bias",
+        "model.layers.{i}.self_attn.k_proj.weight": "(kv_groups head_dim) embed",
+        "model.layers.{i}.self_attn.k_proj.bias": "(kv_groups head_dim) if attention_bias",
+        "model.layers.{i}.self_attn.v_proj.weight": "(kv_groups head_dim) embed",
+        "model.layers.{i}.self_attn.v_proj.bias": "(kv_groups head_dim) if attention_bias",
+        "model.layers.{i}.self_attn.o_proj.weight": "embed (kv_groups q_per_kv head_dim)",
+        "model.layers.{i}.self_attn.o_proj.bias": "embed if attention_bias",
+        "model.layers.{i}.post_attention_layernorm.weight": "embed",
+        "model.layers.{i}.mlp.gate_proj.weight": "mlp embed",
+        "model.layers.{i}.mlp.gate_proj.bias": "mlp if mlp_bias",
+        "model.layers.{i}.mlp.up_proj.weight": "mlp embed",
+        "model.layers.{i}.mlp.up_proj.bias": "mlp if mlp_bias",
+        "model.layers.{i}.mlp.down_proj.weight": "embed mlp",
+        "model.layers.{i}.mlp.down_proj.bias": "embed if mlp_bias",
+        "model.norm.weight": "embed",
+        "lm_head.weight": "vocab embed unless tie_word_embeddings",
+        "model.layers.{i}.self_attn.rotary_emb.inv_freq": DROPPED,
+    },
+    config=(
+        ("vocab_size", "vocab"),
+        ("num_hidden_layers", "layers"),
+        ("hidden_size", "embed"),
+        ("num_key_value_heads", "kv_groups"),
+        ("num_attention_heads", "(kv_groups q_per_kv)"),
+        ("head_dim", "head_dim"),
+        ("intermediate_size", "mlp"),
+    ),
+    divides=(("num_attention_heads", "hidden_size"),),
+    input_embedding="model.embed_tokens.weight",
+    layer="model.layers.{i}",
+    importance_sites={
+        "embed": ("model.layers.{i}.self_attn.q_proj", "model.layers.{i}.mlp.gate_proj"),
+        "kv_groups": ("model.layers.{i}.self_attn.o_proj",),
+        "mlp": ("model.layers.{i}.mlp.down_proj",),
+    },
+)
+
+GPT_NEOX = Family(
+    name="gpt_neox",
+    tensors={
+        "gpt_neox.embed_in.weight": "vocab embed",
+        "gpt_neox.layers.{i}.input_layernorm.weight": "embed",
+        "gpt_neox.layers.{i}.input_layernorm.bias": "embed",
+        "gpt_neox.layers.{i}.post_attention_layernorm.weight": "embed",
+        "gpt_neox.layers.{i}.post_attention_layernorm.bias": "embed",
+        "gpt_neox.layers.{i}.attention.query_key_value.weight": "(kv_groups 3 head_dim) embed",
+        "gpt_neox.layers.{i}.attention.query_key_value.bias": (
+            "(kv_groups 3 head_dim) if attention_bias"
+        ),
+        "gpt_neox.layers.{i}.attention.dense.weight": "embed (kv_groups head_dim)",
+        "gpt_neox.layers.{i}.attention.dense.bias": "embed if attention_bias",
+        "gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight": "mlp embed",
+        "gpt_neox.layers.{i}.mlp.dense_h_to_4h.bias": "mlp",
+        "gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight": "embed mlp",
+        "gpt_neox.layers.{i}.mlp.dense_4h_to_h.bias": "embed",
+        "gpt_neox.final_layer_norm.weight": "embed",
+        "gpt_neox.final_layer_norm.bias": "embed",
+        "lm_head.weight": "vocab embed unless tie_word_embeddings",
+        "gpt_neox.layers.{i}.attention.bias": DROPPED,
+        "gpt_neox.layers.{i}.attention.masked_bias": DROPPED,
+        "gpt_neox.layers.{i}.attention.rotary_emb.inv_freq": DROPPED,
+    },
+    config=(
+        ("vocab_size", "vocab"),
+        ("num_hidden_layers", "layers"),
+        ("hidden_size", "embed"),
+        ("num_attention_heads", "kv_groups"),
+        ("hidden_size", "(kv_groups head_dim)"),
+        ("intermediate_size", "mlp"),
+    ),
+    divides=(),
+    input_embedding="gpt_neox.embed_in.weight",
+    layer="gpt_neox.layers.{i}",
+    importance_sites={
+        "embed": (
+            "gpt_neox.layers.{i}.attention.query_key_value",
+            "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
+        ),
+        "kv_groups": ("gpt_neox.layers.{i}.attention.dense",),
+        "mlp": ("gpt_neox.layers.{i}.mlp.dense_4h_to_h",),
+    },
+    aliases={"embed_out.weight": "lm_head.weight"},
+)
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, GPT_NEOX)}

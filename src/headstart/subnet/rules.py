@@ -1,0 +1,120 @@
+"""Reads a family's table for one model: which tensors it has, and how large each axis is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from headstart.subnet.axes import dimension_size, parse_layout
+from headstart.subnet.families import DROPPED, FAMILIES, Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family that a model config belongs to.
+
+    Raises:
+        ValueError: no table knows this `model_type`.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not a family that headstart knows "
+            f"({', '.join(sorted(FAMILIES))}); choose a teacher of one of these, or add a table "
+            "as CONTRIBUTING.md shows"
+        )
+    return FAMILIES[config.model_type]
+
+
+def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
+    """Size of every axis, read from a model config through its family's table.
+
+    >>> from transformers import GPTNeoXConfig
+    >>> sizes_of(GPTNeoXConfig(hidden_size=64, num_attention_heads=4))["head_dim"]
+    16
+    """
+    sizes: dict[str, int] = {}
+    for key, layout in family_of(config).config:
+        (dimension,) = parse_layout(layout)
+        unknown = [part for part in dimension if isinstance(part, str) and part not in sizes]
+        if not unknown:
+            continue
+        assert len(unknown) == 1, f"{layout!r} has more than one unknown axis"
+        known = dimension_size(tuple(part for part in dimension if part not in unknown), sizes)
+        sizes[unknown[0]] = getattr(config, key) // known
+    return {"q_per_kv": 1} | sizes
+
+
+def layouts_of(config: PreTrainedConfig) -> dict[str, str]:
+    """The tensors that a model with this config has: name pattern -> layout without conditions."""
+    return {
+        pattern: rule.layout
+        for pattern, rule in _rules(family_of(config).name).items()
+        if rule.layout != DROPPED and rule.holds(config)
+    }
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a family's table.
+
+    Attributes:
+        pattern: tensor name pattern.
+        layout: layout string without its condition, or DROPPED.
+        condition: "if", "unless" or "" for always.
+        key: the config key that the condition reads.
+    """
+
+    pattern: str
+    layout: str
+    condition: str = ""
+    key: str = ""
+
+    def holds(self, config: PreTrainedConfig) -> bool:
+        if not self.condition:
+            return True
+        return bool(getattr(config, self.key)) == (self.condition == "if")
+
+
+@cache
+def _rules(family_name: str) -> Mapping[str, Rule]:
+    rules = {}
+    for pattern, text in FAMILIES[family_name].tensors.items():
+        found = re.fullmatch(r"(.*?)(?: (if|unless) (\w+))?", text)
+        assert found
+        rules[pattern] = Rule(pattern, found[1], found[2] or "", found[3] or "")
+    return rules
+
+
+def match_tensor(name: str, config: PreTrainedConfig) -> tuple[Rule, int | None]:
+    """The one rule for a checkpoint tensor, and the layer that the tensor belongs to.
+
+    A tensor whose "unless" condition fails (the output matrix of a tied checkpoint, which
+    transformers ignores too) comes back as DROPPED.
+
+    Raises:
+        ValueError: no rule matches the name, or its rule does not hold for this config.
+    """
+    family = family_of(config)
+    rules = _rules(family.name)
+    name = family.aliases.get(name, name)
+    layer = re.search(r"\.(\d+)\.", name)
+    pattern = name if name in rules else re.sub(r"\.\d+\.", ".{i}.", name, count=1)
+    if pattern not in rules:
+        raise ValueError(
+            f"tensor {name!r} matches no rule of the {family.name} table; this checkpoint is not "
+            f"a plain {family.name} causal language model"
+        )
+    rule = rules[pattern]
+    if not rule.holds(config):
+        if rule.condition == "if":
+            raise ValueError(
+                f"tensor {name!r} is in the checkpoint although its config says "
+                f"{rule.key}={getattr(config, rule.key)}; mend config.json or the weights"
+            )
+        rule = Rule(pattern, DROPPED)
+    return rule, int(layer[1]) if layer and "{i}" in pattern else None

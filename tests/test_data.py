@@ -1,0 +1,468 @@
+"""What is prepared equals what a naive tokenisation gives, and mistakes are told in a sentence."""
+
+import bz2
+import gzip
+import json
+import lzma
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from headstart import data
+from headstart.data import SPLITS, BlockDataset, DataSettings, check_source, prepare, split_of
+
+EOS = 1
+NUM_WORDS = 300
+DOCUMENTS = [
+    " ".join(f"w{random.Random(n * 1000 + i).randrange(NUM_WORDS)}" for i in range(3 + n % 40))
+    for n in range(200)
+]
+SETTINGS = DataSettings(block_length=8, validation_fraction=0.2, search_fraction=0.1, seed=3)
+
+
+def save_tokenizer(folder: Path, num_words: int = NUM_WORDS, **special: str) -> Path:
+    """A tokenizer simple enough to do by hand: word "w7" has id 9."""
+    vocabulary = {"<unk>": 0, "</s>": EOS} | {f"w{n}": n + 2 for n in range(num_words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def encode_by_hand(text: str) -> list[int]:
+    return [int(word[1:]) + 2 for word in text.split()]
+
+
+def blocks_by_hand(documents: list[str], name: str, settings: DataSettings) -> np.ndarray:
+    tokens: list[int] = []
+    for text in documents:
+        if split_of(text, settings) == name:
+            tokens += [*encode_by_hand(text), EOS]
+    num_blocks = len(tokens) // settings.block_length
+    whole = tokens[: num_blocks * settings.block_length]
+    return np.array(whole).reshape(num_blocks, settings.block_length)
+
+
+def as_jsonl(documents: list[str], column: str = "text") -> str:
+    return "".join(json.dumps({column: text}) + "\n" for text in documents)
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise InterruptedError("the tokenizer was called")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), eos_token="</s>")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(as_jsonl(DOCUMENTS))
+    return path
+
+
+def write_source(folder: Path, name: str) -> Path:
+    path = folder / name
+    plain, jsonl = "\n\n".join(DOCUMENTS), as_jsonl(DOCUMENTS)
+    if name == "folder":
+        path.mkdir()
+        (path / "b.jsonl").write_text(as_jsonl(DOCUMENTS[50:120]))
+        (path / "a.txt").write_text("\n\n".join(DOCUMENTS[:50]))
+        (path / "c").mkdir()
+        (path / "c" / "a.jsonl.gz").write_bytes(gzip.compress(as_jsonl(DOCUMENTS[120:]).encode()))
+        (path / "README.md").write_text("not data")
+        (path / ".hidden.txt").write_text("w1 w2")
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress((plain if ".txt" in name else jsonl).encode()))
+    elif name.endswith(".bz2"):
+        path.write_bytes(bz2.compress(jsonl.encode()))
+    elif name.endswith(".xz"):
+        path.write_bytes(lzma.compress(plain.encode()))
+    elif name.endswith(".parquet"):
+        table = pyarrow.table({"id": range(len(DOCUMENTS)), "text": DOCUMENTS})
+        pyarrow.parquet.write_table(table, path, row_group_size=32)
+    elif name.endswith(".json"):
+        path.write_text(json.dumps([{"text": text} for text in DOCUMENTS]))
+    else:
+        path.write_text(plain if name.endswith(".txt") else jsonl)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt",
+        "odd [name] *.txt",
+        "a.txt.gz",
+        "a.txt.xz",
+        "a.jsonl",
+        "A.JSONL",
+        "a.jsonl.gz",
+        "a.jsonl.bz2",
+        "a.json",
+        "a.parquet",
+        "folder",
+    ],
+)
+def test_every_format_gives_the_blocks_of_a_naive_tokenisation(
+    name: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    settings = replace(SETTINGS, source=str(write_source(tmp_path, name)))
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    for split in SPLITS:
+        expected = blocks_by_hand(DOCUMENTS, split, settings)
+        assert len(expected) > 3
+        np.testing.assert_array_equal(prepared.split(split), expected)
+
+
+def test_manifest_says_what_went_in(tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    settings = replace(SETTINGS, source=str(corpus))
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    assert json.loads((prepared.folder / "manifest.json").read_text()) == prepared.manifest
+    assert prepared.manifest["fingerprint"] == prepared.folder.name
+    assert prepared.manifest["settings"]["source"] == str(corpus)
+    assert prepared.manifest["dtype"] == "uint16"
+    assert prepared.manifest["inputs"][0]["name"] == "corpus.jsonl"
+    for name in SPLITS:
+        texts = [text for text in DOCUMENTS if split_of(text, settings) == name]
+        num_tokens = sum(len(text.split()) + 1 for text in texts)
+        assert prepared.manifest["splits"][name] == {
+            "documents": len(texts),
+            "text_bytes": sum(len(text.encode()) for text in texts),
+            "tokens": num_tokens,
+            "blocks": num_tokens // settings.block_length,
+        }
+
+
+def test_windows_text_with_blank_runs_and_byte_order_mark(tmp_path: Path, tokenizer: Path) -> None:
+    for number, packed in enumerate((bytes, gzip.compress)):
+        path = tmp_path / f"windows{number}.txt{'.gz' if number else ''}"
+        content = "\ufeff" + "\r\n\r\n\r\n".join(DOCUMENTS) + "\r\n"
+        path.write_bytes(packed(content.encode()))
+        settings = replace(SETTINGS, source=str(path))
+        prepared = prepare(settings, tokenizer, tmp_path / "cache")
+        expected = blocks_by_hand(DOCUMENTS, "train", settings)
+        np.testing.assert_array_equal(prepared.split("train"), expected)
+
+
+def test_lines_of_one_paragraph_are_one_document(tmp_path: Path, tokenizer: Path) -> None:
+    path = tmp_path / "verse.txt"
+    path.write_text("\n\n".join(text.replace(" ", "\n") for text in DOCUMENTS))
+    prepared = prepare(replace(SETTINGS, source=str(path)), tokenizer, tmp_path / "cache")
+    counts = prepared.manifest["splits"].values()
+    assert sum(count["documents"] for count in counts) == len(DOCUMENTS)
+
+
+def test_empty_and_absent_documents_are_skipped(tmp_path: Path, tokenizer: Path) -> None:
+    path = tmp_path / "gaps.jsonl"
+    gaps = ['{"text": ""}', '{"text": null}', '{"text": " \\n"}', '{"other": 1}']
+    path.write_text("\n".join(gaps) + "\n" + as_jsonl(DOCUMENTS))
+    settings = replace(SETTINGS, source=str(path))
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    expected = blocks_by_hand(DOCUMENTS, "train", settings)
+    np.testing.assert_array_equal(prepared.split("train"), expected)
+
+
+def test_copies_of_a_document_share_one_split(tmp_path: Path, tokenizer: Path) -> None:
+    marked = [f"w{n} {text}" for n, text in enumerate(DOCUMENTS)]
+    path = tmp_path / "copies.jsonl"
+    path.write_text(as_jsonl(marked + marked[::-1]))
+    prepared = prepare(replace(SETTINGS, source=str(path)), tokenizer, tmp_path / "cache")
+    seen: dict[str, set[str]] = {}
+    for name in SPLITS:
+        words = " ".join(
+            f"w{token - 2}" if token != EOS else "|" for token in prepared.split(name).flat
+        )
+        seen[name] = {text.strip() for text in words.split("|")} & set(marked)
+        assert seen[name]
+    assert not seen["train"] & seen["search"]
+    assert not seen["train"] & seen["validation"]
+    assert not seen["search"] & seen["validation"]
+
+
+def test_split_shares_seed_and_stability() -> None:
+    settings = DataSettings(validation_fraction=0.2, search_fraction=0.1)
+    texts = [f"document {n}" for n in range(5000)]
+    names = [split_of(text, settings) for text in texts]
+    assert names.count("validation") / 5000 == pytest.approx(0.2, abs=0.02)
+    assert names.count("search") / 5000 == pytest.approx(0.1, abs=0.02)
+    reseeded = [split_of(text, replace(settings, seed=1)) for text in texts]
+    assert 0.3 < np.mean([a != b for a, b in zip(names, reseeded, strict=True)]) < 0.6
+    # Written down: another platform or version must not move a document into another split.
+    assert names[:7] == [
+        "train",
+        "validation",
+        "search",
+        "train",
+        "train",
+        "validation",
+        "train",
+    ]
+
+
+def test_a_second_call_does_no_work(
+    tmp_path: Path, corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, source=str(corpus))
+    first = prepare(settings, tokenizer, tmp_path / "cache")
+    times = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", refuse)
+    second = prepare(settings, tokenizer, tmp_path / "cache")
+    assert second == first
+    assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == times
+    # The same content in another place is the same corpus.
+    (tmp_path / "new").mkdir()
+    moved = corpus.rename(tmp_path / "new" / corpus.name)
+    third = prepare(replace(settings, source=str(moved)), tokenizer, tmp_path / "cache")
+    assert third.folder == first.folder
+
+
+def test_changed_content_settings_or_tokenizer_prepare_anew(
+    tmp_path: Path, corpus: Path, tokenizer: Path
+) -> None:
+    settings = replace(SETTINGS, source=str(corpus))
+    folders = {prepare(settings, tokenizer, tmp_path / "cache").folder}
+    other = save_tokenizer(tmp_path / "other", NUM_WORDS + 1, eos_token="</s>")
+    folders.add(prepare(settings, other, tmp_path / "cache").folder)
+    folders.add(prepare(replace(settings, seed=9), tokenizer, tmp_path / "cache").folder)
+    size_bytes = corpus.stat().st_size
+    corpus.write_text(corpus.read_text().replace("w11 ", "w12 "))
+    assert corpus.stat().st_size == size_bytes
+    changed = prepare(settings, tokenizer, tmp_path / "cache")
+    folders.add(changed.folder)
+    assert len(folders) == 4
+    documents = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    expected = blocks_by_hand(documents, "train", settings)
+    np.testing.assert_array_equal(changed.split("train"), expected)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "manifest.json"])
+def test_a_truncated_file_is_made_again(
+    name: str, tmp_path: Path, corpus: Path, tokenizer: Path
+) -> None:
+    settings = replace(SETTINGS, source=str(corpus))
+    folder = prepare(settings, tokenizer, tmp_path / "cache").folder
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-2])
+    prepare(settings, tokenizer, tmp_path / "cache")
+    assert (folder / name).read_bytes() == whole
+
+
+def test_a_killed_preparation_leaves_nothing(
+    tmp_path: Path, corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_call, calls = PreTrainedTokenizerFast.__call__, []
+
+    def die_in_second_batch(*args: object, **options: object) -> object:
+        calls.append(1)
+        return refuse() if len(calls) == 2 else whole_call(*args, **options)
+
+    settings = replace(SETTINGS, source=str(corpus))
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(PreTrainedTokenizerFast, "__call__", die_in_second_batch)
+        prepare(settings, tokenizer, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(prepare(settings, tokenizer, tmp_path / "cache").split("train")) > 0
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    def prepared_dtype(num_words: int) -> np.dtype:
+        documents = [f"w{num_words - 1} {text}" for text in DOCUMENTS]
+        path = tmp_path / f"{num_words}.jsonl"
+        path.write_text(as_jsonl(documents))
+        tokenizer = save_tokenizer(tmp_path / str(num_words), num_words, eos_token="</s>")
+        settings = replace(SETTINGS, source=str(path))
+        blocks = prepare(settings, tokenizer, tmp_path / "cache").split("train")
+        np.testing.assert_array_equal(blocks, blocks_by_hand(documents, "train", settings))
+        return blocks.dtype
+
+    assert prepared_dtype(2**16 - 2) == np.uint16  # the largest id is 65535
+    assert prepared_dtype(2**16 - 1) == np.uint32
+
+
+def test_byte_level_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: n for n, character in enumerate([*alphabet, "</s>"])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    fast.save_pretrained(tmp_path / "bytes")
+    documents = [f"naïve café {n}\nline two" for n in range(100)]
+    path = tmp_path / "accents.jsonl"
+    path.write_text(as_jsonl(documents))
+    settings = replace(SETTINGS, source=str(path))
+    blocks = prepare(settings, tmp_path / "bytes", tmp_path / "cache").split("search")
+    chosen = [text for text in documents if split_of(text, settings) == "search"]
+    joined = "".join(text + "</s>" for text in chosen)
+    decoded = fast.decode(blocks.flatten().tolist(), errors="ignore").rstrip("\ufffd")
+    assert len(decoded) > 50
+    assert joined.startswith(decoded)
+
+
+def test_block_dataset_gives_int64_ids_and_equal_labels(
+    tmp_path: Path, corpus: Path, tokenizer: Path
+) -> None:
+    blocks = prepare(replace(SETTINGS, source=str(corpus)), tokenizer, tmp_path / "cache").split(
+        "train"
+    )
+    dataset = BlockDataset(blocks)
+    assert len(dataset) == len(blocks)
+    assert dataset[5]["input_ids"].dtype == torch.int64
+    assert torch.equal(dataset[5]["input_ids"], dataset[5]["labels"])
+    assert dataset[5]["input_ids"].tolist() == blocks[5].tolist()
+    assert len(BlockDataset(blocks, 4)) == 4
+    batch = next(iter(torch.utils.data.DataLoader(BlockDataset(blocks, 4), batch_size=4)))
+    assert batch["labels"].shape == (4, SETTINGS.block_length)
+    with pytest.raises(ValueError, match=f"num_blocks is 100000 but the split holds {len(blocks)}"):
+        BlockDataset(blocks, 100_000)
+    with pytest.raises(ValueError, match="num_blocks is 0"):
+        BlockDataset(blocks, 0)
+
+
+def test_the_default_cache_follows_the_environment(
+    tmp_path: Path, corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "root"))
+    prepared = prepare(replace(SETTINGS, source=str(corpus)), tokenizer)
+    assert prepared.folder.parent == tmp_path / "root" / "data"
+    with pytest.raises(ValueError, match="no split 'test': choose one of train, search, validat"):
+        prepared.split("test")  # type: ignore[arg-type]
+
+
+def test_a_hub_dataset_is_read_at_the_revision_it_is_known_by(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    class Hub:
+        def dataset_info(self, dataset_id: str, timeout: float) -> object:
+            return type("Info", (), {"sha": f"commit of {dataset_id}"})
+
+    def load_dataset(name: str, **options: object) -> datasets.IterableDataset:
+        asked.append((name, options))
+        return datasets.IterableDataset.from_generator(lambda: ({"body": t} for t in DOCUMENTS))
+
+    monkeypatch.setattr(data, "HfApi", Hub)
+    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    settings = replace(SETTINGS, source="owner/name-v1.5", text_column="body")
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    pinned = {"revision": "commit of owner/name-v1.5", "split": "train", "streaming": True}
+    assert asked[-1] == ("owner/name-v1.5", pinned)
+    expected = blocks_by_hand(DOCUMENTS, "train", settings)
+    np.testing.assert_array_equal(prepared.split("train"), expected)
+
+
+def test_an_unknown_hub_dataset_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def dataset_info(self, dataset_id: str, timeout: float) -> object:
+            raise ConnectionError("offline\nlong story")
+
+    monkeypatch.setattr(data, "HfApi", Hub)
+    with pytest.raises(ValueError, match=r"owner/name is no local file .*\(offline\): check the n"):
+        check_source(DataSettings(source="owner/name"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": ""}, "data.source is empty: give a file"),
+        ({"source": "absent.jsonl"}, "absent.jsonl does not exist: give a file, a folder or"),
+        ({"source": "a/b/c"}, "a/b/c does not exist"),
+        ({"source": "/nowhere"}, "/nowhere does not exist"),
+        ({"validation_fraction": 0.0}, "data.validation_fraction is 0.0: give a number between 0"),
+        ({"search_fraction": 1.0}, "data.search_fraction is 1.0: give a number between 0 and 1"),
+        (
+            {"search_fraction": 0.5, "validation_fraction": 0.6},
+            "add up to 1.1, which leaves nothing to train on: make their sum less than 1",
+        ),
+        ({"block_length": 7}, "data.block_length is 7 tokens: give at least 8"),
+        ({"text_column": "body"}, "has no column 'body': set data.text_column to one of text"),
+    ],
+)
+def test_settings_out_of_range_are_told(
+    change: dict[str, object], message: str, corpus: Path
+) -> None:
+    settings = replace(replace(SETTINGS, source=str(corpus)), **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        check_source(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text\nw1\n", r"a.csv has an unknown suffix: give a file that ends in .txt, "),
+        ("a.parquet.gz", b"x", "a.parquet.gz has an unknown suffix"),
+        ("suffixless", b"x", "suffixless has an unknown suffix"),
+        ("a.txt", b"", r"a.txt is empty: remove it or fetch it again"),
+        ("a.txt", b"\n\n \n\n", r"a.txt holds no text: every document is empty"),
+        ("a.jsonl.gz", gzip.compress(b""), r"a.jsonl.gz holds no text"),
+        ("a.jsonl", b'{"text": 3}\n', r"a.jsonl holds int, not text, in its column 'text'"),
+        ("a.jsonl", b'{"id": 1, "body": "w1"}\n', r"set data.text_column to one of id, body"),
+        ("a.jsonl", b'{"text": "w1"}\n{"text": \n', r"cannot read .*a.jsonl, line 2: JSON parse"),
+        ("a.jsonl.gz", b'{"text": "w1"}\n', r"cannot read .*a.jsonl.gz: Not a gzipped file"),
+        ("a.parquet", b"no parquet", r"cannot read .*a.parquet: .*; mend or remove it"),
+        ("a.txt", b"caf\xe9", r"cannot read .*a.txt: 'utf-8' codec can't decode byte 0xe9"),
+    ],
+)
+def test_unreadable_sources_are_told(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        check_source(replace(SETTINGS, source=str(tmp_path / name)))
+
+
+def test_folders_without_data_are_told(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("not data")
+    with pytest.raises(ValueError, match=r"the folder .* holds no file that ends in \.txt, \.json"):
+        check_source(replace(SETTINGS, source=str(tmp_path)))
+    (tmp_path / "a.txt").write_text("w1")
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(ValueError, match=r"b.txt is empty"):
+        check_source(replace(SETTINGS, source=str(tmp_path)))
+
+
+def test_a_late_corrupt_line_is_named_and_nothing_is_kept(tmp_path: Path, tokenizer: Path) -> None:
+    # Longer than one chunk of the reader, so the check of the first document cannot see it.
+    long = [" ".join(DOCUMENTS)] * 700
+    path = tmp_path / "late.jsonl"
+    path.write_text(as_jsonl(long) + '{"text": "w1"\n')
+    assert path.stat().st_size > 10 << 20
+    settings = replace(SETTINGS, source=str(path))
+    check_source(settings)
+    with pytest.raises(ValueError, match=r"cannot read .*late.jsonl, line 701: "):
+        prepare(settings, tokenizer, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_split_without_a_block_is_told(tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+    settings = replace(SETTINGS, source=str(corpus), block_length=2048)
+    message = (
+        r"the search split got \d+ tokens, less than one block of 2048: give more text, a larger "
+        r"data.search_fraction or a smaller data.block_length"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(settings, tokenizer, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_tokenizers_without_an_end_or_a_file_are_told(tmp_path: Path, corpus: Path) -> None:
+    settings = replace(SETTINGS, source=str(corpus))
+    endless = save_tokenizer(tmp_path / "endless")
+    with pytest.raises(ValueError, match=r"endless has no end-of-sequence token .*: set eos_token"):
+        prepare(settings, endless, tmp_path / "cache")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"no tokenizer loads from .*nothing \(.*\): give a check"):
+        prepare(settings, tmp_path / "nothing", tmp_path / "cache")
