@@ -301,21 +301,20 @@ def _results(result: Result) -> str:
     note = "Losses are in nats per token on the validation split"
     if result["target_loss"] is not None:
         note += "; in brackets, the difference to scratch at equal tokens"
-    return section("Results", table(COLUMNS, rows) + f'<p class="note">{note}.</p>\n')
+    return section("Results", table(COLUMNS, rows, "results") + f'<p class="note">{note}.</p>\n')
 
 
 def _curves(result: Result) -> str:
     colours = arm_colours(result)
-    labels = "".join(arm_label(name, colours) for name in colours)
-    legend = f'<p class="legend">{labels}</p>\n'
+    legend = "".join(arm_label(name, colours) for name in colours)
     omitted = "On the log scale a point at 0 has no place"
     tokens_note = f"{omitted}: read the loss before training off the table or the linear scale."
     flops_note = (
         "Search and calibration are paid before the first step, so an arm that needs them starts "
         f"to the right; an arm that distils also pays the teacher’s forward passes. {omitted}."
     )
-    tokens = legend + chart_block("loss-tokens", tokens_note, scales=True)
-    flops = legend + chart_block("loss-flops", flops_note, scales=True)
+    tokens = chart_block("loss-tokens", tokens_note, legend)
+    flops = chart_block("loss-flops", flops_note, legend)
     return section("Loss against tokens", tokens) + section("Loss against FLOPs", flops)
 
 
@@ -346,9 +345,9 @@ def _architecture(result: Result) -> str:
         [key.replace("_", " ").replace("non ", "non-"), *(count_text(model[key]) for model in both)]
         for key in ("parameters", "non_embedding_parameters")
     ]
-    name = teacher["name"] + (f" ({teacher['note']})" if teacher["note"] else "")
+    name = html.escape(teacher["name"] + (f" ({teacher['note']})" if teacher["note"] else ""))
     note = (
-        f'<p class="note">The teacher is {html.escape(name)}; its own loss is {teacher["loss"]:.3f} nats. '
+        f'<p class="note">The teacher is {name}; its own loss is {teacher["loss"]:.3f} nats. '
         "Width stands for embed, one bar for a layer, the first layer at the bottom.</p>\n"
     )
     body = f'<div class="pair">\n{architecture_drawing(teacher, student)}'
@@ -396,9 +395,6 @@ def _costs(result: Result) -> str:
 
 def _settings(result: Result) -> str:
     recipe = yaml.safe_dump(result["recipe"], sort_keys=False, allow_unicode=True)
-    environment = [
-        [html.escape(str(cell)) for cell in row] for row in result["environment"].items()
-    ]
-    return section("Recipe", f"<pre>{html.escape(recipe)}</pre>\n") + section(
-        "Environment", table((), environment, "facts")
-    )
+    rows = [[html.escape(str(cell)) for cell in row] for row in result["environment"].items()]
+    environment = section("Environment", table((), rows, "facts"))
+    return section("Recipe", f"<pre>{html.escape(recipe)}</pre>\n") + environment

@@ -33,7 +33,7 @@ section { margin-top: 2.6rem; padding-top: 1.5rem; border-top: 1px solid var(--r
 .eyebrow, .meta, .note { margin: 0; color: var(--muted); font-size: .875rem; }
 .eyebrow { color: var(--accent); font-weight: 600; }
 .lead { margin: 0 0 .8rem; font-size: 1.1rem; }
-.note { max-width: 46em; margin: .6rem 0; }
+.note { max-width: 46em; margin: .6rem 0; text-wrap: pretty; }
 h1, .lead, dd, code { overflow-wrap: anywhere; }
 code, pre { font: .85em/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { margin: 0; padding: 1rem 1.2rem; overflow-x: auto; background: var(--faint);
@@ -51,7 +51,8 @@ table.facts th { color: var(--muted); vertical-align: top; }
 .arm::before { content: ""; display: inline-block; width: .65em; height: .65em;
   margin-right: .5em; border-radius: 50%; background: var(--arm); }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 0; font-size: .875rem; }
-.scales { display: flex; justify-content: flex-end; gap: .25rem; margin: 0; }
+.above { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .5rem 1.5rem; }
+.scales { display: flex; gap: .25rem; margin-left: auto; }
 .scales button { padding: .15rem .7rem; border: 1px solid var(--rule); border-radius: 99px;
   background: none; color: var(--muted); font: inherit; font-size: .8rem; cursor: pointer; }
 .scales button[aria-pressed=true] { border-color: var(--accent); color: var(--accent); }
@@ -59,7 +60,13 @@ figure { min-width: 0; margin: 0; }
 .chart { height: 380px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem 2.5rem; align-items: start; }
 @media (max-width: 44rem) { body { padding: 2rem 1rem 3rem; } .chart { height: 320px; }
-  .pair { grid-template-columns: minmax(0, 1fr); } }
+  .pair { grid-template-columns: minmax(0, 1fr); }
+  .results thead { display: none; }
+  .results tr { display: block; padding: .7rem 0; border-bottom: 1px solid var(--rule); }
+  .results th, .results td { display: flex; justify-content: space-between; padding: .15rem 0;
+    border: 0; }
+  .results th { justify-content: flex-start; align-items: baseline; font-weight: 650; }
+  .results td::before { content: attr(data-label); color: var(--muted); } }
 svg.stacks { display: block; width: 100%; max-width: 26rem; }
 .stacks text { fill: var(--muted); font-size: 13px; text-anchor: middle; }
 .stacks .dropped { fill: var(--rule); }
@@ -81,7 +88,7 @@ const theme = () => {
   return colours;
 };
 const drawn = Promise.all(Object.entries(charts).map(([id, figure]) => Plotly.newPlot(id,
-  figure.data,
+  structuredClone(figure.data),
   // A finger scrolls the page; a mouse zooms the chart.
   {...figure.layout, dragmode: matchMedia('(pointer: coarse)').matches ? false : 'zoom'},
   {displayModeBar: false, responsive: true})));
@@ -92,8 +99,11 @@ for (const button of document.querySelectorAll('.scales button'))
   button.addEventListener('click', () => {
     for (const other of button.parentElement.children)
       other.setAttribute('aria-pressed', other === button);
-    Plotly.relayout(button.dataset.chart,
-      {'xaxis.type': button.dataset.scale, 'xaxis.autorange': true});
+    const {chart, scale} = button.dataset, log = scale === 'log';
+    // plotly would draw a line in from the edge for a point at 0, so the log scale drops it.
+    const x = charts[chart].data.map(trace => trace.x.map(at => log && at <= 0 ? null : at));
+    Plotly.update(chart, {x},
+      {'xaxis.type': scale, 'xaxis.dtick': log ? 'D2' : null, 'xaxis.autorange': true});
   });
 """
 
@@ -119,10 +129,14 @@ def section(title: str, body: str) -> str:
 def table(header: tuple[str, ...], rows: list[list[str]], name: str = "") -> str:
     """A table of cells that are HTML already; the first cell of a row is its heading."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>\n'
-        for first, *rest in rows
-    )
+    body = ""
+    for first, *rest in rows:
+        labels = header[1:] or [""] * len(rest)  # shown beside the cell where a screen is narrow
+        cells = (
+            f'<td data-label="{label}">{cell}</td>'
+            for label, cell in zip(labels, rest, strict=True)
+        )
+        body += f'<tr><th scope="row">{first}</th>{"".join(cells)}</tr>\n'
     head = f"<thead><tr>{head}</tr></thead>\n" if header else ""
     return f'<div class="wide"><table class="{name}">{head}<tbody>{body}</tbody></table></div>\n'
 
@@ -152,16 +166,17 @@ def definitions(tokens: int) -> str:
     return section("Definitions", f"<dl>\n{body}</dl>\n")
 
 
-def chart_block(name: str, note: str, scales: bool = False) -> str:
-    """The place a chart is drawn in, with its note and, if wanted, a linear/log toggle."""
+def chart_block(name: str, note: str, legend: str = "") -> str:
+    """The place a chart is drawn in, with its note; a legend brings a linear/log toggle."""
     buttons = "".join(
         f'<button type="button" data-chart="{name}" data-scale="{scale}" '
         f'aria-pressed="{"true" if scale == "linear" else "false"}">{scale}</button>'
         for scale in ("linear", "log")
     )
-    toggle = f'<div class="scales">{buttons}</div>\n' if scales else ""
+    above = f'<p class="legend">{legend}</p>\n<div class="scales">{buttons}</div>\n'
+    above = f'<div class="above">\n{above}</div>\n' if legend else ""
     return (
-        f'<figure>\n{toggle}<div class="chart" id="{name}"></div>\n'
+        f'<figure>\n{above}<div class="chart" id="{name}"></div>\n'
         f'<figcaption class="note">{note}</figcaption>\n</figure>\n'
     )
 

@@ -108,6 +108,7 @@ def training_arguments(
         "save_total_limit": 1,
         "bf16": has_fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "report_to": "tensorboard",
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
         "log_level": "error",
         **train,

@@ -1,0 +1,126 @@
+"""Small random teachers of every family, and a small text corpus with a tokenizer of its own."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCAB_SIZE = 128
+
+TEACHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama-tied-gqa": lambda: _llama(num_key_value_heads=2, tie_word_embeddings=True),
+    "llama-untied-gqa": lambda: _llama(num_key_value_heads=3, tie_word_embeddings=False),
+    "llama-untied-mha-biases": lambda: _llama(
+        num_key_value_heads=6, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
+    ),
+    "gpt_neox-untied": lambda: _gpt_neox(tie_word_embeddings=False),
+    "gpt_neox-tied": lambda: _gpt_neox(tie_word_embeddings=True),
+    "gpt_neox-serial-no-attention-bias": lambda: _gpt_neox(
+        use_parallel_residual=False, attention_bias=False
+    ),
+}
+
+
+def _llama(**settings: Any) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        head_dim=16,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=0,
+        **settings,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _gpt_neox(**settings: Any) -> PreTrainedModel:
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=0,
+        **settings,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def random_teacher(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A random model in eval mode whose norms and biases are random too.
+
+    Freshly made norms are ones and biases zeros, which would hide a wrong slice.
+    """
+    torch.manual_seed(seed)
+    model = TEACHERS[kind]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.ndim == 1 else 0.15
+            parameter.normal_(std=scale)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model.eval()
+
+
+@pytest.fixture(params=TEACHERS)
+def teacher(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Each kind of teacher in turn."""
+    return random_teacher(request.param)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 400 documents in a made-up language with some structure to learn."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 5))) for _ in range(60)]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    with path.open("w") as stream:
+        for _ in range(400):
+            start, stride = generator.randrange(60), generator.choice([1, 7, 11])
+            text = " ".join(words[(start + stride * i) % 60] for i in range(generator.randint(20, 60)))
+            stream.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 128 entries; id 0 ends a text."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=["<end>"], show_progress=False
+    )
+    trained.train_from_iterator(corpus.read_text().splitlines(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A small Llama teacher on disk, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher")
+    random_teacher("llama-tied-gqa").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
