@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+torch.set_num_threads(1)  # on models this small, threads only wait for one another
+
 VOCAB_SIZE = 128
 
 TEACHERS: dict[str, Callable[[], PreTrainedModel]] = {

@@ -55,21 +55,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
-        name: str, handler: Any, summary: str, example: str, recipe: str | None = None
+        name: str, handler: Any, summary: str, example: str, usage: str = ""
     ) -> argparse.ArgumentParser:
-        epilog = f"example:\n  {example}" + (f"\n\n{RECIPE_KEYS}" if recipe else "")
+        takes_overrides = bool(usage)
+        epilog = f"example:\n  {example}" + (f"\n\n{RECIPE_KEYS}" if takes_overrides else "")
         command = commands.add_parser(
             name,
             help=summary,
             description=summary,
             epilog=epilog,
+            usage=f"headstart {name} {usage}" if usage else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.set_defaults(handler=handler, takes_overrides=recipe is not None)
+        command.set_defaults(handler=handler, takes_overrides=takes_overrides)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
-        if recipe == "argument":
-            command.add_argument("recipe", nargs="?", type=Path, help="a YAML file")
         return command
 
     add(
@@ -77,14 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         _run,
         "Search, extract, pretrain and report, as a recipe says.",
         "headstart run recipes/demo.yaml --output runs/mine --data corpus.jsonl",
-        recipe="argument",
+        usage="[RECIPE] [--key VALUE ...] [--debug]",
     )
     add(
         "demo",
         _demo,
         "Run recipes/demo.yaml: a real teacher and real text, on a CPU in minutes.",
         "headstart demo\n  headstart demo --teacher my-model/ --data my-text/ --output runs/mine",
-        recipe="demo",
+        usage="[--key VALUE ...] [--debug]",
     )
     add(
         "search",
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "Search for the best sub-network in a parameter bin.",
         "headstart search --teacher my-model/ --data corpus.jsonl --search.bin.around 400M "
         "--output runs/mine",
-        recipe="argument",
+        usage="[RECIPE] [--key VALUE ...] [--debug]",
     )
     extract = add(
         "extract",
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "Pretrain the arms of a recipe from an extracted student, and report.",
         "headstart pretrain --student student/ --teacher my-model/ --data corpus.jsonl "
         "--pretrain.tokens 1000000 --output runs/mine",
-        recipe="argument",
+        usage="[RECIPE] [--key VALUE ...] [--debug]",
     )
     evaluate = add(
         "evaluate",
@@ -132,11 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(options: argparse.Namespace, overrides: list[str]) -> Any:
+def _load(overrides: list[str]) -> Any:
+    """The recipe that a command names first, if it names one, with the overrides set."""
     _quiet()
     from headstart.recipe import load_recipe
 
-    return load_recipe(options.recipe, overrides)
+    if overrides and not overrides[0].startswith("-"):
+        return load_recipe(Path(overrides[0]), overrides[1:])
+    return load_recipe(None, overrides)
 
 
 def _quiet() -> None:
@@ -150,15 +153,14 @@ def _quiet() -> None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(options, overrides)
+    recipe = _load(overrides)
     from headstart import pipeline
 
     pipeline.run(recipe)
 
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
-    options.recipe = demo_recipe()
-    _run(options, overrides)
+    _run(options, [str(demo_recipe()), *overrides])
 
 
 def demo_recipe() -> Path:
@@ -169,7 +171,7 @@ def demo_recipe() -> Path:
 
 
 def _search(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(options, overrides)
+    recipe = _load(overrides)
     from headstart import pipeline
 
     outcome = pipeline.run_search(recipe)
@@ -187,7 +189,7 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(options, overrides)
+    recipe = _load(overrides)
     from headstart import pipeline
 
     pipeline.run_pretrain(recipe)

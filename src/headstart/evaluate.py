@@ -46,13 +46,15 @@ def mean_loss(
         on_batch: called with the tokens of each batch done, for progress.
     """
     total = 0.0
-    for batch in blocks.split(batch_size):
+    batch: Tensor
+    for batch in blocks.split(batch_size):  # type: ignore[no-untyped-call]
         batch = batch.to(model.device)
         hidden = model.base_model(batch, use_cache=False).last_hidden_state
         matrix = model.get_output_embeddings().weight
         total += float(next_token_loss(hidden, matrix, batch))
         on_batch(batch.numel())
-    return total / (blocks.shape[0] * (blocks.shape[1] - 1))
+    num_targets: int = blocks.shape[0] * (blocks.shape[1] - 1)
+    return total / num_targets
 
 
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
@@ -66,7 +68,9 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
     return loss * num_tokens / num_bytes / math.log(2)
 
 
-def tokens_to_match(tokens: Sequence[float], losses: Sequence[float], target: float) -> float | None:
+def tokens_to_match(
+    tokens: Sequence[float], losses: Sequence[float], target: float
+) -> float | None:
     """The first token count at which a loss curve is at or below a target.
 
     Between evaluations the curve is a straight line.

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 
 import headstart
 from headstart.assets import demo_corpus, demo_teacher
@@ -31,15 +32,15 @@ from headstart.data import DataSettings, TokenBlocks, check_source, prepare
 from headstart.evaluate import mean_loss, tokens_to_match
 from headstart.pretrain.arms import ArmInputs, run_arm, training_arguments
 from headstart.pretrain.teacher import load_frozen
-from headstart.progress import console, progress
+from headstart.progress import progress
 from headstart.recipe import Recipe, recipe_to_dict
-from headstart.report import load_result, result_table, write_html
+from headstart.report import FORMAT, SCRATCH, headline, load_result, result_table, write_html
 from headstart.search.search import load_spec, search, space_of
 from headstart.subnet.count import count
 from headstart.subnet.extract import checkpoint_files, extract, resolve_teacher
 from headstart.subnet.rules import match_tensor, sizes_of
+from headstart.subnet.spec import student_config
 
-RESULT_FORMAT = "headstart-result/1"
 DEMO = "demo"
 """As a recipe's teacher or data source: the pinned download of `headstart demo`."""
 
@@ -169,9 +170,13 @@ def run_extract(
     teacher: str | Path, spec: Path, out_folder: Path, provenance: dict[str, Any] | None = None
 ) -> Path:
     """Cut the sub-network that a spec file describes out of a teacher."""
+    from transformers import AutoConfig
+
     folder = demo_teacher() if teacher == DEMO else resolve_teacher(teacher)
+    kept = load_spec(spec)
+    student_config(AutoConfig.from_pretrained(folder), kept)  # refuses what cannot be cut
     with progress("extract", len(checkpoint_files(folder)), "tensors") as advance:
-        return extract(folder, load_spec(spec), out_folder, provenance, lambda name: advance())
+        return extract(folder, kept, out_folder, provenance, lambda name: advance())
 
 
 def run_evaluate(model: str, settings: DataSettings, num_tokens: int) -> dict[str, Any]:
@@ -200,8 +205,10 @@ def run_report(folder: Path) -> dict[str, Any]:
     """Print the result table of a run folder and write its `report.html`."""
     result = load_result(folder)
     write_html(result, folder / "report.html")
-    console.print(result_table(result))
-    console.print(f"report: {folder / 'report.html'}")
+    output = Console()
+    output.print(result_table(result))
+    output.print(headline(result))
+    output.print(f"report: {folder / 'report.html'}")
     return result
 
 
@@ -266,11 +273,11 @@ def _result(
                 "curve": curve,
             }
         )
-    scratch = next((arm for arm in arms if arm["init"] == "random"), None)
-    for arm in arms:
-        arm |= match_of(arm["curve"], scratch["curve"] if scratch else None)
+    scratch = next((entry for entry in arms if entry["name"] == SCRATCH), None)
+    for entry in arms:
+        entry |= match_of(entry["curve"], scratch["curve"] if scratch else None)
     return {
-        "format": RESULT_FORMAT,
+        "format": FORMAT,
         "name": folder.name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["headstart", *sys.argv[1:]]),

@@ -13,17 +13,17 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 console = Console(stderr=True)
 
 
 class _RateColumn(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
+    def __init__(self, unit: str, table_column: Column) -> None:
+        super().__init__(table_column)
         self.unit = unit
 
     def render(self, task: Task) -> Text:
@@ -32,9 +32,7 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(
-    description: str, total: float | None, unit: str
-) -> Iterator[Callable[..., None]]:
+def progress(description: str, total: float | None, unit: str) -> Iterator[Callable[..., None]]:
     """Show a progress bar while the body runs.
 
     Args:
@@ -45,15 +43,14 @@ def progress(
     Yields:
         A function `advance(amount=1, note=None)`; a note is shown after the bar.
     """
+    whole = Column(no_wrap=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description}", table_column=whole),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        _RateColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        _RateColumn(unit, table_column=whole),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     with Progress(*columns, console=console, speed_estimate_period=60) as bar:
         task = bar.add_task(description, total=total, note="")

@@ -159,7 +159,7 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     while remaining:
         flag = remaining.pop(0)
         if not flag.startswith("--"):
-            raise ValueError(f"{flag!r} is not an option; write --key value")
+            raise ValueError(f"{flag!r} is not an option; write the recipe first, then --key VALUE")
         key, equals, value = flag[2:].partition("=")
         if not equals:
             if not remaining:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -182,11 +183,20 @@ def _row(arm: Result, compared: bool) -> tuple[str, ...]:
 
 def result_table(result: Result) -> Table:
     """The table of results for the terminal."""
-    table = Table(title=Text(result["name"]))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    student, budget = result["student"], result["budget"]
+    title = (
+        f"{result['name']}: {count_text(student['parameters'])} parameters, "
+        f"{budget['tokens']:,} tokens for each arm"
+    )
+    # All arms have the same parameters, and 80 columns are few: the title names them.
+    kept = [index for index, column in enumerate(COLUMNS) if column != "parameters"]
+    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in (COLUMNS[index] for index in kept):
+        first = column == "arm"
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     for row in result_rows(result):
-        table.add_row(*map(Text, row))  # Text, so that brackets in a name are no markup
+        # Text, so that brackets in a name are no markup.
+        table.add_row(*(Text(row[index]) for index in kept))
     return table
 
 
@@ -251,7 +261,6 @@ def write_html(result: Result, path: Path) -> None:
         result: what `load_result` returned.
         path: the file to write; it appears whole or not at all.
     """
-    path = Path(path)
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(_page(result), encoding="utf-8")
     unfinished.replace(path)

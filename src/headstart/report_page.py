@@ -103,7 +103,8 @@ for (const button of document.querySelectorAll('.scales button'))
     // plotly would draw a line in from the edge for a point at 0, so the log scale drops it.
     const x = charts[chart].data.map(trace => trace.x.map(at => log && at <= 0 ? null : at));
     Plotly.update(chart, {x},
-      {'xaxis.type': scale, 'xaxis.dtick': log ? 'D2' : null, 'xaxis.autorange': true});
+      {'xaxis.type': scale, 'xaxis.autorange': true,
+        'xaxis.tickmode': log ? 'linear' : 'auto', 'xaxis.dtick': log ? 'D2' : null});
   });
 """
 
@@ -193,6 +194,11 @@ def charts_of(result: Result) -> dict[str, Figure]:
     return charts
 
 
+def _plotly_text(text: str) -> str:
+    """Text as plotly shows it: it reads a few tags, and knows no entity for quotes."""
+    return html.escape(text, quote=False)
+
+
 def _layout(x_title: str, y_title: str, **more: Any) -> Figure:
     small = {"size": 13}
     axis = {"zeroline": False, "automargin": True, "ticks": ""}
@@ -222,8 +228,7 @@ def _loss_chart(result: Result, key: str, title: str, exponent: str) -> Figure:
         {
             "type": "scatter",
             "mode": "lines+markers",
-            # plotly reads a few tags in names, so a name is escaped here too
-            "name": html.escape(arm["name"], quote=False),
+            "name": _plotly_text(arm["name"]),
             "x": [point[key] for point in arm["curve"]],
             "y": [point["loss"] for point in arm["curve"]],
             "line": {"color": arm_colours(result)[arm["name"]], "width": 2},
@@ -238,10 +243,9 @@ def _loss_chart(result: Result, key: str, title: str, exponent: str) -> Figure:
         across = {"xref": "paper", "x0": 0, "x1": 1, "y0": target, "y1": target}
         line = {"color": _SCRATCH_COLOUR, "width": 1.5, "dash": "dash"}
         more["shapes"] = [{"type": "line", "layer": "below", "line": line, **across}]
-        place = {"xref": "paper", "x": 1, "xanchor": "right", "y": target, "yanchor": "bottom"}
-        more["annotations"] = [
-            {"text": f"L = {target:.3f}", "showarrow": False, "font": {"size": 12}, **place}
-        ]
+        place = {"xref": "paper", "x": 1, "xanchor": "right", "y": target, "yanchor": "top"}
+        label = {"text": f"scratch’s final loss {target:.3f}", "font": {"size": 12}}
+        more["annotations"] = [{**label, **place, "showarrow": False}]
     return {"data": data, "layout": _layout(title, "validation loss (nats per token)", **more)}
 
 
@@ -294,9 +298,9 @@ def _order_chart(search: Result) -> Figure:
 
 def _candidate_points(candidates: list[Result], x: list[int]) -> Figure:
     texts = [
-        f"generation {candidate['generation']}, {candidate['origin']}<br>"
+        f"generation {candidate['generation']}, {_plotly_text(candidate['origin'])}<br>"
         f"{candidate['parameters']:,} parameters<br>"
-        + ", ".join(f"{key} {size}" for key, size in candidate["sizes"].items())
+        + _plotly_text(", ".join(f"{key} {size}" for key, size in candidate["sizes"].items()))
         for candidate in candidates
     ]
     return {

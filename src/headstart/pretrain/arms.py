@@ -21,7 +21,7 @@ class Arm:
     """One training run.
 
     Attributes:
-        name: in the report, and of its folder.
+        name: in the report, and of its folder; "scratch" is what the others are compared with.
         init: "random" weights, or those of the extracted "subnet".
         learning_rate: the peak of the schedule.
         kd: distillation from the teacher, or none.
@@ -47,7 +47,8 @@ class PretrainSettings:
 
     Attributes:
         tokens: budget of every arm, rounded up to whole steps.
-        validation_tokens: of the validation split, used by every evaluation.
+        validation_tokens: of the validation split, used by every evaluation; all that it holds if
+            that is less.
         evaluations: how many, denser at the start, besides the one before training.
         arms: in the order in which they run.
     """
@@ -84,9 +85,7 @@ RESERVED_ARGUMENTS = {
 """Keys of `train:` that headstart sets itself, and the recipe key that stands for each."""
 
 
-def training_arguments(
-    train: dict[str, Any], arm: Arm, folder: Path, max_steps: int = 1
-) -> Any:
+def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps: int = 1) -> Any:
     """TrainingArguments of one arm: the recipe's `train:` block, verbatim, over our defaults.
 
     Raises:
@@ -160,9 +159,19 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         folder: of this arm; holds checkpoints, TensorBoard logs, then `model/` and `arm.json`.
 
     Returns:
-        The content of `arm.json`: tokens, tokens_per_step, seconds and the curve, a list of
-        {"tokens", "loss"}, from before training to the end.
+        The content of `arm.json`: tokens, tokens_per_step, validation_tokens (those used),
+        seconds and the curve, a list of {"tokens", "loss"}, from before training to the end.
+
+    Raises:
+        ValueError: the arm distils from a teacher of another vocabulary.
     """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        TrainerState,
+        default_data_collator,
+    )
+
     from headstart.pretrain.trainer import (
         DistillationTrainer,
         evaluation_steps,
@@ -181,9 +190,13 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     num_steps = math.ceil(settings.tokens / step_tokens)
     arguments = training_arguments(inputs.train, arm, folder, num_steps)
     checkpoint = last_whole_checkpoint(folder)
+    done = int(checkpoint.name[11:]) if checkpoint else 0
     arguments.eval_on_start = checkpoint is None
 
-    model = _initial_model(arm, inputs.student, arguments.seed)
+    if done < num_steps:
+        model = _initial_model(arm, inputs.student, arguments.seed)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     teacher = Teacher(load_frozen(inputs.teacher, arguments.device)) if arm.kd else None
     if teacher and teacher.model.config.vocab_size != model.config.vocab_size:
         raise ValueError(
@@ -191,8 +204,9 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             f"vocabulary rows and the student {model.config.vocab_size}; use the teacher that the "
             "student was cut from"
         )
-    num_validation_blocks = math.ceil(settings.validation_tokens / block_length)
-    done = int(checkpoint.name[11:]) if checkpoint else 0
+    num_validation_blocks = min(
+        math.ceil(settings.validation_tokens / block_length), len(validation_split)
+    )
     with progress(f"pretrain {arm.name}", num_steps * step_tokens, "tokens") as advance:
         reported = 0
 
@@ -205,6 +219,8 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         trainer = DistillationTrainer(
             model=model,
             args=arguments,
+            processing_class=AutoTokenizer.from_pretrained(inputs.teacher),
+            data_collator=default_data_collator,
             train_dataset=BlockDataset(train_split),
             eval_dataset=BlockDataset(validation_split, num_validation_blocks),
             teacher=teacher,
@@ -213,7 +229,10 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             earlier_seconds=seconds_until(checkpoint),
             on_step=on_step,
         )
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is None or done < num_steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        else:  # killed after its last step; the Trainer would take one more
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     curve = {
         entry["step"]: entry["eval_loss"]
         for entry in trainer.state.log_history
@@ -223,15 +242,16 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     result = {
         "tokens": num_steps * step_tokens,
         "tokens_per_step": step_tokens,
-        "validation_tokens": min(num_validation_blocks, len(validation_split)) * block_length,
+        "validation_tokens": num_validation_blocks * block_length,
         "seconds": trainer.seconds,
         "curve": [
             {"tokens": step * step_tokens, "loss": loss} for step, loss in sorted(curve.items())
         ],
     }
-    unfinished = finished.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    unfinished.rename(finished)
+    if trainer.is_world_process_zero():
+        unfinished = finished.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(result, indent=2) + "\n")
+        unfinished.rename(finished)
     return result
 
 

@@ -39,32 +39,32 @@ class DistillationSettings:
 
 
 def cross_entropy(
-    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]
-) -> Float[Tensor, "tokens"]:
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
+) -> Float[Tensor, " tokens"]:
     """Negative log-likelihood of each target, in nats."""
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
+    return functional.cross_entropy(_widened(logits), targets, reduction="none")
 
 
 def forward_kl(
     student_logits: Float[Tensor, "tokens vocab"],
     teacher_logits: Float[Tensor, "tokens vocab"],
     temperature: float = 1.0,
-) -> Float[Tensor, "tokens"]:
+) -> Float[Tensor, " tokens"]:
     """KL(teacher || student) of each token at a temperature, in nats, without the factor T^2.
 
     Source: Hinton et al. (arXiv 1503.02531), section 2.
     """
-    student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = torch.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    student = torch.log_softmax(_widened(student_logits) / temperature, dim=-1)
+    teacher = torch.log_softmax(_widened(teacher_logits) / temperature, dim=-1)
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
 def distillation_loss(
     student_logits: Float[Tensor, "tokens vocab"],
-    targets: Int[Tensor, "tokens"],
+    targets: Int[Tensor, " tokens"],
     teacher_logits: Float[Tensor, "tokens vocab"],
     settings: DistillationSettings,
-) -> Float[Tensor, "tokens"]:
+) -> Float[Tensor, " tokens"]:
     """`alpha * CE + beta * T^2 * KL(teacher || student)` of each token.
 
     T^2 keeps the gradient's size the same at every temperature.
@@ -77,7 +77,7 @@ def distillation_loss(
 def chunked_sum(
     hidden: Float[Tensor, "tokens embed"],
     output_matrix: Float[Tensor, "vocab embed"],
-    token_loss: Callable[[Tensor, slice], Float[Tensor, "chunk"]],
+    token_loss: Callable[[Tensor, slice], Float[Tensor, " chunk"]],
     tokens_per_chunk: int = TOKENS_PER_CHUNK,
 ) -> Float[Tensor, ""]:
     """Sum a per-token loss of the logits without ever holding the logits of all tokens.
@@ -92,13 +92,24 @@ def chunked_sum(
         The sum, with gradients for `hidden` and `output_matrix`.
     """
     if torch.is_grad_enabled():
-        total: Tensor = _ChunkedSum.apply(hidden, output_matrix, token_loss, tokens_per_chunk)
+        total: Tensor = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
+            hidden, output_matrix, token_loss, tokens_per_chunk
+        )
         return total
     chunks = _chunks(len(hidden), tokens_per_chunk)
     return sum(
         (token_loss(functional.linear(hidden[c], output_matrix), c).sum() for c in chunks),
         hidden.new_zeros(()),
     )
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Lower precisions as float32; float32 and float64 as they are."""
+    return logits.to(_wide(logits.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _chunks(num_tokens: int, tokens_per_chunk: int) -> list[slice]:
@@ -120,7 +131,7 @@ class _ChunkedSum(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden)
         matrix_gradient = torch.zeros_like(output_matrix)
         matrix = output_matrix.detach().requires_grad_()
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
         for chunk in _chunks(len(hidden), tokens_per_chunk):
             with torch.enable_grad():
                 part = hidden[chunk].detach().requires_grad_()

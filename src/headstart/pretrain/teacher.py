@@ -19,9 +19,8 @@ def has_fast_bf16(device: torch.device) -> bool:
     matrix instructions take it. Other CPUs emulate it several times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and bool(instructions)
 
 
 def load_frozen(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -40,9 +39,7 @@ class Teacher:
     model: PreTrainedModel
 
     @torch.no_grad()
-    def hidden(
-        self, blocks: Int[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch tokens embed"]:
+    def hidden(self, blocks: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens embed"]:
         """Final hidden states of a batch."""
         hidden: Tensor = self.model.base_model(blocks, use_cache=False).last_hidden_state
         return hidden

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -141,7 +140,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
             json.loads((checkpoint / "trainer_state.json").read_text())
             return checkpoint
         except (OSError, ValueError):
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # other processes remove it too
     return None
 
 
@@ -161,8 +160,5 @@ def evaluation_steps(num_steps: int, num_evaluations: int) -> list[int]:
     >>> evaluation_steps(100, 5)
     [4, 16, 36, 64, 100]
     """
-    spaced = (
-        round(num_steps * (k / num_evaluations) ** 2) for k in range(1, num_evaluations + 1)
-    )
+    spaced = (round(num_steps * (k / num_evaluations) ** 2) for k in range(1, num_evaluations + 1))
     return sorted({max(1, step) for step in spaced})
-

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from headstart.data import TokenBlocks
+from headstart.data import SplitName, TokenBlocks
 from headstart.progress import progress
 from headstart.search.evolution import (
     Evaluated,
@@ -167,7 +167,7 @@ def _summary(one: Evaluated) -> dict[str, Any]:
     }
 
 
-def _first_blocks(blocks: TokenBlocks, split: str, num_tokens: int) -> torch.Tensor:
+def _first_blocks(blocks: TokenBlocks, split: SplitName, num_tokens: int) -> torch.Tensor:
     """At least `num_tokens` of a split as whole blocks, or all that it has."""
     array = blocks.split(split)
     num_blocks = -(-num_tokens // array.shape[1])
@@ -182,7 +182,7 @@ def _importance(
     kept = folder / "importance.safetensors"
     if not kept.is_file():
         with progress("calibrate", calibration.numel(), "tokens") as advance:
-            batches = calibration.split(settings.batch_size)
+            batches = calibration.split(settings.batch_size)  # type: ignore[no-untyped-call]
             scores = activation_importance(model, batches, advance)
         unfinished = kept.with_suffix(".unfinished")
         save_file({name: tensor.contiguous() for name, tensor in vars(scores).items()}, unfinished)

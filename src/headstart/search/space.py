@@ -103,7 +103,7 @@ class BinSettings:
         return Bin.around(parameters(layouts_of(reference), sizes_of(reference)), self.tolerance)
 
 
-COUNT_PATTERN = re.compile(r"(\d[\d_]*(?:\.\d+)?)([KMB]?)", re.IGNORECASE)
+COUNT_PATTERN = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?)([KMB]?)", re.IGNORECASE)
 
 
 def parse_count(text: int | str) -> int:

@@ -67,9 +67,7 @@ def non_embedding_parameters(layouts: Mapping[str, str], sizes: Sizes) -> Any:
     )
 
 
-def inference_flops_per_token(
-    layouts: Mapping[str, str], sizes: Sizes, context_length: int
-) -> Any:
+def inference_flops_per_token(layouts: Mapping[str, str], sizes: Sizes, context_length: int) -> Any:
     """FLOPs of one token's forward pass: two per weight that multiplies it, and attention.
 
     The embedding look-up costs nothing, the output matrix counts whether it is tied or not, and

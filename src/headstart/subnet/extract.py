@@ -113,20 +113,24 @@ def slice_tensors(
     """
     sizes = sizes_of(config)
     positions = {layer: position for position, layer in enumerate(spec.layers)}
-    missing = {(pattern, layer) for pattern in layouts_of(config) for layer in spec.layers}
-    missing = {(pattern, layer if "{i}" in pattern else None) for pattern, layer in missing}
+    missing = {
+        (pattern, layer if "{i}" in pattern else None)
+        for pattern in layouts_of(config)
+        for layer in spec.layers
+    }
     for name, tensor in tensors:
         rule, layer = match_tensor(name, config)
         missing.discard((rule.pattern, layer))
-        if rule.layout == DROPPED or (layer is not None and layer not in positions):
-            continue
-        if layer is None:
-            yield name, slice_tensor(tensor, rule.layout, sizes, {"embed": spec.embed})
-        else:
+        part = None
+        if rule.layout != DROPPED and layer is None:
+            part = slice_tensor(tensor, rule.layout, sizes, {"embed": spec.embed})
+        elif rule.layout != DROPPED and layer in positions:
             position = positions[layer]
-            kept = spec.kept_in_layer(position)
-            new_name = name.replace(f".{layer}.", f".{position}.", 1)
-            yield new_name, slice_tensor(tensor, rule.layout, sizes, kept)
+            name = name.replace(f".{layer}.", f".{position}.", 1)
+            part = slice_tensor(tensor, rule.layout, sizes, spec.kept_in_layer(position))
+        del tensor  # or it would stay until the next one is read
+        if part is not None:
+            yield name, part
     if missing:
         pattern, layer = min(missing, key=str)
         raise ValueError(
@@ -199,12 +203,12 @@ def extract(
     config = AutoConfig.from_pretrained(folder)
     output_config = student_config(config, spec)
 
-    def reported() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in read_tensors(folder):
-            on_tensor(name)
-            yield name, tensor
+    def reported(named_tensor: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        on_tensor(named_tensor[0])
+        return named_tensor
 
-    sliced = {name: t.contiguous() for name, t in slice_tensors(reported(), config, spec)}
+    tensors = map(reported, read_tensors(folder))  # a loop would hold on to its last tensor
+    sliced = {name: t.contiguous() for name, t in slice_tensors(tensors, config, spec)}
     output_config.architectures = config.architectures
     output_config.dtype = next(iter(sliced.values())).dtype
 

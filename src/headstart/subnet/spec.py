@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from headstart.subnet.axes import Sizes, dimension_size, parse_layout
@@ -100,11 +101,12 @@ class SubnetSpec:
         for axis, units in checks:
             if not units:
                 raise ValueError(f"the spec keeps nothing of axis {axis}; keep at least one unit")
-            if any(b <= a for a, b in zip(units, units[1:], strict=False)):
+            if any(b <= a for a, b in pairwise(units)):
                 raise ValueError(f"the spec's {axis} indices are not in ascending order")
-            if units[0] < 0 or units[-1] >= teacher_sizes[axis]:
+            outermost = units[0] if units[0] < 0 else units[-1]
+            if not 0 <= outermost < teacher_sizes[axis]:
                 raise ValueError(
-                    f"the spec keeps {axis} index {units[-1]} but the teacher has only "
+                    f"the spec keeps {axis} index {outermost} but the teacher has only "
                     f"{teacher_sizes[axis]}; indices go from 0 to {teacher_sizes[axis] - 1}"
                 )
 
@@ -143,7 +145,9 @@ class SubnetSpec:
         """
         missing = {"layers", "embed", "kv_groups", "mlp"} - set(value)
         if missing:
-            raise ValueError(f"the spec lacks {', '.join(sorted(missing))}: {json.dumps(value)[:80]}")
+            raise ValueError(
+                f"the spec lacks {', '.join(sorted(missing))}: {json.dumps(value)[:80]}"
+            )
         return SubnetSpec(
             parse_indices(value["layers"]),
             parse_indices(value["embed"]),

@@ -1,0 +1,260 @@
+"""Arms that are killed, multiplied or repeated give what one quiet run gives."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from headstart.evaluate import mean_loss
+from headstart.pretrain import arms
+from headstart.pretrain.arms import Arm, ArmInputs, PretrainSettings, run_arm, training_arguments
+from headstart.pretrain.losses import DistillationSettings
+from headstart.pretrain.trainer import DistillationTrainer, ReportStep
+
+SCRATCH = Arm("scratch", init="random")
+SUBNET = Arm("subnet")
+DISTILLED = Arm("subnet+kd", kd=DistillationSettings())
+STEP_TOKENS = 4 * 16
+NUM_STEPS = 10  # checkpoints after 2, 4, 6, 8 and 10; an epoch has 12
+
+
+@pytest.fixture(scope="session")
+def inputs(student_folder, teacher_folder, blocks) -> ArmInputs:
+    settings = PretrainSettings(tokens=NUM_STEPS * STEP_TOKENS, validation_tokens=80, evaluations=3)
+    train = {"use_cpu": True, "per_device_train_batch_size": 4, "logging_steps": 1}
+    return ArmInputs(student_folder, teacher_folder, blocks, settings, train)
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(inputs, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The distilled arm, trained in one go."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (arms, sys.modules["headstart.pretrain.teacher"]):
+            patch.setattr(module, "has_fast_bf16", lambda device: False)
+        return folder, run_arm(DISTILLED, inputs, folder)
+
+
+def assert_same_run(folder: Path, result: dict[str, Any], uninterrupted: Any, **close: Any) -> None:
+    expected_folder, expected = uninterrupted
+    assert [point["tokens"] for point in result["curve"]] == [
+        point["tokens"] for point in expected["curve"]
+    ]
+    losses = [[point["loss"] for point in run["curve"]] for run in (result, expected)]
+    torch.testing.assert_close(*map(torch.tensor, losses), **close)
+    torch.testing.assert_close(weights_of(folder), weights_of(expected_folder), **close)
+
+
+def test_result_of_an_arm(uninterrupted, inputs):
+    folder, result = uninterrupted
+    assert json.loads((folder / "arm.json").read_text()) == result
+    assert result["tokens_per_step"] == STEP_TOKENS
+    assert result["tokens"] == NUM_STEPS * STEP_TOKENS
+    assert result["seconds"] > 0
+    # Quadratic spacing of three evaluations over ten steps, after the one before training.
+    steps = [point["tokens"] / STEP_TOKENS for point in result["curve"]]
+    assert steps == [0, 1, 4, 10]
+    assert list(folder.glob("runs/*/events.out.tfevents.*"))
+    validation = torch.from_numpy(inputs.blocks.split("validation")[:5].astype("int64"))
+    assert result["validation_tokens"] == validation.numel()
+    before = AutoModelForCausalLM.from_pretrained(inputs.student)
+    after = AutoModelForCausalLM.from_pretrained(folder / "model")
+    losses = [mean_loss(model.eval(), validation, 2) for model in (before, after)]
+    assert [result["curve"][end]["loss"] for end in (0, -1)] == pytest.approx(losses, rel=1e-5)
+    assert losses[1] < losses[0]
+
+
+def test_a_finished_arm_is_read_not_trained(uninterrupted, inputs, monkeypatch):
+    folder, result = uninterrupted
+    monkeypatch.setattr(DistillationTrainer, "train", None)
+    monkeypatch.setattr(arms, "_initial_model", None)
+    assert run_arm(DISTILLED, inputs, folder) == result
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [1, 5, 8, "saving the model"])
+def test_a_broken_off_arm_goes_on(inputs, uninterrupted, tmp_path, monkeypatch, killed_at):
+    def fail(trainer_or_callback: Any, *args: Any, **kwargs: Any) -> None:
+        if args[0] == str(tmp_path / "model") or args[1:] and args[1].global_step == killed_at:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if killed_at == "saving the model":
+            save = DistillationTrainer.save_model
+            patch.setattr(
+                DistillationTrainer,
+                "save_model",
+                lambda *args, **kwargs: fail(*args) or save(*args, **kwargs),
+            )
+        else:
+            patch.setattr(ReportStep, "on_step_end", fail)
+        run_arm(DISTILLED, inputs, tmp_path)
+    result = run_arm(DISTILLED, inputs, tmp_path)
+    assert_same_run(tmp_path, result, uninterrupted, rtol=0, atol=1e-6)
+
+
+def start_worker(launcher: list[str], tmp_path: Path, *call: Any) -> int:
+    pickled = tmp_path / "call.pickle"
+    pickled.write_bytes(pickle.dumps(call))
+    worker = Path(__file__).with_name("run_arm_worker.py")
+    return subprocess.run([sys.executable, *launcher, str(worker), str(pickled)]).returncode
+
+
+def test_a_killed_process_goes_on_and_its_seconds_add_up(inputs, uninterrupted, tmp_path):
+    folder = tmp_path / "arm"
+    assert start_worker([], tmp_path, DISTILLED, inputs, folder, 7) == -signal.SIGKILL
+    assert not (folder / "arm.json").exists()
+    state = folder / "checkpoint-6" / "trainer_state.json"
+    history = json.loads(state.read_text())
+    history["log_history"][-1]["seconds"] = 1000.0  # as if it had been slow
+    state.write_text(json.dumps(history))
+    result = run_arm(DISTILLED, inputs, folder)
+    assert_same_run(folder, result, uninterrupted, rtol=0, atol=1e-6)
+    assert 1000 < result["seconds"] < 1100
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(inputs, uninterrupted, tmp_path):
+    folder = tmp_path / "arm"
+    halved = replace(inputs, train={**inputs.train, "per_device_train_batch_size": 2})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert start_worker(launcher, tmp_path, DISTILLED, halved, folder, None) == 0
+    result = json.loads((folder / "arm.json").read_text())
+    assert result["tokens_per_step"] == STEP_TOKENS
+    assert_same_run(folder, result, uninterrupted, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The training batches, as they come."""
+    batches: list[Tensor] = []
+    compute_loss = DistillationTrainer.compute_loss
+
+    def spy(self: Any, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            batches.append(inputs["input_ids"].clone())
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", spy)
+    return batches
+
+
+def short(inputs: ArmInputs, **settings: Any) -> ArmInputs:
+    """The same inputs for a run of three steps."""
+    settings = {"tokens": 3 * STEP_TOKENS, "evaluations": 1, **settings}
+    return replace(inputs, settings=replace(inputs.settings, **settings))
+
+
+def test_arms_see_the_same_text_in_the_same_order(inputs, tmp_path, seen):
+    for arm in (SCRATCH, SUBNET, DISTILLED):
+        run_arm(arm, short(inputs), tmp_path / arm.name)
+    by_arm = torch.stack(seen).reshape(3, 3, 4, 16)
+    assert torch.equal(by_arm[0], by_arm[1]) and torch.equal(by_arm[0], by_arm[2])
+    assert len(by_arm[0].flatten(0, 1).unique(dim=0)) == 12  # no block comes twice
+
+
+def test_random_init_is_its_own_and_repeats_by_seed(inputs, tmp_path):
+    student = load_file(inputs.student / "model.safetensors")
+    initial = [
+        arms._initial_model(SCRATCH, inputs.student, seed).state_dict() for seed in (42, 42, 7)
+    ]
+    assert initial[0].keys() >= student.keys()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(initial[0][name], initial[1][name])
+    assert not torch.equal(initial[0][name], initial[2][name])
+    assert not torch.equal(initial[0][name], student[name])
+    runs = [run_arm(SCRATCH, short(inputs), tmp_path / name) for name in ("one", "two")]
+    assert runs[0]["curve"] == runs[1]["curve"]
+    torch.testing.assert_close(*(weights_of(tmp_path / name) for name in ("one", "two")))
+
+
+def test_more_validation_tokens_than_there_are_use_them_all(inputs, tmp_path):
+    result = run_arm(SUBNET, short(inputs, validation_tokens=65_536), tmp_path)
+    assert result["validation_tokens"] == 7 * 16
+
+
+def test_the_budget_is_rounded_up_to_whole_steps(inputs, tmp_path):
+    result = run_arm(SUBNET, short(inputs, tokens=STEP_TOKENS + 1), tmp_path)
+    assert result["tokens"] == result["curve"][-1]["tokens"] == 2 * STEP_TOKENS
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(inputs, teacher_folder, tmp_path):
+    config = AutoConfig.from_pretrained(teacher_folder, vocab_size=160)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "padded")
+    with pytest.raises(ValueError, match="teacher has 160 vocabulary rows and the student 128"):
+        run_arm(DISTILLED, replace(inputs, teacher=tmp_path / "padded"), tmp_path / "arm")
+
+
+def test_the_arms_learning_rate_is_the_peak(inputs, tmp_path):
+    arm = replace(SUBNET, learning_rate=0.02)
+    train = {**inputs.train, "warmup_steps": 1}
+    run_arm(arm, replace(short(inputs), train=train), tmp_path)
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "loss" in entry]
+    assert max(rates) == pytest.approx(0.02)
+
+
+def test_train_keys_pass_verbatim_over_the_defaults(tmp_path):
+    train = {"optim": "adafactor", "adam_beta2": 0.95, "weight_decay": 0.0, "use_cpu": True}
+    arguments = training_arguments(train, replace(SUBNET, learning_rate=0.5), tmp_path, 17)
+    assert {key: getattr(arguments, key) for key in train} == train
+    assert arguments.lr_scheduler_type == "cosine"
+    assert (arguments.output_dir, arguments.learning_rate) == (str(tmp_path), 0.5)
+    assert arguments.max_steps == 17
+
+
+@pytest.mark.parametrize(("key", "mend"), arms.RESERVED_ARGUMENTS.items())
+def test_train_keys_that_the_recipe_sets_are_refused(tmp_path, key, mend):
+    with pytest.raises(ValueError, match=rf"train\.{key} is set by {mend}; set that instead"):
+        training_arguments({key: 1}, SUBNET, tmp_path)
+
+
+@pytest.mark.parametrize("train", [{"batch_sise": 8}, {"optim": "sdg"}])
+def test_train_keys_that_are_unknown_give_one_sentence(tmp_path, train):
+    with pytest.raises(ValueError, match=r"^train: .*(batch_sise|sdg)") as error:
+        training_arguments({"use_cpu": True, **train}, SUBNET, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_used_where_it_is_fast_unless_the_recipe_says(tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(arms, "has_fast_bf16", lambda device: fast)
+    assert training_arguments({"use_cpu": True}, SUBNET, tmp_path).bf16 is fast
+    assert not training_arguments({"use_cpu": True, "bf16": False}, SUBNET, tmp_path).bf16
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: Arm(""), "cannot be a folder's name"),
+        (lambda: Arm("a/b"), "cannot be a folder's name"),
+        (lambda: Arm(".hidden"), "cannot be a folder's name"),
+        (lambda: Arm("a", learning_rate=0.0), "learning_rate 0.0; it must be above 0"),
+        (lambda: PretrainSettings(tokens=0), "pretrain.tokens is 0; use at least 1"),
+        (lambda: PretrainSettings(evaluations=0), "pretrain.evaluations is 0"),
+        (lambda: PretrainSettings(validation_tokens=0), "pretrain.validation_tokens is 0"),
+        (lambda: PretrainSettings(arms=()), "named nothing; give at least one arm"),
+        (lambda: PretrainSettings(arms=(SUBNET, SUBNET)), "named subnet, subnet; give"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make()

@@ -1,0 +1,160 @@
+"""What a sub-network must compute, told without the code that cuts it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headstart.subnet.rules import sizes_of
+from headstart.subnet.spec import SubnetSpec
+
+
+def random_spec(model: PreTrainedModel, seed: int = 0, **cut: int) -> SubnetSpec:
+    """Random indices, others in every layer; an axis without a size is kept whole."""
+    generator = random.Random(seed)
+    sizes = sizes_of(model.config)
+
+    def pick(axis: str) -> tuple[int, ...]:
+        return tuple(sorted(generator.sample(range(sizes[axis]), cut.get(axis, sizes[axis]))))
+
+    layers, embed = pick("layers"), pick("embed")
+    kv_groups = tuple(pick("kv_groups") for _ in layers)
+    return SubnetSpec(layers, embed, kv_groups, tuple(pick("mlp") for _ in layers))
+
+
+@torch.no_grad()
+def masked_parent(model: PreTrainedModel, spec: SubnetSpec) -> PreTrainedModel:
+    """The whole teacher with zeros where what is dropped would write to the residual stream.
+
+    It says nothing about dropped residual channels, which change the mean inside the norms.
+    """
+    model = copy.deepcopy(model)
+    for number, layer in enumerate(model.base_model.layers):
+        if model.config.model_type == "llama":
+            attention, mlp = layer.self_attn.o_proj, layer.mlp.down_proj
+        else:
+            attention, mlp = layer.attention.dense, layer.mlp.dense_4h_to_h
+        if number not in spec.layers:
+            for parameter in (*attention.parameters(), *mlp.parameters()):
+                parameter.zero_()
+            continue
+        position = spec.layers.index(number)
+        by_group = attention.weight.unflatten(1, (sizes_of(model.config)["kv_groups"], -1))
+        by_group[:, _dropped(by_group.shape[1], spec.kv_groups[position])] = 0
+        mlp.weight[:, _dropped(mlp.in_features, spec.mlp[position])] = 0
+    return model
+
+
+def _dropped(size: int, kept: Iterable[int]) -> list[int]:
+    return sorted(set(range(size)) - set(kept))
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, tokens: Tensor, spec: SubnetSpec) -> Tensor:
+    """The sub-network's logits in float64, from the teacher's whole weights.
+
+    Dropped channels, heads and neurons are multiplied by zero, dropped layers are skipped, and
+    norms average over the kept channels. Nothing is sliced.
+    """
+    forward = {"llama": _llama_logits, "gpt_neox": _gpt_neox_logits}[model.config.model_type]
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    return forward(model.config, weights, tokens, spec)
+
+
+def _llama_logits(config, weights, tokens, spec):
+    keep = _mask(config.hidden_size, spec.embed)
+
+    def norm(x, name):
+        mean_square = x.square().sum(-1, keepdim=True) / keep.sum()
+        return x / (mean_square + config.rms_norm_eps).sqrt() * weights[f"{name}.weight"] * keep
+
+    def linear(x, name):
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def heads(x, name):
+        x = linear(x, name).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        return x.repeat_interleave(config.num_attention_heads // x.shape[1], dim=1)
+
+    x = weights["model.embed_tokens.weight"][tokens] * keep
+    for layer, groups, neurons in zip(spec.layers, spec.kv_groups, spec.mlp, strict=True):
+        name = f"model.layers.{layer}"
+        read = norm(x, f"{name}.input_layernorm")
+        query, key, value = (heads(read, f"{name}.self_attn.{a}_proj") for a in "qkv")
+        theta = config.rope_parameters["rope_theta"]
+        mixed = _attend(_rotate(query, theta), _rotate(key, theta), value)
+        kept = _mask(config.num_key_value_heads, groups)
+        kept = kept.repeat_interleave(config.num_attention_heads // len(kept))
+        mixed = (mixed * kept[:, None, None]).transpose(1, 2).flatten(2)
+        x = x + linear(mixed, f"{name}.self_attn.o_proj") * keep
+        read = norm(x, f"{name}.post_attention_layernorm")
+        neuron = F.silu(linear(read, f"{name}.mlp.gate_proj")) * linear(read, f"{name}.mlp.up_proj")
+        neuron = neuron * _mask(config.intermediate_size, neurons)
+        x = x + linear(neuron, f"{name}.mlp.down_proj") * keep
+    return linear(norm(x, "model.norm"), "lm_head")
+
+
+def _gpt_neox_logits(config, weights, tokens, spec):
+    keep = _mask(config.hidden_size, spec.embed)
+    head_dim = config.hidden_size // config.num_attention_heads
+
+    def norm(x, name):
+        centred = (x - x.sum(-1, keepdim=True) / keep.sum()) * keep
+        variance = centred.square().sum(-1, keepdim=True) / keep.sum()
+        scaled = centred / (variance + config.layer_norm_eps).sqrt() * weights[f"{name}.weight"]
+        return (scaled + weights[f"{name}.bias"]) * keep
+
+    def linear(x, name):
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def rotate(x):
+        width = int(head_dim * config.rope_parameters["partial_rotary_factor"])
+        theta = config.rope_parameters["rope_theta"]
+        return torch.cat((_rotate(x[..., :width], theta), x[..., width:]), dim=-1)
+
+    def attention(x, name, groups):
+        fused = linear(x, f"{name}.query_key_value").unflatten(-1, (-1, 3, head_dim))
+        query, key, value = fused.permute(3, 0, 2, 1, 4)
+        mixed = _attend(rotate(query), rotate(key), value)
+        mixed = mixed * _mask(config.num_attention_heads, groups)[:, None, None]
+        return linear(mixed.transpose(1, 2).flatten(2), f"{name}.dense") * keep
+
+    def mlp(x, name, neurons):
+        neuron = F.gelu(linear(x, f"{name}.dense_h_to_4h"))
+        neuron = neuron * _mask(config.intermediate_size, neurons)
+        return linear(neuron, f"{name}.dense_4h_to_h") * keep
+
+    x = weights["gpt_neox.embed_in.weight"][tokens] * keep
+    for layer, groups, neurons in zip(spec.layers, spec.kv_groups, spec.mlp, strict=True):
+        name = f"gpt_neox.layers.{layer}"
+        after = x + attention(norm(x, f"{name}.input_layernorm"), f"{name}.attention", groups)
+        read = x if config.use_parallel_residual else after
+        x = after + mlp(norm(read, f"{name}.post_attention_layernorm"), f"{name}.mlp", neurons)
+    return linear(norm(x, "gpt_neox.final_layer_norm"), "lm_head")
+
+
+def _mask(size: int, kept: Iterable[int]) -> Tensor:
+    mask = torch.zeros(size, dtype=torch.float64)
+    mask[list(kept)] = 1
+    return mask
+
+
+def _rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary positions as complex numbers: channel i and channel i + width / 2 make one."""
+    width = x.shape[-1]
+    speed = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * speed
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1) @ value

@@ -1,0 +1,85 @@
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from headstart.subnet.axes import AXES, axes_of, parse_layout, shape_of, slice_tensor
+
+SIZES = {"vocab": 5, "embed": 4, "kv_groups": 3, "q_per_kv": 2, "head_dim": 2, "mlp": 6}
+KEPT = {"embed": (0, 3), "kv_groups": (0, 2), "mlp": (1, 2, 5), "head_dim": (1,)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dimensions"),
+    [
+        ("embed", (("embed",),)),
+        ("vocab embed", (("vocab",), ("embed",))),
+        ("embed (kv_groups q_per_kv)", (("embed",), ("kv_groups", "q_per_kv"))),
+        ("(kv_groups 3 head_dim) embed", (("kv_groups", 3, "head_dim"), ("embed",))),
+        ("(2 mlp)", ((2, "mlp"),)),
+    ],
+)
+def test_layouts_parse(layout, dimensions):
+    assert parse_layout(layout) == dimensions
+
+
+@pytest.mark.parametrize("layout", ["heads", "vocab hidden", "(kv_groups 3 channel) embed"])
+def test_an_unknown_axis_is_named(layout):
+    with pytest.raises(AssertionError, match=r"unknown axis '(heads|hidden|channel)'"):
+        parse_layout(layout)
+
+
+def test_axes_are_found_without_constants():
+    assert axes_of("(kv_groups 3 head_dim) embed") == {"kv_groups", "head_dim", "embed"}
+    assert axes_of(" ".join(AXES)) == set(AXES)
+
+
+def test_shapes_count_many_sizes_at_once():
+    shape = shape_of("(kv_groups 3 head_dim) embed", {**SIZES, "kv_groups": np.array([1, 2])})
+    assert shape[0].tolist() == [6, 12]
+    assert shape[1] == 4
+
+
+def naive_slice(array, layout, kept):
+    """Unfuse every dimension, visit every kept cell in order, and fuse again."""
+    dimensions = parse_layout(layout)
+    parts = [part for dimension in dimensions for part in dimension]
+    size = [part if isinstance(part, int) else SIZES[part] for part in parts]
+    units = [kept.get(part, range(n)) for part, n in zip(parts, size, strict=True)]
+    cells = [array.reshape(size)[place] for place in product(*units)]
+    count = iter([len(unit) for unit in units])
+    shape = [np.prod([next(count) for _ in dimension]) for dimension in dimensions]
+    return np.array(cells).reshape(shape)
+
+
+@pytest.mark.parametrize("kept", [KEPT, {"embed": (1,)}, {"kv_groups": (1, 2)}, {}])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "embed",
+        "vocab embed",
+        "(kv_groups 3 head_dim)",
+        "(kv_groups 3 head_dim) embed",
+        "embed (kv_groups q_per_kv head_dim)",
+        "(2 mlp) embed",
+        "(mlp 2) embed",
+        "(kv_groups q_per_kv) (head_dim 2) mlp",
+    ],
+)
+def test_slices_are_those_of_naive_loops(layout, kept):
+    shape = shape_of(layout, SIZES)
+    tensor = torch.arange(np.prod(shape)).reshape(shape)
+    sliced = slice_tensor(tensor, layout, SIZES, kept)
+    assert sliced.is_contiguous()
+    np.testing.assert_array_equal(sliced.numpy(), naive_slice(tensor.numpy(), layout, kept))
+
+
+def test_a_tensor_kept_whole_is_not_copied():
+    tensor = torch.zeros(6, 4)
+    assert slice_tensor(tensor, "mlp embed", SIZES, {"embed": range(4), "vocab": (1,)}) is tensor
+
+
+def test_a_tensor_of_another_shape_is_refused():
+    with pytest.raises(AssertionError, match="mlp embed"):
+        slice_tensor(torch.zeros(4, 6), "mlp embed", SIZES, {"embed": (0,)})

@@ -1,0 +1,54 @@
+"""The tables against what transformers itself builds."""
+
+import pytest
+from tests.conftest import random_teacher
+
+from headstart.subnet.axes import axes_of, parse_layout, shape_of
+from headstart.subnet.families import DROPPED, FAMILIES
+from headstart.subnet.rules import family_of, layouts_of, sizes_of
+
+
+def test_each_parameter_has_its_layout(teacher):
+    sizes = sizes_of(teacher.config)
+    expected = {
+        pattern.replace("{i}", str(layer)): shape_of(layout, sizes)
+        for pattern, layout in layouts_of(teacher.config).items()
+        for layer in range(teacher.config.num_hidden_layers)
+    }
+    assert expected == {name: tuple(p.shape) for name, p in teacher.named_parameters()}
+
+
+def test_the_input_embedding_is_the_models(teacher):
+    embedding = teacher.get_parameter(family_of(teacher.config).input_embedding)
+    assert embedding is teacher.get_input_embeddings().weight
+
+
+def test_the_layer_pattern_names_the_models_layers(teacher):
+    pattern = family_of(teacher.config).layer
+    for i, layer in enumerate(teacher.base_model.layers):
+        assert teacher.get_submodule(pattern.replace("{i}", str(i))) is layer
+
+
+def test_importance_sites_read_their_axis(teacher):
+    for axis, modules in family_of(teacher.config).importance_sites.items():
+        for module in modules:
+            layout = layouts_of(teacher.config)[f"{module}.weight"]
+            inputs = parse_layout(layout)[1]
+            assert axis in inputs
+            linear = teacher.get_submodule(module.replace("{i}", "0"))
+            assert linear.in_features == shape_of(layout, sizes_of(teacher.config))[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_axis_of_a_tensor_is_read_from_the_config(family):
+    layouts = [text.split(" if ")[0].split(" unless ")[0] for text in family.tensors.values()]
+    of_tensors = {axis for layout in layouts if layout != DROPPED for axis in axes_of(layout)}
+    of_config = {axis for _, layout in family.config for axis in axes_of(layout)}
+    assert of_tensors <= of_config
+
+
+@pytest.mark.parametrize("kind", ["llama-tied-gqa", "gpt_neox-tied"])
+def test_every_config_key_exists(kind):
+    config = random_teacher(kind).config
+    for key, _ in family_of(config).config:
+        assert isinstance(getattr(config, key), int)

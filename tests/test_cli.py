@@ -1,0 +1,212 @@
+"""The command: instant help, exit codes, one sentence for every mistake before any model loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from headstart.cli import main
+
+COMMANDS = ["run", "demo", "search", "extract", "pretrain", "evaluate", "report"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"example:\n  headstart {command}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from headstart.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'plotly', 'yaml'} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def arguments(
+    teacher_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """Good arguments of `headstart run`, with a trap for any model that is loaded."""
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    return {
+        "--teacher": str(teacher_folder),
+        "--data": str(corpus),
+        "--output": str(tmp_path / "run"),
+        "--search.bin.low": "30000",
+        "--search.bin.high": "45000",
+    }
+
+
+def run_with(arguments: dict[str, str], **changes: str) -> int:
+    flags = arguments | {f"--{key.replace('__', '.')}": value for key, value in changes.items()}
+    return main(["run", *(text for pair in flags.items() for text in pair)])
+
+
+def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("headstart: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_good_arguments_get_as_far_as_the_model(arguments: dict[str, str]) -> None:
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        run_with(arguments)
+
+
+def test_missing_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml does not exist" in one_sentence(capsys)
+
+
+def test_malformed_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("teacher: {")
+    assert main(["run", str(path)]) == 2
+    assert "not valid YAML" in one_sentence(capsys)
+
+
+def test_unknown_key(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with(arguments, search__binn="3") == 2
+    assert "did you mean search.bin?" in one_sentence(capsys)
+
+
+def test_empty_corpus(
+    arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert run_with(arguments, data=str(empty)) == 2
+    assert "empty.jsonl" in one_sentence(capsys)
+    assert not Path(arguments["--output"]).exists()
+
+
+def test_missing_corpus(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with(arguments, data="/nowhere/corpus.jsonl") == 2
+    assert "/nowhere/corpus.jsonl" in one_sentence(capsys)
+
+
+def test_unreachable_bin(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with(arguments, search__bin__low="1M", search__bin__high="2M") == 2
+    message = one_sentence(capsys)
+    assert "no sub-network has between 1,000,000 and 2,000,000 parameters" in message
+    assert "reaches" in message
+
+
+def test_no_bin(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with(arguments, search__bin__low="0", search__bin__high="0") == 2
+    assert "search.bin needs" in one_sentence(capsys)
+
+
+def test_teacher_without_safetensors(
+    arguments: dict[str, str],
+    teacher_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "pickles"
+    folder.mkdir()
+    shutil.copy(teacher_folder / "config.json", folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    assert run_with(arguments, teacher=str(folder)) == 2
+    assert "has no .safetensors files" in one_sentence(capsys)
+
+
+def test_unknown_family(
+    arguments: dict[str, str],
+    teacher_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(teacher_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    assert run_with(arguments, teacher=str(folder)) == 2
+    assert "'gpt2' is not a family that headstart knows (gpt_neox, llama)" in one_sentence(capsys)
+
+
+def test_output_of_another_run(
+    arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = Path(arguments["--output"])
+    output.mkdir()
+    (output / "recipe.yaml").write_text("teacher: another\n")
+    assert run_with(arguments) == 2
+    assert "holds a run of another recipe (teacher is 'another' there" in one_sentence(capsys)
+    assert [path.name for path in output.iterdir()] == ["recipe.yaml"]
+
+
+def test_reserved_train_key(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with(arguments, train__max_steps="3") == 2
+    assert "train.max_steps is set by pretrain.tokens" in one_sentence(capsys)
+
+
+def test_commands_that_take_no_recipe_refuse_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["report", "somewhere", "--search.tokens", "3"])
+    assert exit_.value.code == 2
+    assert "report does not know --search.tokens" in capsys.readouterr().err
+
+
+def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "result.json" in one_sentence(capsys)
+
+
+def test_extract_and_report_of_a_bad_spec(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"layers": "0-9", "embed": "0", "kv_groups": [], "mlp": []}))
+    flags = ["--teacher", str(teacher_folder), "--spec", str(spec), "--out", str(tmp_path / "s")]
+    assert main(["extract", *flags]) == 2
+    assert "the spec keeps 10 layers but lists kv_groups for 0" in one_sentence(capsys)
+    assert not (tmp_path / "s").exists()
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["run", "nowhere.yaml", "--debug"])
+
+
+def test_failures_that_are_no_mistake_exit_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from headstart import pipeline
+
+    def fail(folder: Path) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pipeline, "run_report", fail)
+    assert main(["report", "somewhere"]) == 1
+    assert one_sentence(capsys) == "headstart: no space left on device\n"
+
+
+def test_help_is_quick() -> None:
+    """Well below the promised half second when idle; the bound here only catches heavy imports."""
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "headstart.cli", "--help"], check=True, stdout=subprocess.DEVNULL
+    )
+    assert time.perf_counter() - start < 5

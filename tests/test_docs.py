@@ -1,0 +1,61 @@
+"""The pages say what the code does."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import get_type_hints
+
+import yaml
+
+from headstart.pretrain.arms import RESERVED_ARGUMENTS, Arm
+from headstart.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_recipe_page_lists_every_key() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    hints = get_type_hints(Recipe)
+    for section in ("data", "search", "pretrain"):
+        text = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
+        for field in dataclasses.fields(hints[section]):
+            assert re.search(rf"`{field.name}[.`]", text), f"{section}.{field.name}"
+    for name in [*hints, *(f"arms[].{field.name}" for field in dataclasses.fields(Arm))]:
+        assert f"`{name}`" in page, name
+    for key in RESERVED_ARGUMENTS:
+        assert f"`{key}`" in page.split("\n## train\n")[1], key
+
+
+def test_recipe_page_has_the_defaults() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    recipe = Recipe(teacher="t", output="o")
+    for section, prefix, settings in (
+        ("data", "", recipe.data),
+        ("search", "", recipe.search),
+        ("search", "evolution.", recipe.search.evolution),
+        ("pretrain", "", recipe.pretrain),
+    ):
+        text = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if isinstance(value, int | float | str) and value:
+                row = re.search(rf"\| `{prefix}{field.name}` \| `?([^|`]*)`? \|", text)
+                assert row and row[1].strip() == str(value), f"{section}.{prefix}{field.name}"
+
+
+def test_shipped_recipes_load() -> None:
+    recipes = sorted((ROOT / "recipes").rglob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = load_recipe(path)
+        assert recipe.pretrain.arms, path
+        assert yaml.safe_load(path.read_text())
+
+
+def test_pages_link_to_files_that_exist() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"

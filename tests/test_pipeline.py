@@ -1,0 +1,231 @@
+"""The whole chain on a small teacher: its answer, its resume after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from headstart.pipeline import match_of, run, run_evaluate, run_pretrain
+from headstart.recipe import Recipe, recipe_from_dict
+from headstart.subnet.count import count
+from headstart.subnet.rules import sizes_of
+
+BLOCK_LENGTH = 32
+
+
+@pytest.fixture
+def recipe(teacher_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> dict[str, Any]:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    return {
+        "teacher": str(teacher_folder),
+        "output": str(tmp_path / "run"),
+        "data": {"source": str(corpus), "block_length": BLOCK_LENGTH},
+        "search": {
+            "bin": {"low": 30_000, "high": 45_000},
+            "grid": {"embed_step": 12, "mlp_step": 16},
+            "tokens": 256,
+            "calibration_tokens": 512,
+            "evolution": {"population": 5, "generations": 3, "elites": 2},
+        },
+        "pretrain": {
+            "tokens": 1900,
+            "validation_tokens": 512,
+            "evaluations": 4,
+            "arms": [
+                {"name": "scratch", "init": "random", "learning_rate": 3e-3},
+                {"name": "subnet", "learning_rate": 3e-3},
+                {"name": "subnet+kd", "learning_rate": 3e-3, "kd": {"alpha": 0.5}},
+            ],
+        },
+        "train": {"per_device_train_batch_size": 4, "save_steps": 3},
+    }
+
+
+def answer(run_folder: Path) -> dict[str, Any]:
+    """result.json without what depends on the clock or the place."""
+    result: dict[str, Any] = json.loads((run_folder / "result.json").read_text())
+    for key in ("created", "command", "recipe", "name"):
+        del result[key]
+    del result["costs"]["search_seconds"]
+    for arm in result["arms"]:
+        del arm["seconds"]
+    return result
+
+
+def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(recipe_from_dict(recipe))
+    folder = Path(recipe["output"])
+    student = folder / "student"
+
+    written = sum(tensor.numel() for tensor in load_file(student / "model.safetensors").values())
+    assert result["student"]["parameters"] == written
+    assert 30_000 <= written <= 45_000
+    assert result["student"]["bin"] == [30_000, 45_000]
+
+    scratch, subnet, distilled = result["arms"]
+    assert [arm["name"] for arm in result["arms"]] == ["scratch", "subnet", "subnet+kd"]
+    assert {arm["tokens"] for arm in result["arms"]} == {1920}  # 1900 in whole steps of 4 x 32
+    assert subnet["loss_before"] == distilled["loss_before"] != scratch["loss_before"]
+    assert result["target_loss"] == scratch["loss_final"] == scratch["curve"][-1]["loss"]
+
+    # FLOPs: per token from the counts, and the search and calibration before the first token.
+    from transformers import AutoConfig
+
+    student_flops = count(AutoConfig.from_pretrained(student), BLOCK_LENGTH)
+    teacher_flops = count(AutoConfig.from_pretrained(recipe["teacher"]), BLOCK_LENGTH)
+    costs = result["costs"]
+    assert costs["search_tokens"] == 256 * len(result["search"]["candidates"])
+    assert costs["calibration_flops"] == 512 * teacher_flops.inference_flops_per_token
+    upfront = costs["calibration_flops"] + costs["search_flops"]
+    per_token = student_flops.training_flops_per_token
+    assert scratch["curve"][-1]["flops"] == 1920 * per_token
+    assert subnet["curve"][-1]["flops"] == upfront + 1920 * per_token
+    assert distilled["curve"][-1]["flops"] == upfront + 1920 * (
+        per_token + teacher_flops.inference_flops_per_token
+    )
+
+    assert (folder / "report.html").stat().st_size > 1_000_000  # carries its own plotly
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["search"]["tokens"] == 256
+    assert list((folder / "arms" / "scratch").rglob("events.out.tfevents*"))
+    origin = json.loads((student / "subnet.json").read_text())
+    assert (origin["parameters"], origin["bin"]) == (written, [30_000, 45_000])
+
+    # The very same command again trains nothing and answers the same.
+    before = answer(folder)
+    start = time.perf_counter()
+    run(recipe_from_dict(recipe))
+    assert answer(folder) == before
+    assert time.perf_counter() - start < 20
+
+    # The trained model's loss on disk is the curve's last point.
+    from headstart.data import DataSettings
+
+    settings = DataSettings(**recipe["data"])
+    found = run_evaluate(str(folder / "arms" / "subnet" / "model"), settings, 512)
+    assert found["loss"] == pytest.approx(subnet["loss_final"], abs=1e-4)
+    assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+def test_pretrain_alone_takes_any_extracted_student(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    from headstart.subnet.extract import extract
+    from headstart.subnet.spec import SubnetSpec
+
+    layers = (0, 2, 3)
+    spec = SubnetSpec(layers, tuple(range(24)), ((0,),) * 3, (tuple(range(40)),) * 3)
+    student = extract(recipe["teacher"], spec, tmp_path / "student")
+    recipe["student"] = str(student)
+    recipe["pretrain"]["arms"] = [{"name": "only", "learning_rate": 1e-3}]
+    del recipe["search"]
+    result = run_pretrain(recipe_from_dict(recipe))
+    assert result["search"] is None
+    assert result["target_loss"] is None
+    assert result["student"]["kept_layers"] == [0, 2, 3]
+    assert result["arms"][0]["tokens_to_match"] is None
+    assert sizes_of_student(student) == {"layers": 3, "embed": 24, "kv_groups": 1, "mlp": 40}
+
+
+def sizes_of_student(student: Path) -> dict[str, int]:
+    from transformers import AutoConfig
+
+    sizes = sizes_of(AutoConfig.from_pretrained(student))
+    return {axis: sizes[axis] for axis in ("layers", "embed", "kv_groups", "mlp")}
+
+
+def test_killed_in_every_stage_goes_on_to_the_same_answer(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = {**recipe, "output": str(tmp_path / "whole")}
+    run(recipe_from_dict(whole))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    folder = Path(recipe["output"])
+
+    def journal_lines() -> int:
+        journal = folder / "search.jsonl"
+        return len(journal.read_text().splitlines()) if journal.exists() else 0
+
+    stages: list[Callable[[], bool]] = [
+        lambda: (folder / "recipe.yaml").exists(),
+        lambda: journal_lines() >= 4,
+        lambda: (folder / "student.unfinished").exists() or (folder / "student").exists(),
+        lambda: bool(list((folder / "arms" / "scratch").glob("checkpoint-*"))),
+        lambda: bool(list((folder / "arms" / "subnet+kd").glob("checkpoint-*"))),
+    ]
+    for reached in stages:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "headstart.cli", "run", str(path)],
+            env=os.environ,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while not reached() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert reached()
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(recipe_from_dict(recipe))
+    assert answer(folder) == answer(Path(whole["output"]))
+
+
+def test_a_run_folder_is_for_one_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from headstart.pipeline import open_run
+
+    ours = recipe_from_dict(recipe)
+    folder = open_run(ours)
+    assert open_run(ours) == folder
+    recipe["search"]["tokens"] = 300
+    with pytest.raises(ValueError, match=r"another recipe \(search.tokens is 256 there and 300"):
+        open_run(recipe_from_dict(recipe))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty"):
+        open_run(recipe_from_dict({**recipe, "output": str(tmp_path / "full")}))
+
+
+def points(losses: list[float], flops_per_token: float, upfront: float = 0) -> list[dict[str, float]]:
+    tokens = [0, 100, 300]
+    return [
+        {"tokens": t, "flops": upfront + t * flops_per_token, "loss": loss}
+        for t, loss in zip(tokens, losses, strict=True)
+    ]
+
+
+def test_match_by_hand() -> None:
+    scratch = points([10.0, 8.0, 6.0], 5)
+    arm = points([9.0, 7.0, 5.0], 10, upfront=50)
+    match = match_of(arm, scratch)
+    # From 7 at 100 tokens to 5 at 300, 6 is reached at 200 tokens, 50 + 2000 FLOPs.
+    assert match["tokens_to_match"] == 200
+    assert match["tokens_factor"] == 300 / 200
+    assert match["flops_to_match"] == 2050
+    assert match["flops_factor"] == 1500 / 2050
+    assert match["loss_difference"] == -1.0
+
+    before = match_of(points([5.5, 5.0, 4.0], 10, upfront=50), scratch)
+    assert (before["tokens_to_match"], before["tokens_factor"]) == (0, None)
+    assert (before["flops_to_match"], before["flops_factor"]) == (50, 30)
+
+    never = match_of(points([9.0, 8.0, 7.0], 10), scratch)
+    assert [never[key] for key in ("tokens_to_match", "tokens_factor")] == [None, None]
+    assert [never[key] for key in ("flops_to_match", "flops_factor")] == [None, None]
+    assert set(match_of(arm, None).values()) == {None}
+
+
+def test_recipe_type() -> None:
+    assert Recipe.__dataclass_params__.frozen  # type: ignore[attr-defined]
