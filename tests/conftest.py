@@ -100,7 +100,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with path.open("w") as stream:
         for _ in range(400):
             start, stride = generator.randrange(60), generator.choice([1, 7, 11])
-            text = " ".join(words[(start + stride * i) % 60] for i in range(generator.randint(20, 60)))
+            length = generator.randint(20, 60)
+            text = " ".join(words[(start + stride * i) % 60] for i in range(length))
             stream.write(json.dumps({"text": text}) + "\n")
     return path
 

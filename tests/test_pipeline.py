@@ -118,9 +118,7 @@ def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str])
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
 
 
-def test_pretrain_alone_takes_any_extracted_student(
-    recipe: dict[str, Any], tmp_path: Path
-) -> None:
+def test_pretrain_alone_takes_any_extracted_student(recipe: dict[str, Any], tmp_path: Path) -> None:
     from headstart.subnet.extract import extract
     from headstart.subnet.spec import SubnetSpec
 
@@ -198,7 +196,9 @@ def test_a_run_folder_is_for_one_recipe(recipe: dict[str, Any], tmp_path: Path) 
         open_run(recipe_from_dict({**recipe, "output": str(tmp_path / "full")}))
 
 
-def points(losses: list[float], flops_per_token: float, upfront: float = 0) -> list[dict[str, float]]:
+def points(
+    losses: list[float], flops_per_token: float, upfront: float = 0
+) -> list[dict[str, float]]:
     tokens = [0, 100, 300]
     return [
         {"tokens": t, "flops": upfront + t * flops_per_token, "loss": loss}

@@ -29,7 +29,7 @@ def test_counts_with_rate_and_the_latest_note(screen):
         advance(3)
         advance(0, "best 4.2")
     line = last_line(screen)
-    assert "score" in line and "6/6" in line and "candidates/s" in line and "left" in line
+    assert "score" in line and "6/6" in line and "candidates/s" in line
     assert "best 4.2" in line and "first" not in line
 
 

@@ -58,7 +58,10 @@ def test_recipe_is_optional() -> None:
     [
         (["--search.populaton", "3"], "unknown key search.populaton"),
         (["--search.evolution.populaton", "3"], "did you mean search.evolution.population?"),
-        (["--pretrain.arms", "[{name: a, lerning_rate: 1}]"], "mean pretrain.arms[0].learning_rate"),
+        (
+            ["--pretrain.arms", "[{name: a, lerning_rate: 1}]"],
+            "mean pretrain.arms[0].learning_rate",
+        ),
         (["--xyzzy", "1"], "known: teacher, output"),
         (["--search.evolution.population", "many"], "'many'; write a whole number"),
         (["--search.evolution.population", "0"], "population is 0; use at least 1"),

@@ -245,9 +245,7 @@ def _result(
     )
     kept = folder / "teacher.json"
     if not kept.is_file():
-        loss, _ = _validation_loss(
-            inputs.teacher, inputs.blocks, recipe.pretrain.validation_tokens
-        )
+        loss, _ = _validation_loss(inputs.teacher, inputs.blocks, recipe.pretrain.validation_tokens)
         kept.write_text(json.dumps({"loss": loss}) + "\n")
     found = folder / "search.json"
     outcome = json.loads(found.read_text()) if found.is_file() else None

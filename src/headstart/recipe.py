@@ -165,7 +165,9 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             if not remaining:
                 raise ValueError(f"--{key} has no value; write --{key} VALUE")
             value = remaining.pop(0)
-        pairs.append(("data.source" if key == "data" else key, yaml.safe_load(value) if value else ""))
+        pairs.append(
+            ("data.source" if key == "data" else key, yaml.safe_load(value) if value else "")
+        )
     return pairs
 
 

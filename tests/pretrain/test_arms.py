@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from headstart.evaluate import mean_loss
 from headstart.pretrain import arms
@@ -78,6 +78,7 @@ def test_result_of_an_arm(uninterrupted, inputs):
     losses = [mean_loss(model.eval(), validation, 2) for model in (before, after)]
     assert [result["curve"][end]["loss"] for end in (0, -1)] == pytest.approx(losses, rel=1e-5)
     assert losses[1] < losses[0]
+    assert len(AutoTokenizer.from_pretrained(folder / "model")) == before.config.vocab_size
 
 
 def test_a_finished_arm_is_read_not_trained(uninterrupted, inputs, monkeypatch):
@@ -91,25 +92,35 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("killed_at", [1, 5, 8, "saving the model"])
-def test_a_broken_off_arm_goes_on(inputs, uninterrupted, tmp_path, monkeypatch, killed_at):
-    def fail(trainer_or_callback: Any, *args: Any, **kwargs: Any) -> None:
-        if args[0] == str(tmp_path / "model") or args[1:] and args[1].global_step == killed_at:
+@pytest.mark.parametrize("step", [1, 5, 8])
+def test_a_broken_off_arm_goes_on(inputs, uninterrupted, tmp_path, monkeypatch, step):
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        if killed_at == "saving the model":
-            save = DistillationTrainer.save_model
-            patch.setattr(
-                DistillationTrainer,
-                "save_model",
-                lambda *args, **kwargs: fail(*args) or save(*args, **kwargs),
-            )
-        else:
-            patch.setattr(ReportStep, "on_step_end", fail)
+        patch.setattr(ReportStep, "on_step_end", on_step_end)
         run_arm(DISTILLED, inputs, tmp_path)
     result = run_arm(DISTILLED, inputs, tmp_path)
     assert_same_run(tmp_path, result, uninterrupted, rtol=0, atol=1e-6)
+
+
+def test_an_arm_broken_off_after_its_last_step_takes_no_more(
+    inputs, uninterrupted, tmp_path, monkeypatch, seen
+):
+    save_model = DistillationTrainer.save_model
+
+    def save_checkpoints_only(self: Any, folder: str, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            raise Killed
+        save_model(self, folder, _internal_call)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(DistillationTrainer, "save_model", save_checkpoints_only)
+        run_arm(DISTILLED, inputs, tmp_path)
+    result = run_arm(DISTILLED, inputs, tmp_path)
+    assert len(seen) == NUM_STEPS
+    assert_same_run(tmp_path, result, uninterrupted, rtol=0, atol=0)
 
 
 def start_worker(launcher: list[str], tmp_path: Path, *call: Any) -> int:

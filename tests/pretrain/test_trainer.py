@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_evaluation_is_cross_entropy_also_when_distilling(
     make_trainer, model, blocks, online_teacher
 ):
     model.eval()
-    expected = float(dense_loss(model, blocks.split("validation"), None))
+    expected = dense_loss(model, blocks.split("validation"), None).item()
     trainer = make_trainer(online_teacher)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -176,7 +177,7 @@ def test_evaluation_steps_grow_and_end_at_the_last(num_steps, num_evaluations):
     assert steps == sorted(set(steps))
     assert len(steps) <= num_evaluations
     gaps = np.diff([0, *steps])
-    assert all(later >= earlier - 1 for earlier, later in zip(gaps, gaps[1:], strict=False))
+    assert all(later >= earlier - 1 for earlier, later in pairwise(gaps))
 
 
 def test_enough_steps_get_as_many_evaluations_as_asked():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,12 @@ def random_spec(model: PreTrainedModel, seed: int = 0, **cut: int) -> SubnetSpec
     layers, embed = pick("layers"), pick("embed")
     kv_groups = tuple(pick("kv_groups") for _ in layers)
     return SubnetSpec(layers, embed, kv_groups, tuple(pick("mlp") for _ in layers))
+
+
+def assert_same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
 
 
 @torch.no_grad()

@@ -9,22 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import random_teacher
-from tests.subnet.oracles import random_spec
+from tests.subnet.oracles import assert_same_tensors, random_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headstart.subnet.extract import build_student, extract, hash_checkpoint, slice_tensors
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec
 
-
-def assert_same_tensors(left, right):
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
-
-
 # The written folder
-
 
 ELSEWHERE = """
 import sys
@@ -62,7 +54,7 @@ def test_a_uniform_student_loads_where_headstart_is_not(teacher_folder, tmp_path
     seen = torch.load(tmp_path / "seen.pt")
     student = build_student(model.state_dict(), model.config, spec)
     expected = student(seen["tokens"]).logits.detach()
-    torch.testing.assert_close(seen["logits"], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(seen["logits"], expected, atol=1e-5, rtol=0)
 
 
 def test_the_tokenizer_travels_along(teacher_folder, tokenizer, tmp_path):
@@ -73,8 +65,10 @@ def test_the_tokenizer_travels_along(teacher_folder, tokenizer, tmp_path):
 
 def test_the_dtype_is_kept(saved, tmp_path):
     model = random_teacher("llama-tied-gqa").to(torch.bfloat16)
-    spec = random_spec(model, embed=36)
-    folder = extract(saved(model), spec, tmp_path / "student")
+    source, spec = saved(model), random_spec(model, embed=36)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))  # outdated
+    folder = extract(source, spec, tmp_path / "student")
     dtypes = {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
     assert dtypes == {torch.bfloat16}
     config = json.loads((folder / "config.json").read_text())
@@ -148,22 +142,20 @@ def sliced(tensors, model, layers=2):
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"),
+    ("kind", "buffers", "tied"),
     [
-        ("llama-tied-gqa", ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"]),
+        ("llama-tied-gqa", ["self_attn.rotary_emb.inv_freq"], "lm_head.weight"),
         (
             "gpt_neox-tied",
-            [
-                "gpt_neox.layers.3.attention.rotary_emb.inv_freq",
-                "gpt_neox.layers.3.attention.masked_bias",
-                "gpt_neox.layers.3.attention.bias",
-                "embed_out.weight",
-            ],
+            ["attention.rotary_emb.inv_freq", "attention.masked_bias", "attention.bias"],
+            "embed_out.weight",
         ),
     ],
 )
-def test_old_buffers_and_tied_copies_are_dropped_silently(kind, names, saved, tmp_path):
+def test_old_buffers_and_tied_copies_are_dropped_silently(kind, buffers, tied, saved, tmp_path):
     model = random_teacher(kind)
+    layers = f"{model.base_model_prefix}.layers"
+    names = [tied, *(f"{layers}.{i}.{buffer}" for i in range(4) for buffer in buffers)]
     file = saved(model) / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {name: torch.ones(3) for name in names}, file, {"format": "pt"})
@@ -186,11 +178,9 @@ def test_the_output_matrix_of_gpt_neox_has_two_names(saved):
 
 def test_an_unknown_tensor_is_named():
     model = random_teacher("llama-tied-gqa")
-    tensors = model.state_dict() | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}
-    with pytest.raises(
-        ValueError, match=r"'model.layers.0.self_attn.q_norm.weight' matches no rule"
-    ):
-        sliced(tensors, model)
+    name = "model.layers.0.self_attn.q_norm.weight"
+    with pytest.raises(ValueError, match=f"'{name}' matches no rule"):
+        sliced(model.state_dict() | {name: torch.ones(16)}, model)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,9 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         "save_total_limit": 1,
         "bf16": has_fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "report_to": "tensorboard",
+        "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "log_level": "error",
         **train,
@@ -163,7 +165,8 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         seconds and the curve, a list of {"tokens", "loss"}, from before training to the end.
 
     Raises:
-        ValueError: the arm distils from a teacher of another vocabulary.
+        ValueError: the arm distils from a teacher of another vocabulary, or there is less text
+            than one step takes.
     """
     from transformers import (
         AutoModelForCausalLM,
@@ -187,6 +190,11 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     train_split, validation_split = (inputs.blocks.split(n) for n in ("train", "validation"))
     block_length = train_split.shape[1]
     step_tokens = tokens_per_step(training_arguments(inputs.train, arm, folder), block_length)
+    if step_tokens > train_split.size:
+        raise ValueError(
+            f"a step takes {step_tokens:,} tokens but the training split has {train_split.size:,}; "
+            "lower train.per_device_train_batch_size or give more text"
+        )
     num_steps = math.ceil(settings.tokens / step_tokens)
     arguments = training_arguments(inputs.train, arm, folder, num_steps)
     checkpoint = last_whole_checkpoint(folder)

@@ -18,7 +18,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 here: on GPUs that have it, and on CPUs whose
     matrix instructions take it. Other CPUs emulate it several times slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cpu" and bool(instructions)
 

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from headstart.evaluate import next_token_loss
 from headstart.pretrain.losses import DistillationSettings, chunked_sum, distillation_loss
@@ -62,13 +64,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         blocks = inputs["input_ids"]
-        # Through the wrapped model, so that DDP and FSDP see the call; one position's logits are
-        # the fewest that it can be asked for.
-        outputs = model(
-            input_ids=blocks, output_hidden_states=True, logits_to_keep=1, use_cache=False
-        )
-        hidden = outputs.hidden_states[-1]
-        matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        hidden, matrix = self._hidden_and_matrix(model, blocks)
         if model.training and self.teacher is not None:
             total = self._distil(hidden, matrix, blocks)
         else:
@@ -82,6 +78,32 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss with every block counted once.
+
+        The Trainer's own loop counts some blocks twice where they do not divide among processes.
+        """
+        self.model.eval()
+        losses = []
+        for inputs in dataloader:
+            blocks = self._prepare_inputs(inputs)["input_ids"]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                hidden, matrix = self._hidden_and_matrix(self.model, blocks)
+                totals = [
+                    next_token_loss(hidden[[i]], matrix, blocks[[i]]) for i in range(len(blocks))
+                ]
+            losses.append(self.accelerator.gather_for_metrics(torch.stack(totals)))
+        per_block = torch.cat(losses).double() / (blocks.shape[1] - 1)
+        metrics = {f"{metric_key_prefix}_loss": per_block.mean().item()}
+        return EvalLoopOutput(None, None, metrics, len(per_block))
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the seconds trained so far, which a resumed run reads from its checkpoint."""
         super().log({**logs, "seconds": self.seconds}, *args, **kwargs)
@@ -89,6 +111,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
+
+    def _hidden_and_matrix(self, model: nn.Module, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states, and the matrix that turns them into logits."""
+        # Through the wrapped model, so that DDP and FSDP see the call; one position's logits are
+        # the fewest that it can be asked for.
+        outputs = model(
+            input_ids=blocks, output_hidden_states=True, logits_to_keep=1, use_cache=False
+        )
+        matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        return outputs.hidden_states[-1], matrix
 
     def _distil(self, hidden: Tensor, matrix: Tensor, blocks: Tensor) -> Tensor:
         teacher, settings = self.teacher, self.distillation

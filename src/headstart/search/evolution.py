@@ -20,7 +20,7 @@ from headstart.search.space import Candidate, Space
 
 JOURNAL_FORMAT = "headstart-search/1"
 MAX_ATTEMPTS = 50
-"""Proposals that may be duplicates before a slot stays empty."""
+"""Duplicate proposals before a slot goes to an immigrant, and again before it stays empty."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class EvolutionSettings:
         generations: including the first, which is random.
         elites: best candidates so far, which breed the next generation.
         mutation: share of a generation that are mutated elites.
-        crossover: share that are crossed elites. The rest are random immigrants.
+        crossover: share that are crossed elites. The rest are random immigrants, which
+            also replace offspring that would be repeats.
         seed: of every random choice.
     """
 
@@ -46,7 +47,9 @@ class EvolutionSettings:
     def __post_init__(self) -> None:
         for name in ("population", "generations", "elites"):
             if getattr(self, name) < 1:
-                raise ValueError(f"search.evolution.{name} is {getattr(self, name)}; use at least 1")
+                raise ValueError(
+                    f"search.evolution.{name} is {getattr(self, name)}; use at least 1"
+                )
         if min(self.mutation, self.crossover) < 0 or self.mutation + self.crossover > 1:
             raise ValueError(
                 f"search.evolution.mutation {self.mutation} and crossover {self.crossover} are "
@@ -179,12 +182,13 @@ def _propose(
     num_mutated = round(settings.population * settings.mutation)
     num_crossed = round(settings.population * settings.crossover)
     for slot in range(settings.population):
-        for _ in range(MAX_ATTEMPTS):
+        for attempt in range(2 * MAX_ATTEMPTS):
+            breed = attempt < MAX_ATTEMPTS
             if not elites:
                 candidate, origin = space.sample(rng), "sample"
-            elif slot < num_mutated:
+            elif breed and slot < num_mutated:
                 candidate, origin = space.mutate(rng, rng.choice(elites).candidate), "mutation"
-            elif slot < num_mutated + num_crossed:
+            elif breed and slot < num_mutated + num_crossed:
                 mother, father = rng.choice(elites).candidate, rng.choice(elites).candidate
                 candidate, origin = space.cross(rng, mother, father), "crossover"
             else:

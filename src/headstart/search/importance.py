@@ -30,8 +30,8 @@ class Importance:
         mlp: mean |activation| of each neuron, for each layer.
     """
 
-    layers: Float[Tensor, "layers"]
-    embed: Float[Tensor, "embed"]
+    layers: Float[Tensor, " layers"]
+    embed: Float[Tensor, " embed"]
     kv_groups: Float[Tensor, "layers kv_groups"]
     mlp: Float[Tensor, "layers mlp"]
 

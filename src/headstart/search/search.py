@@ -112,12 +112,6 @@ def search(
     model = AutoModelForCausalLM.from_pretrained(teacher).to(device).eval().requires_grad_(False)
     config = model.config
     space = space_of(config, settings)
-    orders, calibration_tokens = Orders.of_teacher(config), 0
-    if settings.order == "importance":
-        importance, calibration_tokens = _importance(model, blocks, settings, folder)
-        orders = importance.orders()
-
-    fitness_blocks = _first_blocks(blocks, "search", settings.tokens)
     journal = Journal(
         folder / "search.jsonl",
         {
@@ -126,6 +120,12 @@ def search(
             "settings": asdict(settings),
         },
     )
+    orders, calibration_tokens = Orders.of_teacher(config), 0
+    if settings.order == "importance":
+        importance, calibration_tokens = _importance(model, blocks, settings, folder)
+        orders = importance.orders()
+
+    fitness_blocks = _first_blocks(blocks, "search", settings.tokens)
     history = _evolve(model, orders, space, settings, fitness_blocks, journal)
     best = ranked(history)[0]
     flops_per_token = sum(
@@ -228,14 +228,17 @@ def load_spec(path: Path) -> SubnetSpec:
     """Read a spec from `search.json`, `subnet.json` or a file that holds only the spec.
 
     Raises:
-        ValueError: the file is missing, not JSON, or holds no spec.
+        ValueError: the file is missing, a folder, not JSON, or holds no spec.
     """
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give a spec such as search.json") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; give a spec in it, such as search.json") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
+    spec = content.get("spec", content) if isinstance(content, dict) else None
+    if not isinstance(spec, dict):
         raise ValueError(f"{path} holds no spec; give search.json or subnet.json")
-    return SubnetSpec.from_json(content.get("spec", content))
+    return SubnetSpec.from_json(spec)

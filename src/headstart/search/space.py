@@ -49,7 +49,8 @@ class Bin:
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high:
             raise ValueError(
-                f"the bin {self.low:,} to {self.high:,} is empty; low must be above 0 and at most high"
+                f"the bin {self.low:,} to {self.high:,} is empty; low must be above 0 and at most "
+                "high"
             )
 
     @staticmethod
@@ -208,8 +209,9 @@ def grid_values(config: PreTrainedConfig, grid: GridSettings) -> dict[str, list[
         low = getattr(grid, f"{axis}_min") or step
         if step < 0 or not 0 < low <= sizes[axis]:
             raise ValueError(
-                f"search.grid has {axis}_min {low} and {axis}_step {step}, but the teacher's {axis} "
-                f"is {sizes[axis]}; choose 1 <= {axis}_min <= {sizes[axis]} and a positive step"
+                f"search.grid has {axis}_min {low} and {axis}_step {step}, but the teacher's "
+                f"{axis} is {sizes[axis]}; choose 1 <= {axis}_min <= {sizes[axis]} and a positive "
+                "step"
             )
         values[axis] = sorted({*range(low, sizes[axis] + 1, step), sizes[axis]})
     return values
@@ -286,7 +288,9 @@ class Space:
         shape = list(parent.sizes.values())
         exchange = self.fine and rng.random() < 0.5
         if not exchange:
-            column = rng.choice([c for c in range(4) if len(np.unique(self.shapes[:, c])) > 1] or [0])
+            column = rng.choice(
+                [c for c in range(4) if len(np.unique(self.shapes[:, c])) > 1] or [0]
+            )
             values = np.unique(self.shapes[:, column]).tolist()
             here = values.index(shape[column])
             step = rng.choice([-2, -1, 1, 2])
