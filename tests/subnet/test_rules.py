@@ -87,3 +87,11 @@ def test_what_transformers_ignores_is_dropped(kind, name):
 def test_a_name_in_the_file_may_differ_from_the_name_in_the_model():
     config = GPTNeoXConfig(tie_word_embeddings=False)
     assert match_tensor("embed_out.weight", config) == match_tensor("lm_head.weight", config)
+
+
+def test_a_layer_beyond_the_config_is_named():
+    name = "model.layers.4.mlp.up_proj.weight"
+    config = random_teacher("llama-tied-gqa").config
+    assert match_tensor(name.replace("4", "3"), config)[1] == 3
+    with pytest.raises(ValueError, match=f"{name}.*says 4 layers"):
+        match_tensor(name, config)

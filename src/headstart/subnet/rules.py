@@ -97,7 +97,8 @@ def match_tensor(name: str, config: PreTrainedConfig) -> tuple[Rule, int | None]
     transformers ignores too) comes back as DROPPED.
 
     Raises:
-        ValueError: no rule matches the name, or its rule does not hold for this config.
+        ValueError: no rule matches the name, its rule does not hold for this config, or its layer
+            is beyond the config's.
     """
     family = family_of(config)
     rules = _rules(family.name)
@@ -117,4 +118,12 @@ def match_tensor(name: str, config: PreTrainedConfig) -> tuple[Rule, int | None]
                 f"{rule.key}={getattr(config, rule.key)}; mend config.json or the weights"
             )
         rule = Rule(pattern, DROPPED)
-    return rule, int(layer[1]) if layer and "{i}" in pattern else None
+    if layer is None or "{i}" not in pattern:
+        return rule, None
+    num_layers = sizes_of(config)["layers"]
+    if int(layer[1]) >= num_layers:
+        raise ValueError(
+            f"tensor {name!r} is in the checkpoint although its config says {num_layers} layers; "
+            "mend config.json or the weights"
+        )
+    return rule, int(layer[1])
