@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from headstart import data
+from headstart import corpus as corpus_module
 from headstart.data import SPLITS, BlockDataset, DataSettings, check_source, prepare, split_of
 
 EOS = 1
@@ -354,8 +354,8 @@ def test_a_hub_dataset_is_read_at_the_revision_it_is_known_by(
         asked.append((name, options))
         return datasets.IterableDataset.from_generator(lambda: ({"body": t} for t in DOCUMENTS))
 
-    monkeypatch.setattr(data, "HfApi", Hub)
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(corpus_module, "HfApi", Hub)
+    monkeypatch.setattr(corpus_module.datasets, "load_dataset", load_dataset)
     settings = replace(SETTINGS, source="owner/name-v1.5", text_column="body")
     prepared = prepare(settings, tokenizer, tmp_path / "cache")
     pinned = {"revision": "commit of owner/name-v1.5", "split": "train", "streaming": True}
@@ -369,7 +369,7 @@ def test_an_unknown_hub_dataset_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         def dataset_info(self, dataset_id: str, timeout: float) -> object:
             raise ConnectionError("offline\nlong story")
 
-    monkeypatch.setattr(data, "HfApi", Hub)
+    monkeypatch.setattr(corpus_module, "HfApi", Hub)
     with pytest.raises(ValueError, match=r"owner/name is no local file .*\(offline\): check the n"):
         check_source(DataSettings(source="owner/name"))
 

@@ -9,6 +9,7 @@ from typing import get_type_hints
 
 import yaml
 
+from headstart.cli import _parser
 from headstart.pretrain.arms import RESERVED_ARGUMENTS, Arm
 from headstart.recipe import Recipe, load_recipe
 
@@ -59,3 +60,17 @@ def test_pages_link_to_files_that_exist() -> None:
     for page in pages:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_readme_commands_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make (\w+)", readme, re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    commands = set(re.findall(r"headstart (\w+) ", readme.replace("`", " "))) - {"gives"}
+    assert commands >= {"run", "demo", "search", "extract", "pretrain", "evaluate", "report"}
+    parser = _parser()
+    known = next(a.choices for a in parser._actions if a.dest == "command")
+    assert known and commands <= set(known), commands - set(known or ())

@@ -17,6 +17,7 @@ LAYERS = [
     {"evaluate"},
     {"pretrain.losses"},
     {"subnet", "data"},
+    {"corpus"},
     {"assets", "progress"},
 ]
 """From the top down; a module may import from lower layers, and inside its own package."""

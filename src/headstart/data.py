@@ -4,42 +4,27 @@ A corpus is read as a stream, so memory stays constant and nothing is copied int
 cache. What is written is one flat binary file per split and a manifest that says what went in.
 """
 
-import bz2
-import glob
-import gzip
 import hashlib
 import json
-import lzma
-import re
 import shutil
-import zlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from jaxtyping import UInt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from headstart.assets import cache_root, content_hash, finished_folder
+from headstart.assets import cache_root, finished_folder
+from headstart.corpus import Corpus, find_corpus, first_line, inputs_of, texts_of
 
 SplitName = Literal["train", "search", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "search", "validation")
-
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-READABLE = ".txt, .jsonl, .json (also with .gz, .bz2 or .xz after it) or .parquet"
-
-# "name" or "owner/name". It may end like "v1.5"; only letters after the last dot mean a file.
-HUB_ID = re.compile(r"(?!.*\.[A-Za-z]+$)\w[\w.-]*(/\w[\w.-]*)?")
 
 LAYOUT_VERSION = 1  # part of the fingerprint: raise it when the same inputs give other bytes
 BATCH_DOCUMENTS = 64
@@ -168,7 +153,7 @@ def prepare(
             end-of-sequence token, or a split gets no whole block.
     """
     corpus = _checked_corpus(settings)
-    inputs = _inputs(corpus)
+    inputs = inputs_of(corpus)
     loaded = _load_tokenizer(tokenizer)
     tokenizer_hash = _tokenizer_hash(loaded)
     # Where the same content lies does not change the blocks; what it holds does.
@@ -213,16 +198,7 @@ def split_of(text: str, settings: DataSettings) -> SplitName:
     return "train"
 
 
-@dataclass(frozen=True)
-class _Corpus:
-    """Where the documents are: local files in a fixed order, or a pinned dataset on the hub."""
-
-    source: str
-    files: tuple[Path, ...] = ()
-    revision: str = ""
-
-
-def _checked_corpus(settings: DataSettings) -> _Corpus:
+def _checked_corpus(settings: DataSettings) -> Corpus:
     for name in ("validation_fraction", "search_fraction"):
         fraction = getattr(settings, name)
         if not 0 < fraction < 1:
@@ -237,136 +213,10 @@ def _checked_corpus(settings: DataSettings) -> _Corpus:
         raise ValueError(
             f"data.block_length is {settings.block_length} tokens: give at least {MIN_BLOCK_LENGTH}"
         )
-    corpus = _find(settings.source)
-    if next(_texts(corpus, settings.text_column), None) is None:
+    corpus = find_corpus(settings.source)
+    if next(texts_of(corpus, settings.text_column), None) is None:
         raise ValueError(f"{settings.source} holds no text: every document is empty")
     return corpus
-
-
-def _find(source: str) -> _Corpus:
-    if not source:
-        raise ValueError("data.source is empty: give a file, a folder or a dataset id")
-    path = Path(source).expanduser()
-    if path.is_dir():
-        names = sorted((file.relative_to(path) for file in path.rglob("*")), key=Path.as_posix)
-        visible = [name for name in names if not any(part[0] == "." for part in name.parts)]
-        files = [path / name for name in visible if _builder(name) and (path / name).is_file()]
-        if not files:
-            raise ValueError(f"the folder {source} holds no file that ends in {READABLE}")
-    elif path.is_file():
-        if not _builder(path):
-            raise ValueError(f"{source} has an unknown suffix: give a file that ends in {READABLE}")
-        files = [path]
-    elif HUB_ID.fullmatch(source):
-        return _Corpus(source, revision=_hub_revision(source))
-    else:
-        raise ValueError(f"{source} does not exist: give a file, a folder or a dataset id")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"the file {file} is empty: remove it or fetch it again")
-    return _Corpus(source, tuple(files))
-
-
-def _hub_revision(dataset_id: str) -> str:
-    """The commit that "main" is now, so that what is read is what the fingerprint names."""
-    try:
-        return str(HfApi().dataset_info(dataset_id, timeout=30).sha)
-    except Exception as error:
-        raise ValueError(
-            f"{dataset_id} is no local file or folder, and the hub gives no dataset of that name "
-            f"({_first_line(error)}): check the name and the network"
-        ) from error
-
-
-def _builder(path: Path) -> str | None:
-    """The datasets builder that reads a file, by its suffix."""
-    plain = path.with_suffix("") if path.suffix.lower() in OPENERS else path
-    builder = BUILDERS.get(plain.suffix.lower())
-    # A parquet file compresses its columns itself and is read out of order: no .gz around it.
-    return None if builder == "parquet" and plain != path else builder
-
-
-def _inputs(corpus: _Corpus) -> list[dict[str, Any]]:
-    """What identifies the content that is read, in its order."""
-    if not corpus.files:
-        return [{"name": corpus.source, "revision": corpus.revision}]
-    return [
-        {
-            "name": file.name,
-            "size_bytes": file.stat().st_size,
-            "blake2b": content_hash(file, "blake2b"),
-        }
-        for file in corpus.files
-    ]
-
-
-def _rows(corpus: _Corpus, file: Path | None, text_column: str) -> Iterator[dict[str, Any]]:
-    """Stream the rows of one file, or of the hub's dataset when there is no file."""
-    try:
-        if file is None:
-            stream = datasets.load_dataset(
-                corpus.source, revision=corpus.revision, split="train", streaming=True
-            )
-        else:
-            builder = _builder(file)
-            options = {"sample_by": "paragraph"} if builder == "text" else {}
-            # One file at a time, so an error names its file and columns may differ between files.
-            name = glob.escape(str(file))
-            stream = datasets.load_dataset(
-                builder, data_files=[name], split="train", streaming=True, **options
-            )
-        if text_column in (stream.column_names or ()):
-            stream = stream.select_columns([text_column])
-        yield from stream
-    except StopIteration:  # what load_dataset raises for a compressed file with nothing in it
-        return
-    except Exception as error:
-        where = f"{file or corpus.source}{_bad_line(file)}"
-        raise ValueError(f"cannot read {where}: {_first_line(error)}; mend or remove it") from error
-
-
-def _bad_line(file: Path | None) -> str:
-    """Name the first line of a .jsonl file that is not JSON, which the reader does not."""
-    if file is None or ".jsonl" not in file.name.lower():
-        return ""
-    opener: Any = OPENERS.get(file.suffix.lower(), open)
-    number = 0
-    try:
-        with opener(file, "rb") as lines:
-            for line in lines:
-                number += 1
-                json.loads(line if line.strip() else "null")
-    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error):
-        return f", line {number}" if number else ""
-    return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _texts(corpus: _Corpus, text_column: str) -> Iterator[tuple[int, str]]:
-    """Every document that holds text, with the position of its file."""
-    for position, file in enumerate(corpus.files or (None,)):
-        is_plain = file is not None and _builder(file) == "text"
-        column = "text" if is_plain else text_column
-        for row in _rows(corpus, file, column):
-            if column not in row:
-                raise ValueError(
-                    f"{file or corpus.source} has no column {column!r}: set data.text_column to "
-                    f"one of {', '.join(row)}"
-                )
-            text = row[column] or ""  # an absent text is an empty one
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{file or corpus.source} holds {type(text).__name__}, not text, in its "
-                    f"column {column!r}: set data.text_column to a column of text"
-                )
-            if is_plain:
-                # The reader leaves odd newlines at a document's ends, and a byte order mark.
-                text = text.strip("\ufeff\n")
-            if text and not text.isspace():
-                yield position, text
 
 
 def _load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
@@ -374,7 +224,7 @@ def _load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(tokenizer))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no tokenizer loads from {tokenizer} ({_first_line(error)}): "
+            f"no tokenizer loads from {tokenizer} ({first_line(error)}): "
             "give a checkpoint folder or a hub id that has one"
         ) from error
     if loaded.eos_token_id is None:
@@ -424,7 +274,7 @@ def _progress_bar() -> Progress:
 
 
 def _write_splits(
-    corpus: _Corpus,
+    corpus: Corpus,
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     dtype: np.dtype[Any],
@@ -432,7 +282,7 @@ def _write_splits(
 ) -> dict[SplitName, dict[str, int]]:
     """Write <split>.bin of every split and count what went in."""
     counts = {name: {"documents": 0, "text_bytes": 0, "tokens": 0, "blocks": 0} for name in SPLITS}
-    documents = _texts(corpus, settings.text_column)
+    documents = texts_of(corpus, settings.text_column)
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in SPLITS}
         bar = stack.enter_context(_progress_bar())

@@ -11,8 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-TOKENS_PER_CHUNK = 256
-"""Tokens whose logits exist at once in `chunked_sum`; 50 MB in float32 for a 49k vocabulary."""
+CHUNK_BYTES = 30_000_000
+"""Size of one chunk's float32 logits in `chunked_sum`: 152 tokens of a 49k vocabulary.
+
+Just below 32 MiB, from where on glibc gives every buffer back to the kernel and each new one
+pays for its pages again.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def chunked_sum(
     hidden: Float[Tensor, "tokens embed"],
     output_matrix: Float[Tensor, "vocab embed"],
     token_loss: Callable[[Tensor, slice], Float[Tensor, " chunk"]],
-    tokens_per_chunk: int = TOKENS_PER_CHUNK,
+    tokens_per_chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum a per-token loss of the logits without ever holding the logits of all tokens.
 
@@ -86,11 +90,13 @@ def chunked_sum(
         hidden: final hidden states.
         output_matrix: turns hidden states into logits.
         token_loss: (logits of a chunk, the chunk's slice of the tokens) -> loss of each token.
-        tokens_per_chunk: how many tokens' logits exist at once.
+        tokens_per_chunk: how many tokens' logits exist at once; None fills `CHUNK_BYTES`.
 
     Returns:
         The sum, with gradients for `hidden` and `output_matrix`.
     """
+    if tokens_per_chunk is None:
+        tokens_per_chunk = max(1, CHUNK_BYTES // (4 * output_matrix.shape[0]))
     if torch.is_grad_enabled():
         total: Tensor = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
             hidden, output_matrix, token_loss, tokens_per_chunk
