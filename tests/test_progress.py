@@ -40,12 +40,6 @@ def test_a_note_stays_until_the_next(screen):
     assert "kept" in last_line(screen)
 
 
-def test_total_may_be_unknown(screen):
-    with progress("read", None, "files") as advance:
-        advance(3)
-    assert "3/?" in last_line(screen)
-
-
 def test_before_the_first_advance_there_is_no_rate(screen):
     with progress("read", 5, "files"):
         pass

@@ -27,7 +27,7 @@ import yaml
 from rich.console import Console
 
 import headstart
-from headstart.assets import demo_corpus, demo_teacher
+from headstart.assets import TEACHER, demo_corpus, demo_teacher
 from headstart.data import DataSettings, TokenBlocks, check_source, prepare
 from headstart.evaluate import mean_loss, tokens_to_match
 from headstart.pretrain.arms import ArmInputs, run_arm, training_arguments
@@ -227,7 +227,7 @@ def _validation_loss(model: Path, blocks: TokenBlocks, num_tokens: int) -> tuple
     array = blocks.split("validation")
     tokens = torch.from_numpy(array[: -(-num_tokens // array.shape[1])].astype("int64"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with progress(f"evaluate {model.name}", tokens.numel(), "tokens") as advance:
+    with progress("evaluate", tokens.numel(), "tokens") as advance:
         return mean_loss(load_frozen(model, device), tokens, 8, advance), tokens.numel()
 
 
@@ -280,8 +280,8 @@ def _result(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["headstart", *sys.argv[1:]]),
         "teacher": {
-            "name": getattr(teacher_config, "_name_or_path", "") or recipe.teacher,
-            "note": _note(inputs.teacher),
+            "name": TEACHER.name if recipe.teacher == DEMO else recipe.teacher,
+            "note": TEACHER.source if recipe.teacher == DEMO else "",
             "parameters": teacher_count.parameters,
             "non_embedding_parameters": teacher_count.non_embedding_parameters,
             "loss": json.loads(kept.read_text())["loss"],
@@ -342,11 +342,6 @@ def match_of(
         match[f"{unit}_to_match"] = spent
         match[f"{unit}_factor"] = scratch[-1][unit] / spent if spent else None
     return match
-
-
-def _note(teacher: Path) -> str:
-    note = teacher / "teacher.json"
-    return str(json.loads(note.read_text()).get("note", "")) if note.is_file() else ""
 
 
 def _environment() -> dict[str, str]:

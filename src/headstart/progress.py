@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
@@ -32,12 +31,12 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str) -> Iterator[Callable[..., None]]:
+def progress(description: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
     """Show a progress bar while the body runs.
 
     Args:
         description: the stage in a few words.
-        total: how many units there are, or None if that is not known.
+        total: how many units there are.
         unit: plural name of what is counted, for the rate.
 
     Yields:
@@ -47,7 +46,7 @@ def progress(description: str, total: float | None, unit: str) -> Iterator[Calla
     columns = (
         TextColumn("{task.description}", table_column=whole),
         BarColumn(bar_width=10),
-        MofNCompleteColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}", table_column=whole),
         _RateColumn(unit, table_column=whole),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),

@@ -8,7 +8,7 @@ and its drawing live in `report_page`.
 import html
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.box import SIMPLE_HEAD
@@ -132,14 +132,14 @@ def duration_text(seconds: float) -> str:
     """Seconds in the two largest units.
 
     >>> duration_text(8.25), duration_text(200), duration_text(3900)
-    ('8.2 s', '3 min 20 s', '1 h 05 min')
+    ('8.2s', '3m20s', '1h05m')
     """
     if seconds < 59.95:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+        return f"{minutes}m{rest:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def _nats(loss: float) -> str:
@@ -191,9 +191,11 @@ def result_table(result: Result) -> Table:
     # All arms have the same parameters, and 80 columns are few: the title names them.
     kept = [index for index, column in enumerate(COLUMNS) if column != "parameters"]
     table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    wrapping = {"loss final", "tokens to match", "time"}  # their cells have spaces to break at
     for column in (COLUMNS[index] for index in kept):
-        first = column == "arm"
-        table.add_column(column, justify="left" if first else "right", no_wrap=first)
+        justify: Literal["left", "right"] = "left" if column == "arm" else "right"
+        header = column.replace(" ", "\n", 1)
+        table.add_column(header, justify=justify, no_wrap=column not in wrapping)
     for row in result_rows(result):
         # Text, so that brackets in a name are no markup.
         table.add_row(*(Text(row[index]) for index in kept))
