@@ -14,6 +14,7 @@ from headstart.report import (
     COLUMNS,
     FORMAT,
     best_arm,
+    count_text,
     factor_text,
     headline,
     load_result,
@@ -193,7 +194,7 @@ def test_both_tables_show_the_same_cells() -> None:
     # The terminal's table has the parameters, the same for all arms, in its title.
     without_parameters = [(row[0], *row[2:]) for row in result_rows(result)]
     assert list(zip(*columns, strict=True)) == without_parameters
-    assert result_rows(result)[0][1] in str(result_table(result).title)
+    assert count_text(result["student"]["parameters"]) in str(result_table(result).title)
     assert r"a\|b" in lines[3]
 
 

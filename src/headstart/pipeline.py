@@ -30,6 +30,7 @@ import headstart
 from headstart.assets import TEACHER, demo_corpus, demo_teacher
 from headstart.data import DataSettings, TokenBlocks, check_source, prepare
 from headstart.evaluate import mean_loss, tokens_to_match
+from headstart.files import write_json, write_whole
 from headstart.pretrain.arms import ArmInputs, run_arm, training_arguments
 from headstart.pretrain.teacher import load_frozen
 from headstart.progress import progress
@@ -104,9 +105,7 @@ def open_run(recipe: Recipe) -> Path:
         )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(".unfinished")
-        unfinished.write_text(yaml.safe_dump(ours, sort_keys=False))
-        unfinished.rename(kept)
+        write_whole(kept, yaml.safe_dump(ours, sort_keys=False))
     return folder
 
 
@@ -141,9 +140,7 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
     inputs = ArmInputs(student, teacher, blocks, recipe.pretrain, recipe.train)
     trained = [run_arm(arm, inputs, folder / "arms" / arm.name) for arm in recipe.pretrain.arms]
     result = _result(recipe, folder, inputs, trained)
-    unfinished = folder / "result.unfinished"
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    unfinished.rename(folder / "result.json")
+    write_json(folder / "result.json", result)
     return run_report(folder)
 
 
@@ -246,7 +243,7 @@ def _result(
     kept = folder / "teacher.json"
     if not kept.is_file():
         loss, _ = _validation_loss(inputs.teacher, inputs.blocks, recipe.pretrain.validation_tokens)
-        kept.write_text(json.dumps({"loss": loss}) + "\n")
+        write_json(kept, {"loss": loss})
     found = folder / "search.json"
     outcome = json.loads(found.read_text()) if found.is_file() else None
     upfront_flops = outcome["calibration_flops"] + outcome["search_flops"] if outcome else 0

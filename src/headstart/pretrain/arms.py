@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from headstart.data import BlockDataset, TokenBlocks
+from headstart.files import write_json
 from headstart.pretrain.losses import DistillationSettings
 from headstart.pretrain.teacher import Teacher, has_fast_bf16, load_frozen
 from headstart.progress import progress
@@ -257,9 +258,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         ],
     }
     if trainer.is_world_process_zero():
-        unfinished = finished.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(result, indent=2) + "\n")
-        unfinished.rename(finished)
+        write_json(finished, result)
     return result
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headstart.data import SplitName, TokenBlocks
+from headstart.files import write_json
 from headstart.progress import progress
 from headstart.search.evolution import (
     Evaluated,
@@ -151,9 +152,7 @@ def search(
         "candidates": [_summary(one) for one in history],
         "winner": history.index(best),
     }
-    unfinished = finished.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    unfinished.rename(finished)
+    write_json(finished, result)
     return result
 
 
