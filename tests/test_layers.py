@@ -18,7 +18,7 @@ LAYERS = [
     {"pretrain.losses"},
     {"subnet", "data"},
     {"corpus"},
-    {"assets", "progress"},
+    {"assets", "files", "progress"},
 ]
 """From the top down; a module may import from lower layers, and inside its own package."""
 

@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from headstart.files import write_whole
 from headstart.report_page import (
     SCRIPT,
     STYLE,
@@ -263,9 +264,7 @@ def write_html(result: Result, path: Path) -> None:
         result: what `load_result` returned.
         path: the file to write; it appears whole or not at all.
     """
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(_page(result), encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, _page(result))
 
 
 def _page(result: Result) -> str:
