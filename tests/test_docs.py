@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 from typing import get_type_hints
 
@@ -74,3 +75,13 @@ def test_readme_commands_exist() -> None:
     parser = _parser()
     known = next(a.choices for a in parser._actions if a.dest == "command")
     assert known and commands <= set(known), commands - set(known or ())
+
+
+def test_readme_example_of_a_run_is_a_valid_recipe() -> None:
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^headstart run .*", readme, re.MULTILINE)
+    _, _, recipe, *overrides = shlex.split(line)
+    loaded = load_recipe(ROOT / recipe, overrides)
+    bin = loaded.search.bin.resolve()
+    assert (bin.low, bin.high) == (85_500_000, 94_500_000)
+    assert loaded.pretrain.tokens == 50_000_000
