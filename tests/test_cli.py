@@ -146,6 +146,52 @@ def test_unknown_family(
     assert "'gpt2' is not a family that headstart knows (gpt_neox, llama)" in one_sentence(capsys)
 
 
+def damaged(teacher_folder: Path, tmp_path: Path, file: str, content: bytes) -> str:
+    folder = tmp_path / "damaged"
+    shutil.copytree(teacher_folder, folder)
+    (folder / file).write_bytes(content)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("model.safetensors", b"version https://git-lfs", "model.safetensors is not a whole"),
+        ("config.json", b"{", "config.json is no model config"),
+        ("model.safetensors.index.json", b"{}", "is no index of shards"),
+    ],
+)
+def test_damaged_teacher(
+    arguments: dict[str, str],
+    teacher_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    content: bytes,
+    sentence: str,
+) -> None:
+    folder = damaged(teacher_folder, tmp_path, file, content)
+    assert run_with(arguments, teacher=folder) == 2
+    assert sentence in one_sentence(capsys)
+
+
+def test_several_processes(
+    arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_with(arguments) == 2
+    assert "without torchrun" in one_sentence(capsys)
+
+
+def test_grid_too_fine(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    from headstart.search import space
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space, "MAX_GRID_SHAPES", 100)
+        assert run_with(arguments, search__grid__mlp_step="1") == 2
+    assert "take larger steps" in one_sentence(capsys)
+
+
 def test_output_of_another_run(
     arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from headstart.pipeline import match_of, run, run_evaluate, run_pretrain
+from headstart.pipeline import (
+    match_of,
+    run,
+    run_evaluate,
+    run_extract,
+    run_pretrain,
+    run_search,
+)
 from headstart.recipe import Recipe, recipe_from_dict
 from headstart.subnet.count import count
 from headstart.subnet.rules import sizes_of
@@ -134,6 +142,54 @@ def test_pretrain_alone_takes_any_extracted_student(recipe: dict[str, Any], tmp_
     assert result["student"]["kept_layers"] == [0, 2, 3]
     assert result["arms"][0]["tokens_to_match"] is None
     assert sizes_of_student(student) == {"layers": 3, "embed": 24, "kv_groups": 1, "mlp": 40}
+
+
+def test_a_student_from_the_stages_is_charged_with_its_search(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    outcome = run_search(recipe_from_dict(recipe))
+    spec = Path(recipe["output"]) / "search.json"
+    recipe |= {"student": str(tmp_path / "student"), "output": str(tmp_path / "trained")}
+    run_extract(recipe["teacher"], spec, Path(recipe["student"]))
+    result = run_pretrain(recipe_from_dict(recipe))
+    upfront = outcome["calibration_flops"] + outcome["search_flops"]
+    scratch, subnet, _ = result["arms"]
+    assert [scratch["curve"][0]["flops"], subnet["curve"][0]["flops"]] == [0, upfront]
+    assert result["student"]["bin"] == [30_000, 45_000]
+
+
+def test_changed_text_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
+    text = tmp_path / "corpus.jsonl"
+    text.write_bytes(Path(recipe["data"]["source"]).read_bytes())
+    recipe["data"]["source"] = str(text)
+    run_search(recipe_from_dict(recipe))
+    with text.open("a") as stream:
+        stream.write('{"text": "one more document"}\n')
+    with pytest.raises(ValueError, match="the data has changed since"):
+        run_search(recipe_from_dict(recipe))
+
+
+def test_mistakes_about_the_student_come_before_training(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(recipe["teacher"], plain)
+    recipe["student"] = str(plain)
+    with pytest.raises(ValueError, match="holds no extracted student"):
+        run_pretrain(recipe_from_dict(recipe))
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "vocab_size": 130}))
+    (plain / "subnet.json").write_text("{}")
+    with pytest.raises(ValueError, match="128 vocabulary rows and the student 130"):
+        run_pretrain(recipe_from_dict(recipe))
+    assert not (Path(recipe["output"]) / "arms").exists()
+
+
+def test_a_step_larger_than_the_text_comes_before_the_search(recipe: dict[str, Any]) -> None:
+    recipe["train"]["gradient_accumulation_steps"] = 1000
+    with pytest.raises(ValueError, match="a step takes 128,000 tokens but the training split has"):
+        run(recipe_from_dict(recipe))
+    assert not (Path(recipe["output"]) / "search.jsonl").exists()
 
 
 def sizes_of_student(student: Path) -> dict[str, int]:

@@ -49,6 +49,12 @@ def test_overrides_win_and_data_is_short_for_its_source(tmp_path: Path) -> None:
     assert recipe.train == {"learning_rate_x": 0.1}
 
 
+def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, "teacher: t\noutput: o\ntrain: {weight_decay: 1e-2, name: 1e-3x}\n")
+    recipe = load_recipe(path, ["--train.adam_epsilon", "1e-8", "--train.b", "-2.5E3"])
+    assert recipe.train == {"weight_decay": 0.01, "name": "1e-3x", "adam_epsilon": 1e-8, "b": -2500}
+
+
 def test_recipe_is_optional() -> None:
     assert load_recipe(None, ["--teacher", "t", "--output", "o"]) == recipe_from_dict(MINIMAL)
 
@@ -84,6 +90,7 @@ def test_recipe_is_optional() -> None:
         (["--teacher", ""], "the recipe has no teacher"),
         (["--data.source.deep", "1"], "source holds no keys"),
         (["--search.tokens"], "has no value"),
+        (["--search.bin", "{low: 1M"], "is not valid YAML"),
         (["search.tokens"], "is not an option"),
     ],
 )

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         _pretrain,
         "Pretrain the arms of a recipe from an extracted student, and report.",
         "headstart pretrain --student student/ --teacher my-model/ --data corpus.jsonl "
-        "--pretrain.tokens 1000000 --output runs/mine",
+        "--pretrain.tokens 1000000 --output runs/trained",
         usage="[RECIPE] [--key VALUE ...] [--debug]",
     )
     evaluate = add(
@@ -147,9 +147,11 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    enable_progress_bars()  # of downloads from the hub, which the line above silences too
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:

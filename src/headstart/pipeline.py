@@ -3,6 +3,7 @@
 A run folder holds:
 
     recipe.yaml               what the run is; another recipe is refused
+    inputs.json               hashes of text and teacher, which may not change
     importance.safetensors    unit scores from the calibration pass
     search.jsonl, search.json the journal of the search, and its outcome
     student/                  the extracted sub-network
@@ -14,6 +15,7 @@ A run folder holds:
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -31,17 +33,29 @@ from headstart.assets import TEACHER, demo_corpus, demo_teacher
 from headstart.data import DataSettings, TokenBlocks, check_source, prepare
 from headstart.evaluate import mean_loss, tokens_to_match
 from headstart.files import write_json, write_whole
-from headstart.pretrain.arms import ArmInputs, run_arm, training_arguments
+from headstart.pretrain.arms import (
+    ArmInputs,
+    check_step,
+    run_arm,
+    tokens_per_step,
+    training_arguments,
+)
 from headstart.pretrain.teacher import load_frozen
 from headstart.progress import progress
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.report import FORMAT, SCRATCH, headline, load_result, result_table, write_html
 from headstart.search.search import load_spec, search, space_of
 from headstart.subnet.count import count
-from headstart.subnet.extract import checkpoint_files, extract, resolve_teacher
-from headstart.subnet.rules import match_tensor, sizes_of
+from headstart.subnet.extract import (
+    checkpoint_files,
+    extract,
+    hash_checkpoint,
+    resolve_teacher,
+)
+from headstart.subnet.rules import match_tensor, read_config, sizes_of
 from headstart.subnet.spec import student_config
 
+SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
 DEMO = "demo"
 """As a recipe's teacher or data source: the pinned download of `headstart demo`."""
 
@@ -52,10 +66,8 @@ def teacher_folder(recipe: Recipe) -> Path:
     Raises:
         ValueError: it does not exist, has no safetensors, or has a tensor that no rule knows.
     """
-    from transformers import AutoConfig
-
     folder = demo_teacher() if recipe.teacher == DEMO else resolve_teacher(recipe.teacher)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     for name in checkpoint_files(folder):
         match_tensor(name, config)
     return folder
@@ -66,21 +78,36 @@ def data_settings(settings: DataSettings) -> DataSettings:
     return replace(settings, source=str(demo_corpus())) if settings.source == DEMO else settings
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, student: str = "") -> None:
     """Find a user's mistakes before any weights are loaded.
+
+    Args:
+        recipe: what is asked.
+        student: folder of an extracted student, or empty where a search will find one.
 
     Raises:
         ValueError: the first mistake found, with its mend.
     """
-    from transformers import AutoConfig
-
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this version runs as one process; start headstart without torchrun")
     for arm in recipe.pretrain.arms:
         training_arguments(recipe.train, arm, Path(recipe.output))
     if recipe.data.source != DEMO:
         check_source(recipe.data)
-    config = AutoConfig.from_pretrained(teacher_folder(recipe))
-    if not recipe.student:
+    config = read_config(teacher_folder(recipe))
+    if not student:
         space_of(config, recipe.search)
+        return
+    if not (Path(student) / "subnet.json").is_file():
+        raise ValueError(
+            f"{student} holds no extracted student; give --student a folder that has one"
+        )
+    student_rows, teacher_rows = read_config(Path(student)).vocab_size, config.vocab_size
+    if student_rows != teacher_rows and any(arm.kd for arm in recipe.pretrain.arms):
+        raise ValueError(
+            f"the teacher has {teacher_rows} vocabulary rows and the student {student_rows}; use "
+            "the teacher that the student was cut from, or arms without kd"
+        )
 
 
 def open_run(recipe: Recipe) -> Path:
@@ -99,7 +126,7 @@ def open_run(recipe: Recipe) -> Path:
                 f"{folder} holds a run of another recipe ({key} is {there!r} there and {here!r} "
                 "here); choose another --output or delete the folder"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and {path.name for path in folder.iterdir()} - {"recipe.yaml.unfinished"}:
         raise ValueError(
             f"{folder} is not empty and holds no headstart run; choose another --output"
         )
@@ -121,9 +148,8 @@ def _differences(ours: Any, theirs: Any, key: str = "") -> dict[str, tuple[Any, 
 
 def run_search(recipe: Recipe) -> dict[str, Any]:
     """Prepare the text and search; the outcome is in `search.json`."""
-    folder = _open_checked(recipe)
-    teacher = teacher_folder(recipe)
-    return search(teacher, _blocks(recipe, teacher), recipe.search, folder)
+    folder, teacher, blocks = _prepared(recipe, recipe.student)
+    return search(teacher, blocks, recipe.search, folder)
 
 
 def run_pretrain(recipe: Recipe) -> dict[str, Any]:
@@ -131,12 +157,8 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
 
     The student is the recipe's own folder, or the one that a search in this run folder found.
     """
-    folder = _open_checked(recipe)
-    teacher = teacher_folder(recipe)
-    blocks = _blocks(recipe, teacher)
-    student = Path(recipe.student) if recipe.student else folder / "student"
-    if not (student / "config.json").is_file():
-        raise ValueError(f"{student} holds no student; run the search first or give --student")
+    student = Path(recipe.student or Path(recipe.output) / "student")
+    folder, teacher, blocks = _prepared(recipe, str(student))
     inputs = ArmInputs(student, teacher, blocks, recipe.pretrain, recipe.train)
     trained = [run_arm(arm, inputs, folder / "arms" / arm.name) for arm in recipe.pretrain.arms]
     result = _result(recipe, folder, inputs, trained)
@@ -146,32 +168,30 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """All stages: search, extract, pretrain, report."""
-    folder = _open_checked(recipe)
     if not recipe.student:
-        outcome = run_search(recipe)
+        run_search(recipe)
+        folder = Path(recipe.output)
         if not (folder / "student").exists():
-            run_extract(
-                teacher_folder(recipe),
-                folder / "search.json",
-                folder / "student",
-                {
-                    "teacher_name": recipe.teacher,
-                    **{key: outcome[key] for key in ("loss", "parameters", "bin")},
-                    "recipe": recipe_to_dict(recipe),
-                },
-            )
+            provenance = {"teacher_name": recipe.teacher, "recipe": recipe_to_dict(recipe)}
+            run_extract(recipe.teacher, folder / "search.json", folder / "student", provenance)
     return run_pretrain(recipe)
 
 
 def run_extract(
     teacher: str | Path, spec: Path, out_folder: Path, provenance: dict[str, Any] | None = None
 ) -> Path:
-    """Cut the sub-network that a spec file describes out of a teacher."""
-    from transformers import AutoConfig
+    """Cut the sub-network that a spec file describes out of a teacher.
 
+    What the spec file says of its search, the costs above all, goes into `subnet.json`.
+    """
     folder = demo_teacher() if teacher == DEMO else resolve_teacher(teacher)
     kept = load_spec(spec)
-    student_config(AutoConfig.from_pretrained(folder), kept)  # refuses what cannot be cut
+    student_config(read_config(folder), kept)  # refuses what cannot be cut
+    found = json.loads(spec.read_text())
+    origin = {
+        key: found[key] for key in (*SEARCH_COSTS, "loss", "parameters", "bin") if key in found
+    }
+    provenance = {**origin, **(provenance or {})}
     with progress("extract", len(checkpoint_files(folder)), "tensors") as advance:
         return extract(folder, kept, out_folder, provenance, lambda name: advance())
 
@@ -187,6 +207,7 @@ def run_evaluate(model: str, settings: DataSettings, num_tokens: int) -> dict[st
     if settings.source != DEMO:
         check_source(settings)
     folder = demo_teacher() if model == DEMO else resolve_teacher(model)
+    read_config(folder)  # refuses a family whose logits might be more than a product
     blocks = prepare(data_settings(settings), folder)
     loss, tokens = _validation_loss(folder, blocks, num_tokens)
     split = blocks.manifest["splits"]["validation"]
@@ -209,15 +230,30 @@ def run_report(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _open_checked(recipe: Recipe) -> Path:
-    folder = Path(recipe.output)
-    if not (folder / "recipe.yaml").is_file():
-        check(recipe)
-    return open_run(recipe)
+def _prepared(recipe: Recipe, student: str) -> tuple[Path, Path, TokenBlocks]:
+    """The run folder, the teacher's folder and the tokens, all checked and the same as before.
 
-
-def _blocks(recipe: Recipe, teacher: Path) -> TokenBlocks:
-    return prepare(data_settings(recipe.data), teacher)
+    Raises:
+        ValueError: a mistake in the recipe, or text or teacher have changed since the run began.
+    """
+    check(recipe, student)
+    folder, teacher = open_run(recipe), teacher_folder(recipe)
+    blocks = prepare(data_settings(recipe.data), teacher)
+    arguments = training_arguments(recipe.train, recipe.pretrain.arms[0], folder)
+    check_step(tokens_per_step(arguments, recipe.data.block_length), blocks)
+    inputs = {"data": blocks.manifest["fingerprint"], "teacher": hash_checkpoint(teacher)}
+    if recipe.student:
+        inputs["student"] = hash_checkpoint(Path(recipe.student))
+    kept = folder / "inputs.json"
+    if kept.is_file():
+        for name, before in json.loads(kept.read_text()).items():
+            if inputs[name] != before:
+                raise ValueError(
+                    f"the {name} has changed since {folder} was begun; restore it or choose "
+                    "another --output"
+                )
+    write_json(kept, inputs)
+    return folder, teacher, blocks
 
 
 def _validation_loss(model: Path, blocks: TokenBlocks, num_tokens: int) -> tuple[float, int]:
@@ -232,21 +268,19 @@ def _result(
     recipe: Recipe, folder: Path, inputs: ArmInputs, trained: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of `result.json`; docs/result.md documents it."""
-    from transformers import AutoConfig
-
-    teacher_config = AutoConfig.from_pretrained(inputs.teacher)
-    student_config = AutoConfig.from_pretrained(inputs.student)
+    configs = read_config(inputs.teacher), read_config(inputs.student)
     block_length = recipe.data.block_length
-    teacher_count, student_count = (
-        count(config, block_length) for config in (teacher_config, student_config)
-    )
+    teacher_count, student_count = (count(config, block_length) for config in configs)
+    teacher_sizes, student_sizes = (sizes_of(config) for config in configs)
+    origin = json.loads((inputs.student / "subnet.json").read_text())
     kept = folder / "teacher.json"
     if not kept.is_file():
         loss, _ = _validation_loss(inputs.teacher, inputs.blocks, recipe.pretrain.validation_tokens)
         write_json(kept, {"loss": loss})
     found = folder / "search.json"
     outcome = json.loads(found.read_text()) if found.is_file() else None
-    upfront_flops = outcome["calibration_flops"] + outcome["search_flops"] if outcome else 0
+    costs = {key: origin.get(key, 0) for key in SEARCH_COSTS}
+    upfront_flops = costs["calibration_flops"] + costs["search_flops"]
     arms = []
     for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True):
         flops_per_token = student_count.training_flops_per_token
@@ -282,15 +316,15 @@ def _result(
             "parameters": teacher_count.parameters,
             "non_embedding_parameters": teacher_count.non_embedding_parameters,
             "loss": json.loads(kept.read_text())["loss"],
-            "sizes": sizes_of(teacher_config),
+            "sizes": teacher_sizes,
         },
         "student": {
             "parameters": student_count.parameters,
             "non_embedding_parameters": student_count.non_embedding_parameters,
             "training_flops_per_token": student_count.training_flops_per_token,
-            "sizes": sizes_of(student_config),
+            "sizes": student_sizes,
             "kept_layers": list(load_spec(inputs.student / "subnet.json").layers),
-            "bin": outcome["bin"] if outcome else [student_count.parameters] * 2,
+            "bin": origin.get("bin", [student_count.parameters] * 2),
         },
         "budget": {
             "tokens": trained[0]["tokens"],
@@ -299,10 +333,7 @@ def _result(
             "validation_tokens": trained[0]["validation_tokens"],
         },
         "costs": {
-            **{
-                key: outcome[key] if outcome else 0
-                for key in ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
-            },
+            **costs,
             "teacher_flops_per_token": teacher_count.inference_flops_per_token,
         },
         "target_loss": scratch["loss_final"] if scratch else None,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +49,15 @@ class Recipe:
                 raise ValueError(f"the recipe has no {key}; set one, for example --{key} {example}")
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2; PyYAML reads it as text."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and set single keys of it.
 
@@ -62,7 +71,7 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(path.read_text()) or {}
+            tree = yaml.load(path.read_text(), RecipeLoader) or {}
         except (FileNotFoundError, IsADirectoryError):
             raise ValueError(f"recipe {path} does not exist or is not a file") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -111,10 +120,8 @@ def _build(value: Any, kind: Any, key: str) -> Any:
     for option in options:
         if dataclasses.is_dataclass(option):
             return _build_dataclass(value, option, key)
-        if option is float and isinstance(value, int | float | str):
-            # YAML reads 1e-3, without a point, as a string.
-            with contextlib.suppress(ValueError):
-                return float(value)
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
         if option is not float and isinstance(value, option) and not isinstance(value, bool):
             return value
     names = {int: "a whole number", float: "a number", str: "text"}
@@ -165,9 +172,11 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             if not remaining:
                 raise ValueError(f"--{key} has no value; write --{key} VALUE")
             value = remaining.pop(0)
-        pairs.append(
-            ("data.source" if key == "data" else key, yaml.safe_load(value) if value else "")
-        )
+        try:
+            parsed = yaml.load(value, RecipeLoader) if value else ""
+        except yaml.YAMLError as error:
+            raise ValueError(f"--{key} {value!r} is not valid YAML; quote or mend it") from error
+        pairs.append(("data.source" if key == "data" else key, parsed))
     return pairs
 
 

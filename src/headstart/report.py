@@ -251,7 +251,9 @@ def _cost_sentence(result: Result) -> str:
     factor = best["flops_factor"]
     if result["target_loss"] is None or best["name"] == SCRATCH or not factor:
         return ""
-    counted = "Counting the search" if result["search"] else "All costs counted"
+    counted = (
+        "Counting the search" if result["costs"]["search_flops"] else "With no search to count"
+    )
     if factor >= 1:
         return f"{counted}, it needs {factor_text(factor)} fewer FLOPs."
     return f"{counted}, it costs {factor_text(1 / factor)} more FLOPs at this budget."

@@ -18,11 +18,6 @@ def test_each_parameter_has_its_layout(teacher):
     assert expected == {name: tuple(p.shape) for name, p in teacher.named_parameters()}
 
 
-def test_the_input_embedding_is_the_models(teacher):
-    embedding = teacher.get_parameter(family_of(teacher.config).input_embedding)
-    assert embedding is teacher.get_input_embeddings().weight
-
-
 def test_the_layer_pattern_names_the_models_layers(teacher):
     pattern = family_of(teacher.config).layer
     for i, layer in enumerate(teacher.base_model.layers):

@@ -97,6 +97,9 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
     for key in train:
         if key in RESERVED_ARGUMENTS:
             raise ValueError(f"train.{key} is set by {RESERVED_ARGUMENTS[key]}; set that instead")
+        default = getattr(TrainingArguments, key, None)
+        if type(default) in (int, float) and isinstance(train[key], str):
+            raise ValueError(f"train.{key} is {train[key]!r}; write a number")
     arguments = {
         "per_device_eval_batch_size": 8,
         "lr_scheduler_type": "cosine",
@@ -108,7 +111,6 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         "save_total_limit": 1,
         "bf16": has_fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "report_to": "tensorboard",
-        "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
@@ -132,6 +134,16 @@ def tokens_per_step(arguments: Any, block_length: int) -> int:
         * arguments.world_size
         * block_length
     )
+
+
+def check_step(step_tokens: int, blocks: TokenBlocks) -> None:
+    """Raise a ValueError if the training split holds less text than one step takes."""
+    num_tokens = blocks.split("train").size
+    if step_tokens > num_tokens:
+        raise ValueError(
+            f"a step takes {step_tokens:,} tokens but the training split has {num_tokens:,}; "
+            "lower train.per_device_train_batch_size or give more text"
+        )
 
 
 @dataclass(frozen=True)
@@ -191,12 +203,10 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     train_split, validation_split = (inputs.blocks.split(n) for n in ("train", "validation"))
     block_length = train_split.shape[1]
     step_tokens = tokens_per_step(training_arguments(inputs.train, arm, folder), block_length)
-    if step_tokens > train_split.size:
-        raise ValueError(
-            f"a step takes {step_tokens:,} tokens but the training split has {train_split.size:,}; "
-            "lower train.per_device_train_batch_size or give more text"
-        )
+    check_step(step_tokens, inputs.blocks)
     num_steps = math.ceil(settings.tokens / step_tokens)
+    # Whole steps only: at an epoch's end the Trainer would take a shorter one.
+    num_train_blocks = train_split.size // step_tokens * (step_tokens // block_length)
     arguments = training_arguments(inputs.train, arm, folder, num_steps)
     checkpoint = last_whole_checkpoint(folder)
     done = int(checkpoint.name[11:]) if checkpoint else 0
@@ -230,7 +240,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             args=arguments,
             processing_class=AutoTokenizer.from_pretrained(inputs.teacher),
             data_collator=default_data_collator,
-            train_dataset=BlockDataset(train_split),
+            train_dataset=BlockDataset(train_split, num_train_blocks),
             eval_dataset=BlockDataset(validation_split, num_validation_blocks),
             teacher=teacher,
             distillation=arm.kd,

@@ -114,7 +114,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _hidden_and_matrix(self, model: nn.Module, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Final hidden states, and the matrix that turns them into logits."""
-        # Through the wrapped model, so that DDP and FSDP see the call; one position's logits are
+        # Through the wrapped model, so that DDP sees the call; one position's logits are
         # the fewest that it can be asked for.
         outputs = model(
             input_ids=blocks, output_hidden_states=True, logits_to_keep=1, use_cache=False

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from headstart.files import write_whole
 from headstart.search.space import Candidate, Space
 
 JOURNAL_FORMAT = "headstart-search/1"
@@ -107,7 +108,7 @@ class Journal:
                     f"{identity.get(key)!r} here); choose another --output or delete it"
                 )
         if whole + "\n" != text:
-            path.write_text(whole + "\n")
+            write_whole(path, whole + "\n")
         for line in lines[1:]:
             entry = json.loads(line)
             entry["candidate"] = Candidate.from_json(entry["candidate"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,7 +111,10 @@ def search(
         result: dict[str, Any] = json.loads(finished.read_text())
         return result
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(teacher).to(device).eval().requires_grad_(False)
+    # Half precisions are slow on most CPUs; a GPU takes the teacher's own.
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype).to(device)
+    model.eval().requires_grad_(False)
     config = model.config
     space = space_of(config, settings)
     journal = Journal(
@@ -129,6 +133,11 @@ def search(
     fitness_blocks = _first_blocks(blocks, "search", settings.tokens)
     history = _evolve(model, orders, space, settings, fitness_blocks, journal)
     best = ranked(history)[0]
+    if not math.isfinite(best.loss):
+        raise ValueError(
+            f"no candidate of {len(history)} has a finite loss; the teacher's weights or precision "
+            "are at fault"
+        )
     flops_per_token = sum(
         inference_flops_per_token(
             layouts_of(config), {**sizes_of(config), **one.candidate.sizes}, fitness_blocks.shape[1]

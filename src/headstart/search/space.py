@@ -10,10 +10,10 @@ in the bin by construction.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from dataclasses import dataclass
-from math import lcm
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from headstart.subnet.spec import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+MAX_GRID_SHAPES = 10_000_000
 SEARCHED_AXES = ("layers", "embed", "kv_groups", "mlp")
 
 
@@ -200,7 +201,7 @@ def grid_values(config: PreTrainedConfig, grid: GridSettings) -> dict[str, list[
     """The sizes that each searched axis may take, ascending; the teacher's size is the last."""
     sizes = sizes_of(config)
     heads = sizes["kv_groups"] * sizes["q_per_kv"]
-    embed_step = lcm(8, heads) if sizes["embed"] % lcm(8, heads) == 0 else 1
+    embed_step = math.lcm(8, heads) if sizes["embed"] % math.lcm(8, heads) == 0 else 1
     mlp_step = max(8, sizes["mlp"] // 24 // 8 * 8)
     defaults = {"layers": 1, "embed": embed_step, "kv_groups": 1, "mlp": mlp_step}
     values = {}
@@ -229,6 +230,12 @@ def shapes_in_bin(
         ValueError: there is none; the message names the range that can be reached.
     """
     values = grid_values(config, grid)
+    num_shapes = math.prod(len(sizes) for sizes in values.values())
+    if num_shapes > MAX_GRID_SHAPES:
+        raise ValueError(
+            f"search.grid has {num_shapes:,} shapes, more than {MAX_GRID_SHAPES:,}; take larger "
+            "steps"
+        )
     mesh = np.meshgrid(*(np.asarray(values[axis]) for axis in SEARCHED_AXES), indexing="ij")
     shapes = {axis: column.ravel() for axis, column in zip(SEARCHED_AXES, mesh, strict=True)}
     sizes: dict[str, Any] = {**sizes_of(config), **shapes}

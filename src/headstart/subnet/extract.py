@@ -15,7 +15,7 @@ from torch import Tensor
 import headstart
 from headstart.subnet.axes import slice_tensor
 from headstart.subnet.families import DROPPED
-from headstart.subnet.rules import family_of, layouts_of, match_tensor, sizes_of
+from headstart.subnet.rules import family_of, layouts_of, match_tensor, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec, student_config
 
 if TYPE_CHECKING:
@@ -63,17 +63,34 @@ def _download(repo_id: str) -> Path:
         ) from error
 
 
+def open_shard(file: Path) -> Any:
+    """Open one safetensors file.
+
+    Raises:
+        ValueError: it is cut short, or no safetensors file at all.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+
+
 def checkpoint_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it.
 
     Raises:
         ValueError: the index names a file that is not there.
     """
-    from safetensors import safe_open
-
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is no index of shards; fetch the model again") from error
         files = {name: folder / file for name, file in names.items()}
         for file in set(files.values()):
             if not file.is_file():
@@ -81,18 +98,16 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         return files
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
+        with open_shard(file) as shard:
             files.update(dict.fromkeys(shard.keys(), file))
     return files
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's tensors one at a time, shard by shard, memory-mapped."""
-    from safetensors import safe_open
-
     files = checkpoint_files(folder)
     for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as shard:
+        with open_shard(file) as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dict)
                 if files.get(name) == file:
                     yield name, shard.get_tensor(name)
@@ -194,13 +209,12 @@ def extract(
         ValueError: the teacher cannot be read, the spec does not fit it, or the folder exists.
     """
     from huggingface_hub import save_torch_state_dict
-    from transformers import AutoConfig
 
     out_folder = Path(out_folder)
     if out_folder.exists():
         raise ValueError(f"{out_folder} exists already; choose another folder or remove it")
     folder = resolve_teacher(teacher)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     output_config = student_config(config, spec)
 
     def reported(named_tensor: tuple[str, Tensor]) -> tuple[str, Tensor]:

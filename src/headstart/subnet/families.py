@@ -24,7 +24,6 @@ class Family:
             key that stands twice ties two products together: only sub-networks in which they
             agree can be written as a stock checkpoint.
         divides: (divisor, dividend) pairs of config keys which the stock code insists on.
-        input_embedding: the tensor that is looked up, not multiplied.
         layer: module name pattern of a layer, whose input and output score the depth axis.
         importance_sites: axis -> linear modules whose input has that axis as its units.
         aliases: name in a file -> name in the model, where the two differ.
@@ -34,7 +33,6 @@ class Family:
     tensors: Mapping[str, str]
     config: tuple[tuple[str, str], ...]
     divides: tuple[tuple[str, str], ...]
-    input_embedding: str
     layer: str
     importance_sites: Mapping[str, tuple[str, ...]]
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -74,7 +72,6 @@ LLAMA = Family(
         ("intermediate_size", "mlp"),
     ),
     divides=(("num_attention_heads", "hidden_size"),),
-    input_embedding="model.embed_tokens.weight",
     layer="model.layers.{i}",
     importance_sites={
         "embed": ("model.layers.{i}.self_attn.q_proj", "model.layers.{i}.mlp.gate_proj"),
@@ -117,7 +114,6 @@ GPT_NEOX = Family(
         ("intermediate_size", "mlp"),
     ),
     divides=(),
-    input_embedding="gpt_neox.embed_in.weight",
     layer="gpt_neox.layers.{i}",
     importance_sites={
         "embed": (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headstart.subnet.axes import dimension_size, parse_layout
@@ -15,19 +17,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a model folder.
+
+    Raises:
+        ValueError: config.json is missing or malformed, or of a family that no table knows.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no model config ({type(error).__name__}: {error}); fetch the model again"
+        ) from error
+    _known(model_type)
+    return AutoConfig.from_pretrained(folder)
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The family that a model config belongs to.
 
     Raises:
         ValueError: no table knows this `model_type`.
     """
-    if config.model_type not in FAMILIES:
+    return _known(config.model_type)
+
+
+def _known(model_type: str) -> Family:
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {config.model_type!r} is not a family that headstart knows "
+            f"model_type {model_type!r} is not a family that headstart knows "
             f"({', '.join(sorted(FAMILIES))}); choose a teacher of one of these, or add a table "
             "as CONTRIBUTING.md shows"
         )
-    return FAMILIES[config.model_type]
+    return FAMILIES[model_type]
 
 
 def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
