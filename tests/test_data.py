@@ -466,3 +466,22 @@ def test_tokenizers_without_an_end_or_a_file_are_told(tmp_path: Path, corpus: Pa
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"no tokenizer loads from .*nothing \(.*\): give a check"):
         prepare(settings, tmp_path / "nothing", tmp_path / "cache")
+
+
+def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:
+    lines = [{"text": f"document {number}"} for number in range(7)]
+    plain = tmp_path / "a.jsonl"
+    plain.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    table = tmp_path / "c.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines[:3]), table)
+    count = corpus_module.count_rows
+    assert [count(corpus_module.Corpus("", (file,))) for file in (plain, packed, table)] == [
+        7,
+        7,
+        3,
+    ]
+    assert count(corpus_module.Corpus("", (plain, packed, table))) == 17
+    assert count(corpus_module.Corpus("", (tmp_path / "d.txt",))) is None
+    assert count(corpus_module.Corpus("org/name", revision="main")) is None

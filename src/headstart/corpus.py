@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 from huggingface_hub import HfApi
 
 from headstart.assets import content_hash
@@ -65,6 +67,31 @@ def find_corpus(source: str) -> Corpus:
         if file.stat().st_size == 0:
             raise ValueError(f"the file {file} is empty: remove it or fetch it again")
     return Corpus(source, tuple(files))
+
+
+def count_rows(corpus: Corpus) -> int | None:
+    """How many rows the files hold, for a progress bar; None where counting is not cheap.
+
+    Parquet files say it, and a .jsonl file has one a line; other sources would have to be parsed.
+    """
+    try:
+        counts = [_rows_in(file) for file in corpus.files]
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException):
+        return None  # reading the file will say what is wrong with it
+    known = [count for count in counts if count is not None]
+    return sum(known) or None if len(known) == len(counts) else None
+
+
+def _rows_in(file: Path) -> int | None:
+    if file.suffix.lower() == ".parquet":
+        return int(pyarrow.parquet.read_metadata(file).num_rows)
+    if ".jsonl" not in file.name.lower():
+        return None
+    opener: Any = OPENERS.get(file.suffix.lower(), open)
+    with opener(file, "rb") as stream:
+        pieces = iter(lambda: stream.read(1 << 20), b"")
+        num_lines: int = sum(piece.count(b"\n") for piece in pieces)
+    return num_lines
 
 
 def _hub_revision(dataset_id: str) -> str:
@@ -145,8 +172,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def texts_of(corpus: Corpus, text_column: str) -> Iterator[tuple[int, str]]:
-    """Every document that holds text, with the position of its file.
+def texts_of(corpus: Corpus, text_column: str) -> Iterator[str]:
+    """Every document that holds text.
 
     Args:
         corpus: What to read.
@@ -155,7 +182,7 @@ def texts_of(corpus: Corpus, text_column: str) -> Iterator[tuple[int, str]]:
     Raises:
         ValueError: A file is corrupt, lacks the column, or holds something else in it.
     """
-    for position, file in enumerate(corpus.files or (None,)):
+    for file in corpus.files or (None,):
         is_plain = file is not None and _builder(file) == "text"
         column = "text" if is_plain else text_column
         for row in _rows(corpus, file, column):
@@ -174,4 +201,4 @@ def texts_of(corpus: Corpus, text_column: str) -> Iterator[tuple[int, str]]:
                 # The reader leaves odd newlines at a document's ends, and a byte order mark.
                 text = text.strip("\ufeff\n")
             if text and not text.isspace():
-                yield position, text
+                yield text

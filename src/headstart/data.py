@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headstart.assets import cache_root, finished_folder
-from headstart.corpus import Corpus, find_corpus, first_line, inputs_of, texts_of
+from headstart.corpus import Corpus, count_rows, find_corpus, first_line, inputs_of, texts_of
 
 SplitName = Literal["train", "search", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "search", "validation")
@@ -269,7 +269,7 @@ def _progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        speed_estimate_period=3600,  # seconds: long enough to see several files end
+        speed_estimate_period=3600,
     )
 
 
@@ -286,17 +286,16 @@ def _write_splits(
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in SPLITS}
         bar = stack.enter_context(_progress_bar())
-        # The reader does not say how far into a file it is, so the bar counts whole files.
-        num_files = len(corpus.files) if len(corpus.files) > 1 else None
-        task = bar.add_task("Tokenising", total=num_files, documents=0, rate=0.0)
+        num_rows = count_rows(corpus)
+        task = bar.add_task("tokenise", total=num_rows, documents=0, rate=0.0)
         while batch := list(islice(documents, BATCH_DOCUMENTS)):
             encoded = tokenizer(
-                [text for _, text in batch],
+                batch,
                 add_special_tokens=False,
                 return_attention_mask=False,
                 verbose=False,  # no warning for a text longer than the model's context
             )["input_ids"]
-            for (_, text), token_ids in zip(batch, encoded, strict=True):
+            for text, token_ids in zip(batch, encoded, strict=True):
                 name = split_of(text, settings)
                 count = counts[name]
                 files[name].write(np.array([*token_ids, tokenizer.eos_token_id], dtype).tobytes())
@@ -306,8 +305,8 @@ def _write_splits(
             num_documents = sum(count["documents"] for count in counts.values())
             num_tokens = sum(count["tokens"] for count in counts.values())
             rate = num_tokens / (bar.tasks[task].elapsed or 1)
-            bar.update(task, completed=batch[-1][0], documents=num_documents, rate=rate)
-        bar.update(task, completed=num_files or 1, total=num_files or 1)
+            bar.update(task, completed=num_documents, documents=num_documents, rate=rate)
+        bar.update(task, completed=num_rows or 1, total=num_rows or 1)
         for name, count in counts.items():
             count["blocks"] = count["tokens"] // settings.block_length
             files[name].truncate(count["blocks"] * settings.block_length * dtype.itemsize)
