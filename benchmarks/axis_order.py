@@ -1,8 +1,8 @@
-"""Which axis order is the better default: the teacher's own, or most important first?
+"""Which axis order is the best default: the teacher's own, or most important first, by which kind?
 
     python benchmarks/axis_order.py
 
-Cuts the same random in-bin shapes out of the demo's teacher in both orders, and prints the loss of
+Cuts the same random in-bin shapes out of the demo's teacher in each order, and prints the loss of
 each before any training, on held-out text of the demo's corpus.
 """
 
@@ -10,57 +10,49 @@ from __future__ import annotations
 
 import random
 import statistics
-from pathlib import Path
+from typing import get_args
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from headstart.cli import demo_recipe
-from headstart.data import prepare
 from headstart.evaluate import mean_loss
-from headstart.pipeline import data_settings, teacher_folder
-from headstart.recipe import load_recipe
-from headstart.search.importance import activation_importance
-from headstart.search.search import space_of
-from headstart.search.space import Orders
+from headstart.search.candidate import Orders
+from headstart.search.importance import UnitImportance, measure_importance
+from headstart.search.space import Space
 from headstart.subnet.extract import build_student
+from real_teacher import BIN, CALIBRATION_TOKENS, load
 
 NUM_SHAPES = 12
+NUM_TOKENS = 2048
 SEED = 0
 
 
 def main() -> None:
-    recipe = load_recipe(Path(demo_recipe()))
-    folder = teacher_folder(recipe)
-    blocks = prepare(data_settings(recipe.data), folder)
-    calibration, held_out = (
-        torch.from_numpy(blocks.split(split)[:count].astype("int64"))
-        for split, count in (("train", 32), ("search", 8))
-    )
-    teacher = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    importance = activation_importance(teacher, calibration.split(8))
-    orders = {"teacher": Orders.of_teacher(teacher.config), "importance": importance.orders()}
-    state = {k: v for k, v in teacher.state_dict().items() if k != "lm_head.weight"}
-    space, rng = space_of(teacher.config, recipe.search), random.Random(SEED)
+    teacher = load()
+    calibration = teacher.blocks.first("train", CALIBRATION_TOKENS).split(8)
+    orders = {"teacher": Orders.of_teacher(teacher.config)}
+    for units in get_args(UnitImportance):
+        orders[units] = measure_importance(teacher.model, calibration, units).orders()
+    fitness = teacher.fitness(NUM_TOKENS)
+    space, rng = Space.build(teacher.config, "coarse-uniform", BIN), random.Random(SEED)
 
-    print(f"{'layers':>6} {'embed':>6} {'groups':>6} {'mlp':>6}   teacher importance  (nats)")
-    gains = []
+    header = " ".join(f"{name:>10}" for name in orders)
+    print(f"{'layers':>6} {'embed':>6} {'groups':>6} {'mlp':>6}   {header}  (nats)")
+    losses: dict[str, list[float]] = {name: [] for name in orders}
     for _ in range(NUM_SHAPES):
         candidate = space.sample(rng)
-        losses = {
-            name: mean_loss(
-                build_student(state, teacher.config, candidate.spec(order)), held_out, 8
-            )
-            for name, order in orders.items()
-        }
-        gains.append(losses["teacher"] - losses["importance"])
-        sizes = " ".join(f"{size:6d}" for size in candidate.sizes.values())
-        print(f"{sizes}   {losses['teacher']:7.3f}    {losses['importance']:7.3f}")
-    wins = sum(gain > 0 for gain in gains)
-    print(
-        f"importance is lower in {wins} of {NUM_SHAPES} shapes, by {statistics.median(gains):.2f} "
-        "nats in the median"
-    )
+        for name, order in orders.items():
+            spec = candidate.spec(teacher.config, order)
+            student = build_student(fitness.state, teacher.config, spec)
+            losses[name].append(mean_loss(student, fitness.blocks, fitness.batch_size))
+        sizes = candidate.sizes()
+        shape = " ".join(f"{sizes[axis]:6d}" for axis in ("layers", "embed", "kv_groups", "mlp"))
+        print(
+            f"{shape}   {' '.join(f'{found[-1]:10.3f}' for found in losses.values())}", flush=True
+        )
+    for name in list(orders)[1:]:
+        pairs = zip(losses["teacher"], losses[name], strict=True)
+        gains = [before - after for before, after in pairs]
+        wins = sum(gain > 0 for gain in gains)
+        gain = statistics.median(gains)
+        print(f"{name} is lower in {wins} of {NUM_SHAPES} shapes, by {gain:.2f} nats in the median")
 
 
 if __name__ == "__main__":

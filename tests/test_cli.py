@@ -183,13 +183,18 @@ def test_several_processes(
     assert "without torchrun" in one_sentence(capsys)
 
 
-def test_grid_too_fine(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    from headstart.search import space
+def test_a_dry_run_loads_nothing_and_leaves_nothing(
+    arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [part for pair in arguments.items() for part in pair]
+    assert main(["search", "--dry-run", *given]) == 0
+    assert "shapes in the bin" in capsys.readouterr().out
+    assert not Path(arguments["--output"]).exists()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(space, "MAX_GRID_SHAPES", 100)
-        assert run_with(arguments, search__grid__mlp_step="1") == 2
-    assert "take larger steps" in one_sentence(capsys)
+
+def test_resume_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "--resume", str(tmp_path)]) == 2
+    assert "holds no run to resume" in one_sentence(capsys)
 
 
 def test_output_of_another_run(

@@ -37,6 +37,8 @@ def test_recipe_page_has_the_defaults() -> None:
         ("data", "", recipe.data),
         ("search", "", recipe.search),
         ("search", "evolution.", recipe.search.evolution),
+        ("search", "racing.", recipe.search.racing),
+        ("search", "finalists.", recipe.search.finalists),
         ("pretrain", "", recipe.pretrain),
     ):
         text = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
@@ -82,6 +84,6 @@ def test_readme_example_of_a_run_is_a_valid_recipe() -> None:
     (line,) = re.findall(r"^headstart run .*", readme, re.MULTILINE)
     _, _, recipe, *overrides = shlex.split(line)
     loaded = load_recipe(ROOT / recipe, overrides)
-    bin = loaded.search.bin.resolve()
+    bin = loaded.search.bin.resolve(loaded.data.block_length)
     assert (bin.low, bin.high) == (85_500_000, 94_500_000)
     assert loaded.pretrain.tokens == 50_000_000

@@ -19,14 +19,17 @@ import yaml
 from safetensors.torch import load_file
 
 from headstart.pipeline import (
-    match_of,
+    check_run_folder,
+    open_run,
     run,
     run_evaluate,
     run_extract,
+    run_plan,
     run_pretrain,
     run_search,
 )
 from headstart.recipe import Recipe, recipe_from_dict
+from headstart.result import match_of
 from headstart.subnet.count import count
 from headstart.subnet.rules import sizes_of
 
@@ -73,7 +76,7 @@ def answer(run_folder: Path) -> dict[str, Any]:
 
 
 def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(recipe_from_dict(recipe))
+    (result,) = run(recipe_from_dict(recipe))
     folder = Path(recipe["output"])
     student = folder / "student"
 
@@ -94,7 +97,9 @@ def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str])
     student_flops = count(AutoConfig.from_pretrained(student), BLOCK_LENGTH)
     teacher_flops = count(AutoConfig.from_pretrained(recipe["teacher"]), BLOCK_LENGTH)
     costs = result["costs"]
-    assert costs["search_tokens"] == 256 * len(result["search"]["candidates"])
+    candidates = result["search"]["candidates"]
+    assert costs["search_tokens"] == sum(one["tokens"] for one in candidates)
+    assert {one["tokens"] for one in candidates} <= {32, 64, 256}  # racing: of 1, 2, 8 blocks
     assert costs["calibration_flops"] == 512 * teacher_flops.inference_flops_per_token
     upfront = costs["calibration_flops"] + costs["search_flops"]
     per_token = student_flops.training_flops_per_token
@@ -147,7 +152,7 @@ def test_pretrain_alone_takes_any_extracted_student(recipe: dict[str, Any], tmp_
 def test_a_student_from_the_stages_is_charged_with_its_search(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    outcome = run_search(recipe_from_dict(recipe))
+    (outcome,) = run_search(recipe_from_dict(recipe))
     spec = Path(recipe["output"]) / "search.json"
     recipe |= {"student": str(tmp_path / "student"), "output": str(tmp_path / "trained")}
     run_extract(recipe["teacher"], spec, Path(recipe["student"]))
@@ -189,7 +194,7 @@ def test_a_step_larger_than_the_text_comes_before_the_search(recipe: dict[str, A
     recipe["train"]["gradient_accumulation_steps"] = 1000
     with pytest.raises(ValueError, match="a step takes 128,000 tokens but the training split has"):
         run(recipe_from_dict(recipe))
-    assert not (Path(recipe["output"]) / "search.jsonl").exists()
+    assert not Path(recipe["output"]).exists()  # so the mended recipe may go there
 
 
 def sizes_of_student(student: Path) -> dict[str, int]:
@@ -238,18 +243,67 @@ def test_killed_in_every_stage_goes_on_to_the_same_answer(
 
 
 def test_a_run_folder_is_for_one_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
-    from headstart.pipeline import open_run
-
     ours = recipe_from_dict(recipe)
-    folder = open_run(ours)
-    assert open_run(ours) == folder
+    check_run_folder(ours)
+    open_run(ours)
+    check_run_folder(ours)
     recipe["search"]["tokens"] = 300
     with pytest.raises(ValueError, match=r"another recipe \(search.tokens is 256 there and 300"):
-        open_run(recipe_from_dict(recipe))
+        check_run_folder(recipe_from_dict(recipe))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty"):
-        open_run(recipe_from_dict({**recipe, "output": str(tmp_path / "full")}))
+        check_run_folder(recipe_from_dict({**recipe, "output": str(tmp_path / "full")}))
+
+
+def test_several_bins_have_a_run_each(recipe: dict[str, Any]) -> None:
+    bins = [{"low": "30K", "high": "35K"}, {"low": "40K", "high": "45K", "name": "large"}]
+    recipe["search"] = {**recipe["search"], "bins": bins}
+    del recipe["search"]["bin"]
+    outcomes = run_search(recipe_from_dict(recipe))
+    folder = Path(recipe["output"])
+    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "30K-35K", "large"}
+    for outcome, (low, high) in zip(outcomes, ((30, 35), (40, 45)), strict=True):
+        assert all(low * 1000 <= one["amount"] <= high * 1000 for one in outcome["candidates"])
+        assert outcome["bin"] == [low * 1000, high * 1000]
+    assert json.loads((folder / "large" / "search.json").read_text()) == outcomes[1]
+    assert run_search(recipe_from_dict(recipe)) == outcomes
+    recipe["search"]["tokens"] = 300
+    with pytest.raises(ValueError, match="another recipe"):
+        run_search(recipe_from_dict(recipe))
+
+
+def test_layerwise_spaces_can_be_searched_but_not_yet_run(recipe: dict[str, Any]) -> None:
+    recipe["search"]["space"] = "fine-layerwise"
+    with pytest.raises(ValueError, match="whose students no stock checkpoint can hold"):
+        run(recipe_from_dict(recipe))
+    (outcome,) = run_search(recipe_from_dict(recipe))
+    assert (
+        len(outcome["spec"]["mlp"]) == outcome["candidates"][outcome["winner"]]["sizes"]["layers"]
+    )
+
+
+def test_a_plan_needs_no_weights_and_bounds_the_tokens(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (outcome,) = run_search(recipe_from_dict(recipe))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(Path(recipe["teacher"]) / "config.json", bare)
+    (plan,) = run_plan(recipe_from_dict({**recipe, "teacher": str(bare)}))
+    assert plan.bin == (30_000, 45_000)
+    assert plan.num_candidates == len(outcome["candidates"])
+    assert plan.tokens[0] <= outcome["search_tokens"] <= plan.tokens[1]
+    upfront = outcome["calibration_flops"] + outcome["search_flops"]
+    assert 0.8 * plan.flops[0] <= upfront <= 1.2 * plan.flops[1]
+
+
+def test_processes_that_train_are_refused(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start headstart without torchrun"):
+        run_pretrain(recipe_from_dict(recipe))
 
 
 def points(

@@ -14,7 +14,7 @@ from headstart.report import (
     COLUMNS,
     FORMAT,
     best_arm,
-    count_text,
+    charts_of,
     factor_text,
     headline,
     load_result,
@@ -23,7 +23,7 @@ from headstart.report import (
     result_table,
     write_html,
 )
-from headstart.report_page import arm_colours, charts_of, inline_json
+from headstart.report_page import arm_colours, count_text, inline_json, page, size_text
 
 Result = dict[str, Any]
 HOSTILE = "<script>alert('&')</script>"
@@ -414,15 +414,56 @@ def test_loss_charts_draw_the_curves_points_and_the_target() -> None:
         assert target["y0"] == target["y1"] == 6.71
 
 
-def test_search_charts_show_bin_winner_and_best_so_far() -> None:
-    charts = charts_of(make_result(SCRATCH_ARM, make_arm("subnet")))
-    (band,) = charts["search-parameters"]["layout"]["shapes"]
+def test_the_log_view_drops_what_has_no_logarithm() -> None:
+    chart = charts_of(make_result(SCRATCH_ARM, make_arm("subnet")))["loss-flops"]
+    assert list(chart["views"]) == ["linear", "log"]
+    (linear, linear_axis), (log, log_axis) = chart["views"].values()
+    assert linear["x"] == [trace["x"] for trace in chart["data"]] == [[0.0, 4e12], [1e12, 5e12]]
+    assert log["x"] == [[None, 4e12], [1e12, 5e12]]
+    assert (linear_axis["xaxis.type"], log_axis["xaxis.type"]) == ("linear", "log")
+    assert linear_axis.keys() == log_axis.keys()  # so that each undoes the other
+
+
+def test_every_view_has_its_button(tmp_path: Path) -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet"))
+    for candidate in result["search"]["candidates"]:
+        candidate["tokens"] = 1024
+    buttons = [found for tag, found in read_page(result, tmp_path).tags if tag == "button"]
+    assert [(one["data-chart"], one["data-view"]) for one in buttons] == [
+        (name, view) for name, chart in charts_of(result).items() for view in chart.get("views", {})
+    ]
+    pressed = [one["data-view"] for one in buttons if one["aria-pressed"] == "true"]
+    assert pressed == ["linear", "linear", "candidates"]
+
+
+def test_a_search_without_a_bin_of_its_own_shows_that_of_the_student() -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet"))
+    (band,) = charts_of(result)["search-size"]["layout"]["shapes"]
     assert (band["x0"], band["x1"]) == (11_000_000, 13_000_000)
-    assert charts["search-parameters"]["data"][-1]["x"] == [12_000_000]
-    points, best, winner = charts["search-order"]["data"]
-    assert (points["x"], points["y"]) == ([1, 2], [9.4, 9.1])
-    assert best["y"] == [9.4, 9.1]
-    assert (winner["x"], winner["y"]) == ([2], [9.1])
+    result["search"] |= {"bin": [1, 2], "measure": "weight_bytes"}
+    (band,) = charts_of(result)["search-size"]["layout"]["shapes"]
+    assert (band["x0"], band["x1"]) == (1, 2)
+
+
+def test_what_the_winner_keeps_is_measured_against_the_teacher(tmp_path: Path) -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet"))
+    assert "shrank" not in read_page(result, tmp_path).text
+    spec = {"layers": "0,3", "embed": "0-31", "head_dim": None}
+    result["search"]["spec"] = spec | {"kv_groups": ["0", "0-1"], "mlp": ["0-127", "0-63"]}
+    text = read_page(result, tmp_path).text
+    assert "2 of 4" in text and "32 of 64" in text and "16 of 16" in text
+    assert "64–128 of 256 in a kept layer" in text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(1024, "1,024"), ([5, 5], "5"), ([4, 1024, 7], "4–1,024")]
+)
+def test_size_text(size: int | list[int], text: str) -> None:
+    assert size_text(size) == text
+
+
+def test_frame_escapes_its_title() -> None:
+    assert "<title>&lt;b&gt; · headstart</title>" in page("<b>", "", [], {})
 
 
 def test_drawing_highlights_the_kept_layers(tmp_path: Path) -> None:

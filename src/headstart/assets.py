@@ -22,6 +22,9 @@ from pathlib import Path
 import platformdirs
 from rich.console import Console
 
+DEMO = "demo"
+"""As a recipe's teacher or data source: the pinned download of `headstart demo`."""
+
 
 @dataclass(frozen=True)
 class Asset:

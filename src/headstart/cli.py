@@ -86,13 +86,18 @@ def _parser() -> argparse.ArgumentParser:
         "headstart demo\n  headstart demo --teacher my-model/ --data my-text/ --output runs/mine",
         usage="[--key VALUE ...] [--debug]",
     )
-    add(
+    searching = add(
         "search",
         _search,
-        "Search for the best sub-network in a parameter bin.",
+        "Search for the best sub-network in a bin.",
         "headstart search --teacher my-model/ --data corpus.jsonl --search.bin.around 400M "
-        "--output runs/mine",
-        usage="[RECIPE] [--key VALUE ...] [--debug]",
+        "--output runs/mine\n  headstart search --resume runs/mine\n"
+        "  torchrun --nproc-per-node 4 -m headstart.cli search --resume runs/mine",
+        usage="[RECIPE | --resume RUN] [--dry-run] [--key VALUE ...] [--debug]",
+    )
+    searching.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
+    searching.add_argument(
+        "--dry-run", action="store_true", help="what would be searched, and its cost; no weights"
     )
     extract = add(
         "extract",
@@ -173,14 +178,31 @@ def demo_recipe() -> Path:
 
 
 def _search(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.resume:
+        kept = options.resume / "recipe.yaml"
+        if not kept.is_file():
+            raise ValueError(f"{options.resume} holds no run to resume: it has no recipe.yaml")
+        overrides = [str(kept), *overrides, "--output", str(options.resume)]
     recipe = _load(overrides)
     from headstart import pipeline
+    from headstart.distributed import is_main
 
-    outcome = pipeline.run_search(recipe)
-    winner = outcome["candidates"][outcome["winner"]]
-    sizes = ", ".join(f"{axis} {size}" for axis, size in winner["sizes"].items())
-    print(f"{outcome['parameters']:,} parameters, {outcome['loss']:.4f} nats: {sizes}")
-    print(f"spec: {Path(recipe.output) / 'search.json'}")
+    if options.dry_run:
+        pipeline.run_plan(recipe)
+        return
+    outcomes = pipeline.run_search(recipe)
+    for one, outcome in zip(pipeline.bin_recipes(recipe), outcomes, strict=True):
+        if not is_main():
+            break
+        winner = outcome["candidates"][outcome["winner"]]
+        sizes = ", ".join(f"{axis} {_range(size)}" for axis, size in winner["sizes"].items())
+        print(f"{outcome['parameters']:,} parameters, {outcome['loss']:.4f} nats: {sizes}")
+        print(f"spec: {Path(one.output) / 'search.json'}")
+        print(f"report: {Path(one.output) / 'search.html'}")
+
+
+def _range(size: int | list[int]) -> str:
+    return f"{min(size)} to {max(size)}" if isinstance(size, list) else str(size)
 
 
 def _extract(options: argparse.Namespace, overrides: list[str]) -> None:

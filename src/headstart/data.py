@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import UInt
+from jaxtyping import Int, UInt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -84,6 +84,11 @@ class TokenBlocks:
         shape = (self.manifest["splits"][name]["blocks"], self.manifest["settings"]["block_length"])
         dtype = np.dtype(self.manifest["dtype"])
         return np.memmap(self.folder / f"{name}.bin", dtype=dtype, mode="r", shape=shape)
+
+    def first(self, name: SplitName, num_tokens: int) -> Int[torch.Tensor, "blocks tokens"]:
+        """At least so many tokens of a split as whole blocks, or all that it has."""
+        array = self.split(name)
+        return torch.from_numpy(array[: -(-num_tokens // array.shape[1])].astype(np.int64))
 
 
 class BlockDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -31,13 +31,13 @@ def next_token_loss(
 
 
 @torch.no_grad()
-def mean_loss(
+def summed_loss(
     model: PreTrainedModel,
     blocks: Int[Tensor, "blocks tokens"],
     batch_size: int,
     on_batch: Callable[[int], None] = lambda num_tokens: None,
 ) -> float:
-    """Mean next-token cross-entropy in nats per token, without the full logits tensor.
+    """Summed next-token cross-entropy in nats, without the full logits tensor.
 
     Args:
         model: a causal language model in eval mode.
@@ -45,16 +45,25 @@ def mean_loss(
         batch_size: blocks per forward pass.
         on_batch: called with the tokens of each batch done, for progress.
     """
-    total = 0.0
+    matrix = model.get_output_embeddings().weight
+    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     batch: Tensor
-    for batch in blocks.split(batch_size):  # type: ignore[no-untyped-call]
-        batch = batch.to(model.device)
+    for batch in blocks.to(matrix.device).split(batch_size):  # type: ignore[no-untyped-call]
         hidden = model.base_model(batch, use_cache=False).last_hidden_state
-        matrix = model.get_output_embeddings().weight
-        total += float(next_token_loss(hidden, matrix, batch))
+        total += next_token_loss(hidden, matrix, batch)
         on_batch(batch.numel())
+    return total.item()  # the only wait for the device
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    blocks: Int[Tensor, "blocks tokens"],
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda num_tokens: None,
+) -> float:
+    """Mean next-token cross-entropy in nats per token; arguments as for `summed_loss`."""
     num_targets: int = blocks.shape[0] * (blocks.shape[1] - 1)
-    return total / num_targets
+    return summed_loss(model, blocks, batch_size, on_batch) / num_targets
 
 
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:

@@ -4,34 +4,32 @@ A run folder holds:
 
     recipe.yaml               what the run is; another recipe is refused
     inputs.json               hashes of text and teacher, which may not change
-    importance.safetensors    unit scores from the calibration pass
-    search.jsonl, search.json the journal of the search, and its outcome
+    search.jsonl, search.json the journal of the search, its outcome,
+    search.html               and a page about it
     student/                  the extracted sub-network
     teacher.json              the teacher's own loss
     arms/NAME/                checkpoints and TensorBoard logs; then model/ and arm.json
     result.json, report.html  the answer
+
+A run over several bins holds one such folder for each, beside its own recipe.yaml.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
-import sys
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from rich.console import Console
 
-import headstart
-from headstart.assets import TEACHER, demo_corpus, demo_teacher
+from headstart.assets import DEMO, demo_corpus, demo_teacher
 from headstart.data import DataSettings, TokenBlocks, check_source, prepare
-from headstart.evaluate import mean_loss, tokens_to_match
+from headstart.device import default_device, load_frozen
+from headstart.distributed import is_main, main_first, process_group, world_size
+from headstart.evaluate import mean_loss
 from headstart.files import write_json, write_whole
 from headstart.pretrain.arms import (
     ArmInputs,
@@ -40,24 +38,24 @@ from headstart.pretrain.arms import (
     tokens_per_step,
     training_arguments,
 )
-from headstart.pretrain.teacher import load_frozen
 from headstart.progress import progress
 from headstart.recipe import Recipe, recipe_to_dict
-from headstart.report import FORMAT, SCRATCH, headline, load_result, result_table, write_html
-from headstart.search.search import load_spec, search, space_of
-from headstart.subnet.count import count
+from headstart.report import headline, load_result, result_table, write_html
+from headstart.report_search import write_search_html
+from headstart.result import SEARCH_COSTS, result_of
+from headstart.search.plan import SearchPlan, plan_search, plan_table
+from headstart.search.run import load_spec, search, space_of
 from headstart.subnet.extract import (
     checkpoint_files,
     extract,
     hash_checkpoint,
     resolve_teacher,
 )
-from headstart.subnet.rules import match_tensor, read_config, sizes_of
+from headstart.subnet.rules import family_of, match_tensor, read_config
 from headstart.subnet.spec import student_config
 
-SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
-DEMO = "demo"
-"""As a recipe's teacher or data source: the pinned download of `headstart demo`."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def teacher_folder(recipe: Recipe) -> Path:
@@ -73,30 +71,57 @@ def teacher_folder(recipe: Recipe) -> Path:
     return folder
 
 
+def teacher_config(recipe: Recipe) -> PreTrainedConfig:
+    """The config of a recipe's teacher, without its weights.
+
+    Raises:
+        ValueError: there is no such folder or model, or no table knows its family.
+    """
+    if recipe.teacher == DEMO or Path(recipe.teacher).is_dir():
+        return read_config(demo_teacher() if recipe.teacher == DEMO else Path(recipe.teacher))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(recipe.teacher)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"teacher {recipe.teacher!r} is neither a folder nor a model whose config can be "
+            f"fetched from the hub ({str(error).splitlines()[0]})"
+        ) from error
+    family_of(config)
+    return config
+
+
 def data_settings(settings: DataSettings) -> DataSettings:
     """A recipe's data settings with the demo corpus as a file."""
     return replace(settings, source=str(demo_corpus())) if settings.source == DEMO else settings
 
 
-def check(recipe: Recipe, student: str = "") -> None:
+def check(recipe: Recipe, student: str = "", extracts: bool = True) -> None:
     """Find a user's mistakes before any weights are loaded.
 
     Args:
         recipe: what is asked.
         student: folder of an extracted student, or empty where a search will find one.
+        extracts: whether what the search finds will be cut out as a stock checkpoint.
 
     Raises:
         ValueError: the first mistake found, with its mend.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("this version runs as one process; start headstart without torchrun")
     for arm in recipe.pretrain.arms:
         training_arguments(recipe.train, arm, Path(recipe.output))
     if recipe.data.source != DEMO:
         check_source(recipe.data)
-    config = read_config(teacher_folder(recipe))
+    with main_first():
+        config = read_config(teacher_folder(recipe))
     if not student:
-        space_of(config, recipe.search)
+        for one in bin_recipes(recipe):
+            space_of(config, one.search, recipe.data.block_length)
+        if extracts and not recipe.search.space.endswith("uniform"):
+            raise ValueError(
+                f"search.space is {recipe.search.space!r}, whose students no stock checkpoint can "
+                "hold; use `headstart search` alone, or a uniform space"
+            )
         return
     if not (Path(student) / "subnet.json").is_file():
         raise ValueError(
@@ -110,18 +135,44 @@ def check(recipe: Recipe, student: str = "") -> None:
         )
 
 
-def open_run(recipe: Recipe) -> Path:
-    """Create the run folder, or find that it holds this very run.
+def refuse_processes() -> None:
+    """Training is for one process in this version.
+
+    Raises:
+        ValueError: torchrun has started several.
+    """
+    if world_size() > 1:
+        raise ValueError(
+            "this version trains as one process; start headstart without torchrun, or only "
+            "`headstart search` with it"
+        )
+
+
+def bin_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each bin's own run; the recipe itself where it has a single bin."""
+    if not recipe.search.bins:
+        return [recipe]
+    return [
+        replace(
+            recipe,
+            output=str(Path(recipe.output) / bin.label()),
+            search=replace(recipe.search, bin=bin, bins=()),
+        )
+        for bin in recipe.search.bins
+    ]
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Find out whether the run folder is free, or holds this very run.
 
     Raises:
         ValueError: the folder holds another run, or something that is no run.
     """
     folder = Path(recipe.output)
-    ours = recipe_to_dict(recipe)
     kept = folder / "recipe.yaml"
     if kept.is_file():
         theirs = yaml.safe_load(kept.read_text())
-        for key, (here, there) in _differences(ours, theirs).items():
+        for key, (here, there) in _differences(recipe_to_dict(recipe), theirs).items():
             raise ValueError(
                 f"{folder} holds a run of another recipe ({key} is {there!r} there and {here!r} "
                 "here); choose another --output or delete the folder"
@@ -130,9 +181,15 @@ def open_run(recipe: Recipe) -> Path:
         raise ValueError(
             f"{folder} is not empty and holds no headstart run; choose another --output"
         )
-    else:
+
+
+def open_run(recipe: Recipe) -> Path:
+    """Create the run folder and pin its recipe, once `check_run_folder` has let it pass."""
+    folder = Path(recipe.output)
+    if not (folder / "recipe.yaml").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, yaml.safe_dump(ours, sort_keys=False))
+        text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
+        write_whole(folder / "recipe.yaml", text)
     return folder
 
 
@@ -146,10 +203,40 @@ def _differences(ours: Any, theirs: Any, key: str = "") -> dict[str, tuple[Any, 
     return {} if ours == theirs else {key: (ours, theirs)}
 
 
-def run_search(recipe: Recipe) -> dict[str, Any]:
-    """Prepare the text and search; the outcome is in `search.json`."""
-    folder, teacher, blocks = _prepared(recipe, recipe.student)
-    return search(teacher, blocks, recipe.search, folder)
+def run_search(recipe: Recipe, extracts: bool = False) -> list[dict[str, Any]]:
+    """Prepare the text and search each bin; the outcome is in its `search.json`.
+
+    Args:
+        recipe: what is asked.
+        extracts: whether what is found will be cut out as a stock checkpoint.
+
+    Returns:
+        The outcome of each bin, in the recipe's order.
+    """
+    with process_group():
+        check(recipe, recipe.student, extracts)
+        if recipe.search.bins:
+            check_run_folder(recipe)
+        outcomes = []
+        for one in bin_recipes(recipe):
+            folder, teacher, blocks = _prepared(one)
+            if recipe.search.bins and is_main():
+                open_run(recipe)
+            teacher_hash = json.loads((folder / "inputs.json").read_text())["teacher"]
+            outcomes.append(search(teacher, blocks, one.search, folder, teacher_hash))
+            if is_main():
+                write_search_html(outcomes[-1], folder / "search.html")
+        return outcomes
+
+
+def run_plan(recipe: Recipe) -> list[SearchPlan]:
+    """Print what a search would do and cost, for each bin; reads configs only."""
+    config = teacher_config(recipe)
+    plans = []
+    for one in bin_recipes(recipe):
+        plans.append(plan_search(config, one.search, recipe.data.block_length))
+        Console().print(plan_table(plans[-1], one.search.bin.label()))
+    return plans
 
 
 def run_pretrain(recipe: Recipe) -> dict[str, Any]:
@@ -157,24 +244,39 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
 
     The student is the recipe's own folder, or the one that a search in this run folder found.
     """
+    refuse_processes()
     student = Path(recipe.student or Path(recipe.output) / "student")
-    folder, teacher, blocks = _prepared(recipe, str(student))
+    check(recipe, str(student))
+    folder, teacher, blocks = _prepared(recipe)
     inputs = ArmInputs(student, teacher, blocks, recipe.pretrain, recipe.train)
     trained = [run_arm(arm, inputs, folder / "arms" / arm.name) for arm in recipe.pretrain.arms]
-    result = _result(recipe, folder, inputs, trained)
+    kept = folder / "teacher.json"
+    if not kept.is_file():
+        loss, _ = _validation_loss(teacher, blocks, recipe.pretrain.validation_tokens)
+        write_json(kept, {"loss": loss})
+    teacher_loss = json.loads(kept.read_text())["loss"]
+    result = result_of(recipe, folder, inputs, teacher_loss, trained)
     write_json(folder / "result.json", result)
     return run_report(folder)
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
-    """All stages: search, extract, pretrain, report."""
+def run(recipe: Recipe) -> list[dict[str, Any]]:
+    """All stages: search, extract, pretrain, report; for each bin, if there are several.
+
+    Returns:
+        The result of each bin, in the recipe's order.
+    """
+    refuse_processes()
     if not recipe.student:
-        run_search(recipe)
-        folder = Path(recipe.output)
-        if not (folder / "student").exists():
-            provenance = {"teacher_name": recipe.teacher, "recipe": recipe_to_dict(recipe)}
-            run_extract(recipe.teacher, folder / "search.json", folder / "student", provenance)
-    return run_pretrain(recipe)
+        run_search(recipe, extracts=True)
+    results = []
+    for one in bin_recipes(recipe):
+        folder = Path(one.output)
+        if not one.student and not (folder / "student").exists():
+            provenance = {"teacher_name": one.teacher, "recipe": recipe_to_dict(one)}
+            run_extract(one.teacher, folder / "search.json", folder / "student", provenance)
+        results.append(run_pretrain(one))
+    return results
 
 
 def run_extract(
@@ -230,157 +332,39 @@ def run_report(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _prepared(recipe: Recipe, student: str) -> tuple[Path, Path, TokenBlocks]:
-    """The run folder, the teacher's folder and the tokens, all checked and the same as before.
+def _prepared(recipe: Recipe) -> tuple[Path, Path, TokenBlocks]:
+    """The run folder, the teacher's folder and the tokens, the same as when the run began.
 
     Raises:
-        ValueError: a mistake in the recipe, or text or teacher have changed since the run began.
+        ValueError: the folder holds another run, or text or teacher have changed since it began.
     """
-    check(recipe, student)
-    folder, teacher = open_run(recipe), teacher_folder(recipe)
-    blocks = prepare(data_settings(recipe.data), teacher)
-    arguments = training_arguments(recipe.train, recipe.pretrain.arms[0], folder)
+    check_run_folder(recipe)
+    teacher = teacher_folder(recipe)
+    with main_first():
+        blocks = prepare(data_settings(recipe.data), teacher)
+    arguments = training_arguments(recipe.train, recipe.pretrain.arms[0], Path(recipe.output))
     check_step(tokens_per_step(arguments, recipe.data.block_length), blocks)
     inputs = {"data": blocks.manifest["fingerprint"], "teacher": hash_checkpoint(teacher)}
     if recipe.student:
         inputs["student"] = hash_checkpoint(Path(recipe.student))
+    folder = Path(recipe.output)
     kept = folder / "inputs.json"
-    if kept.is_file():
-        for name, before in json.loads(kept.read_text()).items():
-            if inputs[name] != before:
-                raise ValueError(
-                    f"the {name} has changed since {folder} was begun; restore it or choose "
-                    "another --output"
-                )
-    write_json(kept, inputs)
+    with main_first():
+        if kept.is_file():
+            for name, before in json.loads(kept.read_text()).items():
+                if inputs[name] != before:
+                    raise ValueError(
+                        f"the {name} has changed since {folder} was begun; restore it or choose "
+                        "another --output"
+                    )
+        if is_main():
+            open_run(recipe)
+            write_json(kept, inputs)
     return folder, teacher, blocks
 
 
 def _validation_loss(model: Path, blocks: TokenBlocks, num_tokens: int) -> tuple[float, int]:
-    array = blocks.split("validation")
-    tokens = torch.from_numpy(array[: -(-num_tokens // array.shape[1])].astype("int64"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens = blocks.first("validation", num_tokens)
     with progress("evaluate", tokens.numel(), "tokens") as advance:
-        return mean_loss(load_frozen(model, device), tokens, 8, advance), tokens.numel()
-
-
-def _result(
-    recipe: Recipe, folder: Path, inputs: ArmInputs, trained: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The content of `result.json`; docs/result.md documents it."""
-    configs = read_config(inputs.teacher), read_config(inputs.student)
-    block_length = recipe.data.block_length
-    teacher_count, student_count = (count(config, block_length) for config in configs)
-    teacher_sizes, student_sizes = (sizes_of(config) for config in configs)
-    origin = json.loads((inputs.student / "subnet.json").read_text())
-    kept = folder / "teacher.json"
-    if not kept.is_file():
-        loss, _ = _validation_loss(inputs.teacher, inputs.blocks, recipe.pretrain.validation_tokens)
-        write_json(kept, {"loss": loss})
-    found = folder / "search.json"
-    outcome = json.loads(found.read_text()) if found.is_file() else None
-    costs = {key: origin.get(key, 0) for key in SEARCH_COSTS}
-    upfront_flops = costs["calibration_flops"] + costs["search_flops"]
-    arms = []
-    for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True):
-        flops_per_token = student_count.training_flops_per_token
-        if arm.kd:
-            flops_per_token += teacher_count.inference_flops_per_token
-        start = upfront_flops if arm.init == "subnet" else 0
-        curve = [
-            {**point, "flops": start + point["tokens"] * flops_per_token}
-            for point in run_result["curve"]
-        ]
-        arms.append(
-            {
-                **asdict(arm),
-                "parameters": student_count.parameters,
-                "tokens": run_result["tokens"],
-                "seconds": run_result["seconds"],
-                "loss_before": curve[0]["loss"],
-                "loss_final": curve[-1]["loss"],
-                "curve": curve,
-            }
-        )
-    scratch = next((entry for entry in arms if entry["name"] == SCRATCH), None)
-    for entry in arms:
-        entry |= match_of(entry["curve"], scratch["curve"] if scratch else None)
-    return {
-        "format": FORMAT,
-        "name": folder.name,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["headstart", *sys.argv[1:]]),
-        "teacher": {
-            "name": TEACHER.name if recipe.teacher == DEMO else recipe.teacher,
-            "note": TEACHER.source if recipe.teacher == DEMO else "",
-            "parameters": teacher_count.parameters,
-            "non_embedding_parameters": teacher_count.non_embedding_parameters,
-            "loss": json.loads(kept.read_text())["loss"],
-            "sizes": teacher_sizes,
-        },
-        "student": {
-            "parameters": student_count.parameters,
-            "non_embedding_parameters": student_count.non_embedding_parameters,
-            "training_flops_per_token": student_count.training_flops_per_token,
-            "sizes": student_sizes,
-            "kept_layers": list(load_spec(inputs.student / "subnet.json").layers),
-            "bin": origin.get("bin", [student_count.parameters] * 2),
-        },
-        "budget": {
-            "tokens": trained[0]["tokens"],
-            "tokens_per_step": trained[0]["tokens_per_step"],
-            "block_length": block_length,
-            "validation_tokens": trained[0]["validation_tokens"],
-        },
-        "costs": {
-            **costs,
-            "teacher_flops_per_token": teacher_count.inference_flops_per_token,
-        },
-        "target_loss": scratch["loss_final"] if scratch else None,
-        "arms": arms,
-        "search": outcome
-        and {key: outcome[key] for key in ("space", "order", "candidates", "winner")},
-        "recipe": recipe_to_dict(recipe),
-        "environment": _environment(),
-    }
-
-
-def match_of(
-    curve: list[dict[str, float]], scratch: list[dict[str, float]] | None
-) -> dict[str, float | None]:
-    """When an arm's curve reaches the scratch arm's final loss, in tokens and in FLOPs.
-
-    Args:
-        curve: the arm's evaluations: tokens, FLOPs and loss, from before training on.
-        scratch: the same of the scratch arm, or None without one.
-
-    Returns:
-        tokens_to_match, tokens_factor, flops_to_match, flops_factor (None where never, or where a
-        factor would divide by zero) and loss_difference at equal tokens.
-    """
-    names = ("tokens_to_match", "tokens_factor", "flops_to_match", "flops_factor")
-    match: dict[str, float | None] = dict.fromkeys((*names, "loss_difference"))
-    if scratch is None:
-        return match
-    target = scratch[-1]["loss"]
-    match["loss_difference"] = curve[-1]["loss"] - target
-    losses = [point["loss"] for point in curve]
-    for unit in ("tokens", "flops"):
-        spent = tokens_to_match([point[unit] for point in curve], losses, target)
-        match[f"{unit}_to_match"] = spent
-        match[f"{unit}_factor"] = scratch[-1][unit] / spent if spent else None
-    return match
-
-
-def _environment() -> dict[str, str]:
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {
-        "headstart": headstart.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-        "device": f"{device} ({torch.get_num_threads()} threads)",
-    }
+        loaded = load_frozen(model, default_device())
+        return mean_loss(loaded, tokens, 8, advance), tokens.numel()

@@ -15,7 +15,7 @@ import yaml
 
 from headstart.data import DataSettings
 from headstart.pretrain.arms import PretrainSettings
-from headstart.search.search import SearchSettings
+from headstart.search.run import SearchSettings
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Everything here reads one file, `result.json` (its format is documented in docs/result.md), so a
 report can be made again long after the checkpoints are gone. What the page looks like, its charts
-and its drawing live in `report_page`.
+and its drawing live in `report_page`; its section on the search in `report_search`.
 """
 
 import html
@@ -10,25 +10,28 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from headstart.files import write_whole
 from headstart.report_page import (
-    SCRIPT,
-    STYLE,
+    Figure,
     architecture_drawing,
     arm_colours,
     arm_label,
     chart_block,
-    charts_of,
-    definitions,
-    inline_json,
+    count_text,
+    duration_text,
+    flops_text,
+    loss_charts,
+    page,
     section,
+    settings_block,
+    size_text,
     table,
 )
+from headstart.report_search import search_charts, search_section
 
 Result = dict[str, Any]
 
@@ -98,49 +101,10 @@ def load_result(run_folder: Path) -> Result:
     return result
 
 
-def count_text(count: float) -> str:
-    """A count in the unit a reader would say.
-
-    >>> count_text(12_345_678), count_text(999), count_text(1_300_000_000)
-    ('12.3M', '999', '1.30B')
-    """
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            value = count / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"
-    return f"{count:.0f}"
-
-
-def flops_text(flops: float) -> str:
-    """Floating point operations with three digits.
-
-    >>> flops_text(1.234e15), flops_text(0)
-    ('1.23e15', '0')
-    """
-    if not flops:
-        return "0"
-    mantissa, exponent = f"{flops:.2e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
 def factor_text(factor: float) -> str:
     """A ratio with three digits: `11.7x`, `1.26x`, `0.48x`."""
     decimals = 2 if factor < 9.995 else 1 if factor < 99.95 else 0
     return f"{factor:,.{decimals}f}x"
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds in the two largest units.
-
-    >>> duration_text(8.25), duration_text(200), duration_text(3900)
-    ('8.2s', '3m20s', '1h05m')
-    """
-    if seconds < 59.95:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{rest:02d}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def _nats(loss: float) -> str:
@@ -266,42 +230,32 @@ def write_html(result: Result, path: Path) -> None:
         result: what `load_result` returned.
         path: the file to write; it appears whole or not at all.
     """
-    write_whole(path, _page(result))
+    charts = charts_of(result)
+    sections = [_results(result), _curves(result, charts), _search(result, charts)]
+    sections += [_architecture(result), _definitions(result["budget"]["tokens"])]
+    sections += [_costs(result), _settings(result)]
+    write_whole(path, page(result["name"], _header(result), sections, charts))
 
 
-def _page(result: Result) -> str:
-    from plotly.offline import get_plotlyjs  # slow to import, and only the page needs it
+def charts_of(result: Result) -> dict[str, Figure]:
+    """Every chart of the page by the id of the element it is drawn in."""
+    search = _searched(result)
+    return loss_charts(result) | (search_charts(search) if search else {})
 
-    name, created = html.escape(result["name"]), html.escape(result["created"][:10])
-    sections = [_results(result), _curves(result), _search(result), _architecture(result)]
-    sections += [definitions(result["budget"]["tokens"]), _costs(result), _settings(result)]
-    # The policy forbids every request, so a page that reads well here reads well offline.
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
-style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
-<title>{name} · headstart</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">headstart · {name}</p>
+
+def _searched(result: Result) -> Result | None:
+    """The run's search with what older files say of it elsewhere, or None without a search."""
+    if result["search"] is None:
+        return None
+    return {"bin": result["student"]["bin"], "teacher": result["teacher"], **result["search"]}
+
+
+def _header(result: Result) -> str:
+    return f"""<p class="eyebrow">headstart · {html.escape(result["name"])}</p>
 <h1>{html.escape(_match_sentence(result))}</h1>
 <p class="lead">{html.escape(_cost_sentence(result))}</p>
-<p class="meta">{created} · <code>{html.escape(result["command"])}</code></p>
-</header>
-<main>
-{"".join(sections)}</main>
-<noscript><p class="note">The charts need JavaScript; the tables do not.</p></noscript>
-<script>{get_plotlyjs()}</script>
-<script>const charts = {inline_json(charts_of(result))};
-{SCRIPT}</script>
-</body>
-</html>
+<p class="meta">{html.escape(result["created"][:10])} · \
+<code>{html.escape(result["command"])}</code></p>
 """
 
 
@@ -316,7 +270,27 @@ def _results(result: Result) -> str:
     return section("Results", table(COLUMNS, rows, "results") + f'<p class="note">{note}.</p>\n')
 
 
-def _curves(result: Result) -> str:
+def _definitions(tokens: int) -> str:
+    """What the words of the table mean, for arms of so many tokens."""
+    items = {
+        "Tokens to match": "Let L be the scratch arm’s final validation loss, reached after D "
+        "tokens. An arm’s tokens to match is the first token count at which its validation loss "
+        "is at or below L, linear between evaluations; “fewer tokens” is D over it.",
+        "Before training": "An arm already at or below L before its first step has 0 tokens to "
+        "match. A factor would divide by zero, so none is given; the loss difference at equal "
+        "tokens says how far apart the arms end.",
+        f"Not within {tokens:,} tokens": "The arm’s loss never came down to L in its budget.",
+        "FLOPs to match": "As with tokens, but an arm is also charged with its search, its "
+        "calibration and its teacher’s forward passes; “fewer FLOPs” is scratch’s total FLOPs "
+        "over it. Below 1x the arm costs more than scratch at this budget.",
+        "A dash": "Does not apply: scratch is the arm the others are measured against, and a "
+        "factor needs a match.",
+    }
+    body = "".join(f"<dt>{term}</dt><dd>{text}</dd>\n" for term, text in items.items())
+    return section("Definitions", f"<dl>\n{body}</dl>\n")
+
+
+def _curves(result: Result, charts: dict[str, Figure]) -> str:
     colours = arm_colours(result)
     legend = "".join(arm_label(name, colours) for name in colours)
     omitted = "On the log scale a point at 0 has no place"
@@ -325,31 +299,23 @@ def _curves(result: Result) -> str:
         "Search and calibration are paid before the first step, so an arm that needs them starts "
         f"to the right; an arm that distils also pays the teacher’s forward passes. {omitted}."
     )
-    tokens = chart_block("loss-tokens", tokens_note, legend)
-    flops = chart_block("loss-flops", flops_note, legend)
+    tokens = chart_block("loss-tokens", charts["loss-tokens"], tokens_note, legend)
+    flops = chart_block("loss-flops", charts["loss-flops"], flops_note, legend)
     return section("Loss against tokens", tokens) + section("Loss against FLOPs", flops)
 
 
-def _search(result: Result) -> str:
-    search = result["search"]
+def _search(result: Result, charts: dict[str, Figure]) -> str:
+    search = _searched(result)
     if search is None:
         return section("Search", '<p class="note">This run began without a search.</p>\n')
-    facts = (
-        f"{len(search['candidates']):,} candidates of the {search['space']} space were scored "
-        f"without training, units read in {search['order']} order."
-    )
-    band = "The band is the parameter bin; the ring marks the winner."
-    order = "Each point is one candidate; the line is the best loss so far."
-    charts = chart_block("search-parameters", band) + chart_block("search-order", order)
-    note = f'<p class="note">{html.escape(facts)}</p>\n'
-    return section("Search", f'{note}<div class="pair">\n{charts}</div>\n')
+    return search_section(search, charts)
 
 
 def _architecture(result: Result) -> str:
     teacher, student = result["teacher"], result["student"]
     both = (teacher, student)
     rows = [
-        [key.replace("_", " "), *(_size_text(model["sizes"][key]) for model in both)]
+        [key.replace("_", " "), *(size_text(model["sizes"][key]) for model in both)]
         for key in ("layers", "embed", "kv_groups", "q_per_kv", "head_dim", "mlp", "vocab")
     ]
     rows.insert(2, ["heads", *(_heads_text(model["sizes"]) for model in both)])
@@ -367,18 +333,10 @@ def _architecture(result: Result) -> str:
     return section("Architecture", note + body)
 
 
-def _size_text(size: int | list[int]) -> str:
-    """One size, or the range of the sizes of a layer-wise student."""
-    if isinstance(size, list):
-        low, high = min(size), max(size)
-        return f"{low:,}" if low == high else f"{low:,}–{high:,}"
-    return f"{size:,}"
-
-
 def _heads_text(sizes: Result) -> str:
     groups = sizes["kv_groups"]
     groups = groups if isinstance(groups, list) else [groups]
-    return _size_text([count * sizes["q_per_kv"] for count in groups])
+    return size_text([count * sizes["q_per_kv"] for count in groups])
 
 
 def _costs(result: Result) -> str:
@@ -406,7 +364,6 @@ def _costs(result: Result) -> str:
 
 
 def _settings(result: Result) -> str:
-    recipe = yaml.safe_dump(result["recipe"], sort_keys=False, allow_unicode=True)
     rows = [[html.escape(str(cell)) for cell in row] for row in result["environment"].items()]
     environment = section("Environment", table((), rows, "facts"))
-    return section("Recipe", f"<pre>{html.escape(recipe)}</pre>\n") + environment
+    return section("Recipe", settings_block(result["recipe"])) + environment

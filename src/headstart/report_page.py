@@ -1,22 +1,23 @@
-"""What the HTML report is made of: its style, its script, its charts and its drawing.
+"""What HTML reports are made of: the page's frame, style and script, its charts and its drawing.
 
 A chart is a plain dict for plotly.js. Its colours for text and grid are left out here and filled in
 by the script from the style's variables, so that charts follow the reader's light or dark mode.
+Where it has `views`, buttons above it switch between them: each is what `Plotly.update` is called
+with, a change of the traces and one of the layout.
 """
 
 import html
 import json
-from itertools import accumulate
 from typing import Any
+
+import yaml
 
 Result = dict[str, Any]
 Figure = dict[str, Any]
 
 # Mid-tones, each with enough contrast on the page's white and on its near-black.
-_SCRATCH_COLOUR = "#858d9a"
+GREY = "#858d9a"
 _COLOURS = ("#3f86e0", "#e5732e", "#22a06b", "#b067d9", "#d6506e", "#1f9eb5", "#b08a1e")
-_GENERATIONS = [[0, "#7f93b5"], [0.5, "#a873b8"], [1, "#e5732e"]]
-_WINNER = "#22a06b"
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #16191f; --muted: #5d6572;
@@ -29,6 +30,7 @@ body { margin: 0 auto; max-width: 62rem; padding: 3.5rem 1.5rem 5rem; background
 h1 { max-width: 26em; margin: .4rem 0 .8rem; font-size: clamp(1.5rem, 4vw, 2.1rem);
   font-weight: 650; line-height: 1.22; letter-spacing: -.015em; text-wrap: balance; }
 h2 { margin: 0 0 .9rem; font-size: 1.1rem; font-weight: 650; }
+h3 { margin: 1.8rem 0 .7rem; font-size: .95rem; font-weight: 650; }
 section { margin-top: 2.6rem; padding-top: 1.5rem; border-top: 1px solid var(--rule); }
 .eyebrow, .meta, .note { margin: 0; color: var(--muted); font-size: .875rem; }
 .eyebrow { color: var(--accent); font-weight: 600; }
@@ -52,10 +54,10 @@ table.facts th { color: var(--muted); vertical-align: top; }
   margin-right: .5em; border-radius: 50%; background: var(--arm); }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 0; font-size: .875rem; }
 .above { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .5rem 1.5rem; }
-.scales { display: flex; gap: .25rem; margin-left: auto; }
-.scales button { padding: .15rem .7rem; border: 1px solid var(--rule); border-radius: 99px;
+.views { display: flex; gap: .25rem; margin-left: auto; }
+.views button { padding: .15rem .7rem; border: 1px solid var(--rule); border-radius: 99px;
   background: none; color: var(--muted); font: inherit; font-size: .8rem; cursor: pointer; }
-.scales button[aria-pressed=true] { border-color: var(--accent); color: var(--accent); }
+.views button[aria-pressed=true] { border-color: var(--accent); color: var(--accent); }
 figure { min-width: 0; margin: 0; }
 .chart { height: 380px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem 2.5rem; align-items: start; }
@@ -67,6 +69,18 @@ figure { min-width: 0; margin: 0; }
     border: 0; }
   .results th { justify-content: flex-start; align-items: baseline; font-weight: 650; }
   .results td::before { content: attr(data-label); color: var(--muted); } }
+.axis, .ticks { max-width: 46rem; }
+.axis { margin-bottom: .9rem; }
+.axis p, .ticks { display: flex; justify-content: space-between; gap: 1rem; font-size: .875rem; }
+.axis p { margin: 0 0 .25rem; }
+.axis .note { margin: 0; }
+.axis .bar { height: .7rem; background: var(--rule); border-radius: 3px; overflow: hidden; }
+.axis .bar div { height: 100%; background: var(--accent); }
+svg.layers { display: block; width: 100%; height: 3.4rem; overflow: visible; }
+.layers .dropped { fill: none; stroke: var(--muted); stroke-dasharray: 2 2;
+  vector-effect: non-scaling-stroke; }
+.layers .room { fill: var(--rule); }
+.layers .kept { fill: var(--accent); }
 svg.stacks { display: block; width: 100%; max-width: 26rem; }
 .stacks text { fill: var(--muted); font-size: 13px; text-anchor: middle; }
 .stacks .dropped { fill: var(--rule); }
@@ -95,18 +109,61 @@ const drawn = Promise.all(Object.entries(charts).map(([id, figure]) => Plotly.ne
 const recolour = () => Object.keys(charts).forEach(id => Plotly.relayout(id, theme()));
 drawn.then(recolour);
 dark.addEventListener('change', recolour);
-for (const button of document.querySelectorAll('.scales button'))
+for (const button of document.querySelectorAll('.views button'))
   button.addEventListener('click', () => {
     for (const other of button.parentElement.children)
       other.setAttribute('aria-pressed', other === button);
-    const {chart, scale} = button.dataset, log = scale === 'log';
-    // plotly would draw a line in from the edge for a point at 0, so the log scale drops it.
-    const x = charts[chart].data.map(trace => trace.x.map(at => log && at <= 0 ? null : at));
-    Plotly.update(chart, {x},
-      {'xaxis.type': scale, 'xaxis.autorange': true,
-        'xaxis.tickmode': log ? 'linear' : 'auto', 'xaxis.dtick': log ? 'D2' : null});
+    const {chart, view} = button.dataset;
+    Plotly.update(chart, ...structuredClone(charts[chart].views[view]));
   });
 """
+
+
+def count_text(count: float) -> str:
+    """A count in the unit a reader would say.
+
+    >>> count_text(12_345_678), count_text(999), count_text(1_300_000_000)
+    ('12.3M', '999', '1.30B')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            value = count / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"
+    return f"{count:.0f}"
+
+
+def flops_text(flops: float) -> str:
+    """Floating point operations with three digits.
+
+    >>> flops_text(1.234e15), flops_text(0)
+    ('1.23e15', '0')
+    """
+    if not flops:
+        return "0"
+    mantissa, exponent = f"{flops:.2e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in the two largest units.
+
+    >>> duration_text(8.25), duration_text(200), duration_text(3900)
+    ('8.2s', '3m20s', '1h05m')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def size_text(size: int | list[int]) -> str:
+    """One size, or the range of the sizes of a layer-wise student."""
+    if isinstance(size, list):
+        low, high = min(size), max(size)
+        return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    return f"{size:,}"
 
 
 def inline_json(value: object) -> str:
@@ -119,7 +176,44 @@ def arm_colours(result: Result) -> dict[str, str]:
     names = [arm["name"] for arm in result["arms"]]
     others = [name for name in names if name != "scratch"]
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(others)}
-    return {name: colours.get(name, _SCRATCH_COLOUR) for name in names}
+    return {name: colours.get(name, GREY) for name in names}
+
+
+def page(title: str, header: str, sections: list[str], charts: dict[str, Figure]) -> str:
+    """A whole HTML page that needs no network.
+
+    Args:
+        title: plain text.
+        header: HTML of the page's head.
+        sections: HTML of its parts.
+        charts: every chart by the id of the element it is drawn in.
+    """
+    from plotly.offline import get_plotlyjs  # slow to import, and only a page needs it
+
+    # The policy forbids every request, so a page that reads well here reads well offline.
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
+style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
+<title>{html.escape(title)} · headstart</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+{header}</header>
+<main>
+{"".join(sections)}</main>
+<noscript><p class="note">The charts need JavaScript; the tables do not.</p></noscript>
+<script>{get_plotlyjs()}</script>
+<script>const charts = {inline_json(charts)};
+{SCRIPT}</script>
+</body>
+</html>
+"""
 
 
 def section(title: str, body: str) -> str:
@@ -147,59 +241,35 @@ def arm_label(name: str, colours: dict[str, str]) -> str:
     return f'<span class="arm" style="--arm:{colours[name]}">{html.escape(name)}</span>'
 
 
-def definitions(tokens: int) -> str:
-    """What the words of the table mean, for arms of so many tokens."""
-    items = {
-        "Tokens to match": "Let L be the scratch arm’s final validation loss, reached after D "
-        "tokens. An arm’s tokens to match is the first token count at which its validation loss "
-        "is at or below L, linear between evaluations; “fewer tokens” is D over it.",
-        "Before training": "An arm already at or below L before its first step has 0 tokens to "
-        "match. A factor would divide by zero, so none is given; the loss difference at equal "
-        "tokens says how far apart the arms end.",
-        f"Not within {tokens:,} tokens": "The arm’s loss never came down to L in its budget.",
-        "FLOPs to match": "As with tokens, but an arm is also charged with its search, its "
-        "calibration and its teacher’s forward passes; “fewer FLOPs” is scratch’s total FLOPs "
-        "over it. Below 1x the arm costs more than scratch at this budget.",
-        "A dash": "Does not apply: scratch is the arm the others are measured against, and a "
-        "factor needs a match.",
-    }
-    body = "".join(f"<dt>{term}</dt><dd>{text}</dd>\n" for term, text in items.items())
-    return section("Definitions", f"<dl>\n{body}</dl>\n")
+def settings_block(settings: Any) -> str:
+    """Nested settings as the YAML of a recipe."""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return f"<pre>{html.escape(text)}</pre>\n"
 
 
-def chart_block(name: str, note: str, legend: str = "") -> str:
-    """The place a chart is drawn in, with its note; a legend brings a linear/log toggle."""
+def chart_block(name: str, figure: Figure, note: str, legend: str = "") -> str:
+    """The place a chart is drawn in, with its note and a button for each of its views."""
     buttons = "".join(
-        f'<button type="button" data-chart="{name}" data-scale="{scale}" '
-        f'aria-pressed="{"true" if scale == "linear" else "false"}">{scale}</button>'
-        for scale in ("linear", "log")
+        f'<button type="button" data-chart="{name}" data-view="{view}" '
+        f'aria-pressed="{"false" if place else "true"}">{view}</button>'
+        for place, view in enumerate(figure.get("views", {}))
     )
-    above = f'<p class="legend">{legend}</p>\n<div class="scales">{buttons}</div>\n'
-    above = f'<div class="above">\n{above}</div>\n' if legend else ""
+    above = f'<p class="legend">{legend}</p>\n' if legend else ""
+    above += f'<div class="views">{buttons}</div>\n' if buttons else ""
+    above = f'<div class="above">\n{above}</div>\n' if above else ""
     return (
         f'<figure>\n{above}<div class="chart" id="{name}"></div>\n'
         f'<figcaption class="note">{note}</figcaption>\n</figure>\n'
     )
 
 
-def charts_of(result: Result) -> dict[str, Figure]:
-    """Every chart of the page by the id of the element it is drawn in."""
-    charts = {
-        "loss-tokens": _loss_chart(result, "tokens", "training tokens", "B"),
-        "loss-flops": _loss_chart(result, "flops", "FLOPs spent, all costs counted", "power"),
-    }
-    if result["search"] is not None:
-        charts["search-parameters"] = _parameters_chart(result)
-        charts["search-order"] = _order_chart(result["search"])
-    return charts
-
-
-def _plotly_text(text: str) -> str:
+def plotly_text(text: str) -> str:
     """Text as plotly shows it: it reads a few tags, and knows no entity for quotes."""
     return html.escape(text, quote=False)
 
 
-def _layout(x_title: str, y_title: str, **more: Any) -> Figure:
+def chart_layout(x_title: str, y_title: str, **more: Any) -> Figure:
+    """The look of every chart; `more` adds to plotly's layout, `xaxis` to that of the axis."""
     small = {"size": 13}
     axis = {"zeroline": False, "automargin": True, "ticks": ""}
     x_axis = {
@@ -222,13 +292,21 @@ def _layout(x_title: str, y_title: str, **more: Any) -> Figure:
     }
 
 
+def loss_charts(result: Result) -> dict[str, Figure]:
+    """Each arm's loss against what it cost."""
+    return {
+        "loss-tokens": _loss_chart(result, "tokens", "training tokens", "B"),
+        "loss-flops": _loss_chart(result, "flops", "FLOPs spent, all costs counted", "power"),
+    }
+
+
 def _loss_chart(result: Result, key: str, title: str, exponent: str) -> Figure:
     unit = {"tokens": "%{x:,} tokens", "flops": "%{x:.3e} FLOPs"}[key]
-    data = [
+    data: list[Figure] = [
         {
             "type": "scatter",
             "mode": "lines+markers",
-            "name": _plotly_text(arm["name"]),
+            "name": plotly_text(arm["name"]),
             "x": [point[key] for point in arm["curve"]],
             "y": [point["loss"] for point in arm["curve"]],
             "line": {"color": arm_colours(result)[arm["name"]], "width": 2},
@@ -241,88 +319,24 @@ def _loss_chart(result: Result, key: str, title: str, exponent: str) -> Figure:
     target = result["target_loss"]
     if target is not None:
         across = {"xref": "paper", "x0": 0, "x1": 1, "y0": target, "y1": target}
-        line = {"color": _SCRATCH_COLOUR, "width": 1.5, "dash": "dash"}
+        line = {"color": GREY, "width": 1.5, "dash": "dash"}
         more["shapes"] = [{"type": "line", "layer": "below", "line": line, **across}]
         place = {"xref": "paper", "x": 1, "xanchor": "right", "y": target, "yanchor": "top"}
         label = {"text": f"scratch’s final loss {target:.3f}", "font": {"size": 12}}
         more["annotations"] = [{**label, **place, "showarrow": False}]
-    return {"data": data, "layout": _layout(title, "validation loss (nats per token)", **more)}
+    layout = chart_layout(title, "validation loss (nats per token)", **more)
+    return {"data": data, "layout": layout, "views": _scales([trace["x"] for trace in data])}
 
 
-def _parameters_chart(result: Result) -> Figure:
-    candidates = result["search"]["candidates"]
-    low, high = result["student"]["bin"]
-    bar = {
-        "title": {"text": "generation", "side": "right", "font": {"size": 13}},
-        "thickness": 8,
-        "outlinewidth": 0,
-    }
-    parameters = [candidate["parameters"] for candidate in candidates]
-    generations = [candidate["generation"] for candidate in candidates]
-    points = {
-        **_candidate_points(candidates, parameters),
-        "marker": {
-            "size": 7,
-            "opacity": 0.8,
-            "color": generations,
-            "colorscale": _GENERATIONS,
-            "colorbar": {**bar, "nticks": min(6, max(generations, default=0) + 1)},
-        },
-    }
-    band = {"type": "rect", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1}
-    band |= {"layer": "below", "line": {"width": 0}, "fillcolor": "rgba(133,141,154,0.14)"}
-    margin = 0.08 * (high - low)
-    axis = {"exponentformat": "B", "nticks": 5, "range": [low - margin, high + margin]}
-    winner = _winner_ring(result["search"], parameters)
-    layout = _layout("parameters", "loss, untrained (nats per token)", xaxis=axis, shapes=[band])
-    return {"data": [points, winner], "layout": layout}
-
-
-def _order_chart(search: Result) -> Figure:
-    candidates = search["candidates"]
-    order = list(range(1, len(candidates) + 1))
-    points = {**_candidate_points(candidates, order), "marker": {"size": 5, "opacity": 0.55}}
-    points["marker"]["color"] = _SCRATCH_COLOUR
-    best = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": order,
-        "y": list(accumulate((candidate["loss"] for candidate in candidates), min)),
-        "line": {"color": _WINNER, "width": 2, "shape": "hv"},
-        "hoverinfo": "skip",
-    }
-    winner = _winner_ring(search, order)
-    layout = _layout("candidates scored", "loss, untrained (nats per token)")
-    return {"data": [points, best, winner], "layout": layout}
-
-
-def _candidate_points(candidates: list[Result], x: list[int]) -> Figure:
-    texts = [
-        f"generation {candidate['generation']}, {_plotly_text(candidate['origin'])}<br>"
-        f"{candidate['parameters']:,} parameters<br>"
-        + _plotly_text(", ".join(f"{key} {size}" for key, size in candidate["sizes"].items()))
-        for candidate in candidates
-    ]
+def _scales(columns: list[list[float]]) -> Figure:
+    """A linear and a logarithmic view of a chart whose traces have these x."""
+    # plotly would draw a line in from the edge for a point at 0, so the log scale drops it.
+    positive = [[at if at > 0 else None for at in column] for column in columns]
+    linear = {"xaxis.type": "linear", "xaxis.tickmode": "auto", "xaxis.dtick": None}
+    log = {"xaxis.type": "log", "xaxis.tickmode": "linear", "xaxis.dtick": "D2"}
     return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": x,
-        "y": [candidate["loss"] for candidate in candidates],
-        "text": texts,
-        "hovertemplate": "%{y:.3f} nats<br>%{text}<extra></extra>",
-    }
-
-
-def _winner_ring(search: Result, x: list[int]) -> Figure:
-    winner = search["winner"]
-    ring = {"symbol": "circle-open", "size": 15, "color": _WINNER, "line": {"width": 2.5}}
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": [x[winner]],
-        "y": [search["candidates"][winner]["loss"]],
-        "marker": ring,
-        "hoverinfo": "skip",
+        "linear": [{"x": columns}, {**linear, "xaxis.autorange": True}],
+        "log": [{"x": positive}, {**log, "xaxis.autorange": True}],
     }
 
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from headstart import device
 from headstart.data import TokenBlocks
-from headstart.pretrain import arms, teacher
+from headstart.pretrain import arms
 
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact comparisons need float32, also where bfloat16 is fast."""
-    for module in (arms, teacher):
+    for module in (arms, device):
         monkeypatch.setattr(module, "has_fast_bf16", lambda device: False)
 
 

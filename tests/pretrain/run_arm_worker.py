@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headstart.pretrain import arms, teacher, trainer
+from headstart import device
+from headstart.pretrain import arms, trainer
 
 
 def main(call: Path) -> None:
     arm, inputs, folder, kill_after = pickle.loads(call.read_bytes())
-    for module in (arms, teacher):
+    for module in (arms, device):
         module.has_fast_bf16 = lambda device: False
 
     def kill(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

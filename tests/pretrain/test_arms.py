@@ -46,7 +46,7 @@ def uninterrupted(inputs, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The distilled arm, trained in one go."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (arms, sys.modules["headstart.pretrain.teacher"]):
+        for module in (arms, sys.modules["headstart.device"]):
             patch.setattr(module, "has_fast_bf16", lambda device: False)
         return folder, run_arm(DISTILLED, inputs, folder)
 

@@ -17,8 +17,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from headstart.data import BlockDataset, TokenBlocks
+from headstart.device import load_frozen
 from headstart.pretrain.losses import DistillationSettings
-from headstart.pretrain.teacher import Teacher, load_frozen
+from headstart.pretrain.teacher import Teacher
 from headstart.pretrain.trainer import (
     DistillationTrainer,
     evaluation_steps,

@@ -1,4 +1,4 @@
-"""Fitness equals the loss that transformers gives for the student on disk."""
+"""Fitness equals the loss that transformers gives for the student."""
 
 import random
 from pathlib import Path
@@ -8,18 +8,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from headstart.search.fitness import HeldOutLoss
-from headstart.search.space import (
-    SEARCHED_AXES,
-    Bin,
-    Candidate,
-    GridSettings,
-    Orders,
-    Space,
-    shapes_in_bin,
-)
+from headstart.search.bins import Bin
+from headstart.search.candidate import Candidate, Orders, Units
+from headstart.search.fitness import DivergenceFromTeacher, HeldOutLoss, fitting_batch_size
+from headstart.search.space import Space, SpaceName
 from headstart.subnet.extract import extract
 from headstart.subnet.rules import sizes_of
+
+NUM_BLOCKS, BLOCK_LENGTH = 7, 24
+NUM_TARGETS = NUM_BLOCKS * (BLOCK_LENGTH - 1)
 
 one_of_each_family = pytest.mark.parametrize(
     "teacher", ["llama-tied-gqa", "gpt_neox-untied"], indirect=True
@@ -28,10 +25,12 @@ one_of_each_family = pytest.mark.parametrize(
 
 @pytest.fixture
 def blocks() -> Tensor:
-    return torch.randint(128, (7, 24), generator=torch.manual_seed(2))
+    return torch.randint(128, (NUM_BLOCKS, BLOCK_LENGTH), generator=torch.manual_seed(2))
 
 
-def fitness_of(teacher: PreTrainedModel, blocks: Tensor, batch_size: int = 3) -> HeldOutLoss:
+def fitness_of(
+    teacher: PreTrainedModel, blocks: Tensor, batch_size: int = 3, kl: bool = False
+) -> HeldOutLoss:
     """Read the axes in a random order."""
     rng, own = random.Random(0), Orders.of_teacher(teacher.config)
 
@@ -47,23 +46,16 @@ def fitness_of(teacher: PreTrainedModel, blocks: Tensor, batch_size: int = 3) ->
     state = teacher.state_dict()
     if teacher.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    return HeldOutLoss(state, teacher.config, orders, blocks, batch_size)
+    parts = (state, teacher.config, orders, blocks, batch_size)
+    return DivergenceFromTeacher(*parts, teacher=teacher) if kl else HeldOutLoss(*parts)
 
 
-def space_of(teacher: PreTrainedModel, largest: float) -> Space:
-    """Fine sub-networks of at most this share of the teacher."""
-    sizes = sizes_of(teacher.config)
-    bin = Bin(1, int(largest * teacher.num_parameters()))
-    shapes = shapes_in_bin(teacher.config, GridSettings(), bin)
-    return Space(shapes, tuple(sizes[axis] for axis in SEARCHED_AXES), fine=True)
+def space_of(teacher: PreTrainedModel, largest: float, name: SpaceName = "fine-uniform") -> Space:
+    """Sub-networks of at most this share of the teacher."""
+    return Space.build(teacher.config, name, Bin(1, int(largest * teacher.num_parameters())))
 
 
 @torch.no_grad()
-def loss_on_disk(folder: Path, blocks: Tensor) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return float(model(input_ids=blocks, labels=blocks).loss)
-
-
 def test_fitness_equals_the_loss_of_the_student_on_disk(
     teacher: PreTrainedModel, blocks: Tensor, tmp_path: Path
 ) -> None:
@@ -72,16 +64,52 @@ def test_fitness_equals_the_loss_of_the_student_on_disk(
     for seed in range(2):
         candidate = space.sample(random.Random(seed))
         folder = tmp_path / f"student-{seed}"
-        extract(tmp_path / "teacher", candidate.spec(fitness.orders), folder)
-        assert fitness(candidate) == pytest.approx(loss_on_disk(folder, blocks), abs=1e-5)
+        extract(tmp_path / "teacher", candidate.spec(teacher.config, fitness.orders), folder)
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        loss = float(student(input_ids=blocks, labels=blocks).loss)
+        assert fitness(candidate, 0, NUM_BLOCKS) / NUM_TARGETS == pytest.approx(loss, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fine-uniform", "fine-layerwise"])
+def test_divergence_equals_the_dense_formula(
+    teacher: PreTrainedModel, blocks: Tensor, name: SpaceName
+) -> None:
+    fitness = fitness_of(teacher, blocks, kl=True)
+    candidate = space_of(teacher, 0.8, name).sample(random.Random(1))
+    student = fitness.student(candidate)
+    ours, theirs = (
+        model(blocks).logits[:, :-1].double().log_softmax(-1) for model in (student, teacher)
+    )
+    expected = float((theirs.exp() * (theirs - ours)).sum())
+    assert fitness(candidate, 0, NUM_BLOCKS) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@one_of_each_family
+def test_parts_add_up_in_batches_of_any_size(
+    teacher: PreTrainedModel, blocks: Tensor, kl: bool
+) -> None:
+    candidate = space_of(teacher, 0.5, "fine-layerwise").sample(random.Random(0))
+    for batch_size in (1, 3, 50):
+        fitness = fitness_of(teacher, blocks, batch_size, kl)
+        parts = [fitness(candidate, *part) for part in ((0, 2), (2, 3), (3, 7))]
+        whole = fitness_of(teacher, blocks, 7, kl)(candidate, 0, 7)
+        assert sum(parts) == pytest.approx(whole, rel=1e-6)
 
 
 def test_the_whole_teacher_has_its_own_loss(teacher: PreTrainedModel, blocks: Tensor) -> None:
     sizes = sizes_of(teacher.config)
-    candidate = Candidate(*(tuple(range(sizes[axis])) for axis in SEARCHED_AXES))
+    layers, embed, groups, neurons = (
+        Units(sizes[axis]) for axis in ("layers", "embed", "kv_groups", "mlp")
+    )
+    candidate = Candidate(layers, embed, sizes["head_dim"], (groups,), (neurons,))
     with torch.no_grad():
         expected = float(teacher(input_ids=blocks, labels=blocks).loss)
-    assert fitness_of(teacher, blocks)(candidate) == pytest.approx(expected, abs=1e-5)
+    found = fitness_of(teacher, blocks)(candidate, 0, NUM_BLOCKS) / NUM_TARGETS
+    assert found == pytest.approx(expected, abs=1e-5)
+    divergence = fitness_of(teacher, blocks, kl=True)(candidate, 0, NUM_BLOCKS)
+    assert divergence == pytest.approx(0, abs=1e-4)
 
 
 @one_of_each_family
@@ -93,16 +121,19 @@ def test_fitness_leaves_teacher_and_disk_alone(
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     fitness, space = fitness_of(teacher, blocks), space_of(teacher, largest=1)
     rng = random.Random(0)
-    losses = {candidate: fitness(candidate) for candidate in (space.sample(rng) for _ in range(4))}
+    losses = {
+        candidate: fitness(candidate, 0, NUM_BLOCKS)
+        for candidate in (space.sample(rng) for _ in range(4))
+    }
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert list(tmp_path.iterdir()) == []
     for candidate, loss in reversed(losses.items()):
-        assert fitness(candidate) == loss  # nothing that came between left a trace
+        assert fitness(candidate, 0, NUM_BLOCKS) == loss  # nothing between left a trace
 
 
-@one_of_each_family
-def test_batch_size_does_not_change_the_loss(teacher: PreTrainedModel, blocks: Tensor) -> None:
-    candidate = space_of(teacher, largest=0.5).sample(random.Random(0))
-    losses = [fitness_of(teacher, blocks, size)(candidate) for size in (1, 3, 7, 50)]
-    assert losses == pytest.approx([losses[0]] * 4, abs=1e-6)
+def test_a_batch_on_a_cpu_is_as_many_blocks_as_pay() -> None:
+    from headstart.search.fitness import CPU_TOKENS_PER_BATCH
+
+    sizes = [fitting_batch_size(None, length, torch.device("cpu"), 4) for length in (256, 10**6)]  # type: ignore[arg-type]
+    assert sizes == [CPU_TOKENS_PER_BATCH // 256, 1]

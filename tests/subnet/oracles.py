@@ -6,18 +6,23 @@ import copy
 import math
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from headstart.subnet.rotary import head_channels
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec
 
 
 def random_spec(model: PreTrainedModel, seed: int = 0, **cut: int) -> SubnetSpec:
-    """Random indices, others in every layer; an axis without a size is kept whole."""
+    """Random indices, others in every layer; an axis without a size is kept whole.
+
+    Heads are the exception: `head_dim` keeps the channels that a candidate of this size would.
+    """
     generator = random.Random(seed)
     sizes = sizes_of(model.config)
 
@@ -26,7 +31,41 @@ def random_spec(model: PreTrainedModel, seed: int = 0, **cut: int) -> SubnetSpec
 
     layers, embed = pick("layers"), pick("embed")
     kv_groups = tuple(pick("kv_groups") for _ in layers)
-    return SubnetSpec(layers, embed, kv_groups, tuple(pick("mlp") for _ in layers))
+    channels = head_channels(model.config, cut["head_dim"]) if "head_dim" in cut else None
+    return SubnetSpec(layers, embed, kv_groups, tuple(pick("mlp") for _ in layers), channels)
+
+
+def random_layerwise_spec(model: PreTrainedModel, seed: int, **cut: int) -> SubnetSpec:
+    """The same, with another random number of groups and neurons in every layer."""
+    generator = random.Random(seed)
+    spec = random_spec(model, seed, **cut)
+
+    def thinned(units: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(generator.sample(units, generator.randint(1, len(units)))))
+
+    return replace(
+        spec,
+        kv_groups=tuple(map(thinned, spec.kv_groups)),
+        mlp=tuple(map(thinned, spec.mlp)),
+    )
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of any config in eval mode, with random norms and biases too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model.eval()
+
+
+def with_rope(model: PreTrainedModel, **rope: object) -> PreTrainedModel:
+    """The same weights under other rotary positions."""
+    config = model.config.to_dict()
+    config["rope_parameters"] = config["rope_parameters"] | rope
+    other = type(model)(type(model.config).from_dict(config))
+    other.load_state_dict(model.state_dict())
+    return other.eval()
 
 
 def assert_same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
@@ -39,14 +78,21 @@ def assert_same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor])
 def masked_parent(model: PreTrainedModel, spec: SubnetSpec) -> PreTrainedModel:
     """The whole teacher with zeros where what is dropped would write to the residual stream.
 
+    Dropped channels of heads are zeros in queries, keys and values, so that no score sees them.
     It says nothing about dropped residual channels, which change the mean inside the norms.
     """
     model = copy.deepcopy(model)
+    head_dim = sizes_of(model.config)["head_dim"]
+    channels = [] if spec.head_dim is None else _dropped(head_dim, spec.head_dim)
     for number, layer in enumerate(model.base_model.layers):
         if model.config.model_type == "llama":
             attention, mlp = layer.self_attn.o_proj, layer.mlp.down_proj
+            readers = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]
         else:
             attention, mlp = layer.attention.dense, layer.mlp.dense_4h_to_h
+            readers = [layer.attention.query_key_value]
+        for parameter in (one for reader in readers for one in reader.parameters()):
+            parameter.unflatten(0, (-1, head_dim))[:, channels] = 0
         if number not in spec.layers:
             for parameter in (*attention.parameters(), *mlp.parameters()):
                 parameter.zero_()
@@ -67,7 +113,9 @@ def reference_logits(model: PreTrainedModel, tokens: Tensor, spec: SubnetSpec) -
     """The sub-network's logits in float64, from the teacher's whole weights.
 
     Dropped channels, heads and neurons are multiplied by zero, dropped layers are skipped, and
-    norms average over the kept channels. Nothing is sliced.
+    norms average over the kept channels. Nothing is sliced: a narrowed head is a whole one with
+    zeros, so its pairs turn by the teacher's frequencies and its scores are divided by the root of
+    the teacher's head size.
     """
     forward = {"llama": _llama_logits, "gpt_neox": _gpt_neox_logits}[model.config.model_type]
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
@@ -84,8 +132,10 @@ def _llama_logits(config, weights, tokens, spec):
     def linear(x, name):
         return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
+    channels = _mask(config.head_dim, spec.head_dim or range(config.head_dim))
+
     def heads(x, name):
-        x = linear(x, name).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        x = linear(x, name).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) * channels
         return x.repeat_interleave(config.num_attention_heads // x.shape[1], dim=1)
 
     x = weights["model.embed_tokens.weight"][tokens] * keep
@@ -109,6 +159,7 @@ def _llama_logits(config, weights, tokens, spec):
 def _gpt_neox_logits(config, weights, tokens, spec):
     keep = _mask(config.hidden_size, spec.embed)
     head_dim = config.hidden_size // config.num_attention_heads
+    channels = _mask(head_dim, spec.head_dim or range(head_dim))
 
     def norm(x, name):
         centred = (x - x.sum(-1, keepdim=True) / keep.sum()) * keep
@@ -126,7 +177,7 @@ def _gpt_neox_logits(config, weights, tokens, spec):
 
     def attention(x, name, groups):
         fused = linear(x, f"{name}.query_key_value").unflatten(-1, (-1, 3, head_dim))
-        query, key, value = fused.permute(3, 0, 2, 1, 4)
+        query, key, value = fused.permute(3, 0, 2, 1, 4) * channels
         mixed = _attend(rotate(query), rotate(key), value)
         mixed = mixed * _mask(config.num_attention_heads, groups)[:, None, None]
         return linear(mixed.transpose(1, 2).flatten(2), f"{name}.dense") * keep

@@ -3,13 +3,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import random_teacher
-from tests.subnet.oracles import random_spec
+from tests.subnet.oracles import random_layerwise_spec, random_spec
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from headstart.subnet.count import (
+    amount,
+    bytes_per_number,
     count,
     inference_flops_per_token,
+    kv_cache_bytes_per_token,
     non_embedding_parameters,
     parameters,
 )
@@ -103,3 +106,74 @@ def test_many_shapes_are_counted_at_once(measure):
     for axis in ("layers", "embed", "kv_groups", "mlp"):
         at_once = measured(sizes | {axis: grid})
         assert at_once.tolist() == [measured(sizes | {axis: int(size)}) for size in grid]
+
+
+# Layers of different sizes, and narrower heads
+
+LAYERWISE = [
+    (kind, cut, seed)
+    for kind in SHAPES
+    for seed, cut in enumerate([{}, {"layers": 3, "embed": 22}, {"layers": 2, "head_dim": 8}])
+]
+each_layerwise = pytest.mark.parametrize(("kind", "cut", "seed"), LAYERWISE)
+
+
+def layerwise_student(kind, cut, seed):
+    """A student whose layers differ, with the teacher's config and the student's sizes."""
+    teacher = random_teacher(kind)
+    spec = random_layerwise_spec(teacher, seed, **cut)
+    sizes = spec.sizes(sizes_of(teacher.config))
+    assert isinstance(sizes["mlp"], tuple)
+    return build_student(teacher.state_dict(), teacher.config, spec), teacher.config, sizes
+
+
+@each_layerwise
+def test_parameters_of_unlike_layers_are_those_of_the_model(kind, cut, seed):
+    student, config, sizes = layerwise_student(kind, cut, seed)
+    expected = sum(parameter.numel() for parameter in student.parameters())
+    assert amount(config, sizes, "parameters", 16) == expected
+    matrices = {p.data_ptr(): p.numel() for p in student.parameters() if len(p) == 128}
+    assert non_embedding_parameters(layouts_of(config), sizes) == expected - sum(matrices.values())
+    for dtype, width in [("bfloat16", 2), ("float32", 4), (None, 2)]:
+        config.dtype = dtype
+        assert amount(config, sizes, "weight_bytes", 16) == expected * width
+
+
+@each_layerwise
+def test_flops_of_unlike_layers_are_those_that_torch_counts(kind, cut, seed):
+    student, config, sizes = layerwise_student(kind, cut, seed)
+    student.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        student(torch.zeros(1, 24, dtype=torch.long), use_cache=False)
+    assert amount(config, sizes, "flops_per_token", 24) * 24 == counter.get_total_flops()
+
+
+@each_layerwise
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kv_cache_takes_the_bytes_of_a_real_one(kind, cut, seed, dtype):
+    student, config, sizes = layerwise_student(kind, cut, seed)
+    tokens = torch.zeros(2, 12, dtype=torch.long)
+    with torch.no_grad():
+        cache = student.to(dtype)(tokens, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    config.dtype = dtype
+    assert amount(config, sizes, "kv_cache_bytes_per_token", 16) * tokens.numel() == held
+    assert amount(config, sizes, "weight_bytes", 16) == sum(p.nbytes for p in student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.bfloat16, 2), ("bfloat16", 2), ("float16", 2), (torch.float32, 4), ("float32", 4)]
+    + [("float64", 8), (None, 2)],
+)
+def test_bytes_are_those_of_the_configs_precision(dtype, width):
+    assert bytes_per_number(LlamaConfig(dtype=dtype)) == width
+
+
+def test_a_stock_size_counts_as_a_tuple_of_its_own(teacher):
+    config, sizes = teacher.config, sizes_of(teacher.config)
+    tuples = {axis: (sizes[axis],) * sizes["layers"] for axis in ("kv_groups", "mlp")}
+    for measure in ("parameters", "flops_per_token", "kv_cache_bytes_per_token", "weight_bytes"):
+        assert amount(config, sizes | tuples, measure, 64) == amount(config, sizes, measure, 64)
+    assert amount(config, sizes, "parameters", 64) == teacher.num_parameters()
+    assert kv_cache_bytes_per_token(sizes, 2) == 2 * 2 * 4 * sizes["kv_groups"] * 16

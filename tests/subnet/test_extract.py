@@ -1,15 +1,27 @@
 """What a student computes, against its teacher."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import TEACHERS, random_teacher
-from tests.subnet.oracles import assert_same_tensors, masked_parent, random_spec, reference_logits
-from transformers import AutoModelForCausalLM
+from tests.subnet.oracles import (
+    assert_same_tensors,
+    masked_parent,
+    random_layerwise_spec,
+    random_model,
+    random_spec,
+    reference_logits,
+    with_rope,
+)
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from headstart.subnet.extract import build_student, extract
+from headstart.subnet.rotary import head_sizes, rotary_pairs
 from headstart.subnet.rules import sizes_of
-from headstart.subnet.spec import SubnetSpec
+from headstart.subnet.spec import SubnetSpec, student_config
 
 LLAMAS = [kind for kind in TEACHERS if kind.startswith("llama")]
 NEOXES = [kind for kind in TEACHERS if kind.startswith("gpt_neox")]
@@ -92,3 +104,140 @@ def test_a_narrower_student_is_the_reference_over_kept_channels(kind, cut, token
     torch.testing.assert_close(logits(student, tokens).double(), expected, atol=1e-5, rtol=0)
     written = AutoModelForCausalLM.from_pretrained(extract(saved(model), spec, tmp_path / "out"))
     assert torch.equal(logits(written, tokens), logits(student, tokens))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_layers_of_different_sizes_are_the_reference(teacher, seed, tokens):
+    spec = random_layerwise_spec(teacher, seed, layers=3, embed=36)
+    assert any(len(set(map(len, sizes))) > 1 for sizes in (spec.kv_groups, spec.mlp))
+    expected = reference_logits(teacher, tokens, spec)
+    student = in_memory(teacher, spec)
+    torch.testing.assert_close(logits(student, tokens).double(), expected, atol=1e-5, rtol=0)
+
+
+# Narrower heads
+
+SHAPE = {
+    "vocab_size": 128, "intermediate_size": 48, "num_hidden_layers": 3, "bos_token_id": None,
+    "eos_token_id": 0, "max_position_embeddings": 128,
+}  # fmt: skip
+WITH_HEADS = {
+    "llama": LlamaConfig(
+        hidden_size=48, num_attention_heads=6, num_key_value_heads=3, head_dim=16,
+        attention_bias=True, **SHAPE,
+    ),
+    "gpt_neox": GPTNeoXConfig(hidden_size=96, num_attention_heads=3, **SHAPE),
+}  # fmt: skip
+ROPES = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+STOCK_SIZES = {"llama": {"embed": 36, "kv_groups": 2}, "gpt_neox": {"kv_groups": 2}}
+each_kind_and_size = pytest.mark.parametrize(
+    ("kind", "size"), [("llama", 2), ("llama", 4), ("llama", 8), ("llama", 12)]
+    + [("gpt_neox", 8), ("gpt_neox", 16), ("gpt_neox", 24)],
+)  # fmt: skip
+each_kind = pytest.mark.parametrize("kind", WITH_HEADS)
+
+
+def any_channels(config, seed):
+    """Any rotary pairs, and any of the channels that do not turn, in the teacher's shares."""
+    generator, head_dim, pairs = random.Random(seed), sizes_of(config)["head_dim"], rotary_pairs
+    pairs, rest = pairs(config), range(2 * pairs(config), head_dim)
+    kept = generator.randint(1, pairs - 1)
+    firsts = generator.sample(range(pairs), kept)
+    others = generator.sample(rest, kept * len(rest) // pairs)
+    return tuple(sorted([*firsts, *(first + pairs for first in firsts), *others]))
+
+
+def stock_spec(model, size, **cut):
+    """A spec with narrower heads that a stock checkpoint can hold."""
+    cut = STOCK_SIZES[model.config.model_type] | cut
+    if model.config.model_type == "gpt_neox":
+        cut["embed"] = cut["kv_groups"] * size
+    return random_spec(model, head_dim=size, **cut)
+
+
+@each_kind_and_size
+def test_a_narrower_head_is_the_masked_parents(kind, size, tokens):
+    model = random_model(WITH_HEADS[kind])
+    assert size in head_sizes(model.config)
+    spec = random_spec(model, head_dim=size, kv_groups=2 if kind == "llama" else 3, mlp=20)
+    expected = logits(masked_parent(model, spec), tokens)
+    torch.testing.assert_close(logits(in_memory(model, spec), tokens), expected, atol=1e-5, rtol=0)
+
+
+@each_kind
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("seed", range(2))
+def test_any_pairs_may_be_kept_in_memory(kind, rope, seed, tokens):
+    model = with_rope(random_model(WITH_HEADS[kind]), **ROPES[rope])
+    spec = replace(random_spec(model, mlp=20), head_dim=any_channels(model.config, seed))
+    expected = logits(masked_parent(model, spec), tokens)
+    torch.testing.assert_close(logits(in_memory(model, spec), tokens), expected, atol=1e-5, rtol=0)
+
+
+@each_kind
+@pytest.mark.parametrize("seed", range(4))
+def test_narrower_heads_in_layers_of_different_sizes_are_the_reference(kind, seed, tokens):
+    """Also where no stock checkpoint exists: width is not groups times head size."""
+    model = random_model(WITH_HEADS[kind])
+    spec = random_layerwise_spec(model, seed, layers=2, embed=37)
+    spec = replace(spec, head_dim=any_channels(model.config, seed))
+    expected = reference_logits(model, tokens, spec)
+    student = in_memory(model, spec)
+    torch.testing.assert_close(logits(student, tokens).double(), expected, atol=1e-5, rtol=0)
+
+
+@each_kind_and_size
+@pytest.mark.parametrize("rope", ROPES)
+def test_stock_code_derives_the_kept_frequencies(kind, size, rope, tokens, saved, tmp_path):
+    model = with_rope(random_model(WITH_HEADS[kind]), **ROPES[rope])
+    spec = stock_spec(model, size, layers=2)
+    written = AutoModelForCausalLM.from_pretrained(extract(saved(model), spec, tmp_path / "out"))
+    pairs = [channel for channel in spec.head_dim if channel < rotary_pairs(model.config)]
+    ours, teachers = (one.base_model.rotary_emb.inv_freq for one in (written, model))
+    torch.testing.assert_close(ours, teachers[pairs], rtol=1e-5, atol=0)
+    student = in_memory(model, spec)
+    torch.testing.assert_close(logits(written, tokens), logits(student, tokens), atol=1e-5, rtol=0)
+    assert_same_tensors(written.state_dict(), student.state_dict())
+    if rope == "default":
+        expected = reference_logits(model, tokens, spec)
+        torch.testing.assert_close(logits(written, tokens).double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("llama", 12), ("gpt_neox", 24)])
+def test_frequencies_of_the_new_size_would_be_seen(kind, size, tokens):
+    """A stock student whose theta is the teacher's, as a plain slice of the weights would be."""
+    model = random_model(WITH_HEADS[kind])
+    spec = stock_spec(model, size)
+    expected = reference_logits(model, tokens, spec)
+    config = student_config(model.config, spec)
+    naive = AutoModelForCausalLM.from_config(config).eval()
+    naive.load_state_dict(in_memory(model, spec).state_dict())
+    torch.testing.assert_close(logits(naive, tokens).double(), expected, atol=1e-5, rtol=0)
+    config.rope_parameters = model.config.rope_parameters
+    naive = AutoModelForCausalLM.from_config(config).eval()
+    naive.load_state_dict(in_memory(model, spec).state_dict())
+    assert (logits(naive, tokens) - expected).abs().max() > 0.01
+
+
+@each_kind
+def test_a_head_that_stock_code_cannot_turn_is_not_written(kind, saved, tmp_path):
+    model = random_model(WITH_HEADS[kind])
+    folder, spec, pairs = saved(model), stock_spec(model, 8), rotary_pairs(model.config)
+    torn = replace(spec, head_dim=(0, *range(pairs + 1, pairs + 8)))
+    scaled = with_rope(model, rope_type="dynamic", factor=2.0)
+    for source, refused, message in [
+        (folder, torn, f"channel 0 without its rotary partner {pairs}"),
+        (saved(scaled, "scaled"), spec, "of kind 'dynamic'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            extract(source, refused, tmp_path / "out")
+        with pytest.raises(ValueError, match=message):
+            in_memory(AutoModelForCausalLM.from_pretrained(source), refused)
+    assert not list(tmp_path.glob("out*"))

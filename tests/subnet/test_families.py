@@ -1,6 +1,7 @@
 """The tables against what transformers itself builds."""
 
 import pytest
+import torch
 from tests.conftest import random_teacher
 
 from headstart.subnet.axes import axes_of, parse_layout, shape_of
@@ -47,3 +48,29 @@ def test_every_config_key_exists(kind):
     config = random_teacher(kind).config
     for key, _ in family_of(config).config:
         assert isinstance(getattr(config, key), int)
+
+
+def test_attention_keeps_its_head_size_where_the_table_says(teacher):
+    family, sizes = family_of(teacher.config), sizes_of(teacher.config)
+    for i, layer in enumerate(teacher.base_model.layers):
+        attention = teacher.get_submodule(family.attention.replace("{i}", str(i)))
+        assert attention in layer.children()
+        assert getattr(attention, family.head_size) == sizes["head_dim"]
+        assert attention.scaling == sizes["head_dim"] ** -0.5
+
+
+@torch.no_grad()
+def test_scaling_the_queries_scales_the_scores(teacher):
+    """The tensors that the table calls queries, or the first part of what they fuse."""
+    config, tokens = teacher.config, torch.arange(1, 9)[None]
+    family, head_dim = family_of(config), sizes_of(config)["head_dim"]
+    teacher.set_attn_implementation("eager")
+    before = teacher(tokens, output_attentions=True).attentions[0].log()
+    for pattern in family.queries:
+        if pattern in layouts_of(config):
+            rows = parse_layout(layouts_of(config)[pattern])[0]
+            num_fused = next((part for part in rows if isinstance(part, int)), 1)
+            queries = teacher.get_parameter(pattern.replace("{i}", "0"))
+            queries.unflatten(0, (-1, num_fused, head_dim))[:, 0] *= 2
+    after = teacher(tokens, output_attentions=True).attentions[0].log()
+    torch.testing.assert_close(after, (2 * before).log_softmax(-1), atol=1e-4, rtol=1e-4)

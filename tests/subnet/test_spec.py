@@ -10,6 +10,7 @@ from transformers import GPTNeoXConfig, LlamaConfig
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import (
     SubnetSpec,
+    check_spec,
     format_indices,
     parse_indices,
     stock_constraints,
@@ -49,10 +50,23 @@ def test_malformed_indices_are_quoted(text):
         parse_indices(text)
 
 
-def test_a_spec_survives_json():
-    model = random_teacher("llama-untied-gqa")
-    spec = random_spec(model, layers=3, embed=20, kv_groups=2, mlp=33)
+@pytest.mark.parametrize(("text", "run"), [("5-2", "5-2"), ("0-3,9-8", "9-8"), ("3,7-0", "7-0")])
+def test_a_range_that_runs_backwards_is_named(text, run):
+    with pytest.raises(ValueError, match=f"'{text}' holds the range {run}, which runs backwards"):
+        parse_indices(text)
+
+
+@pytest.mark.parametrize("cut", [{}, {"head_dim": 8}, {"layers": 3, "embed": 20, "head_dim": 2}])
+def test_a_spec_survives_json(cut):
+    spec = random_spec(random_teacher("llama-untied-gqa"), kv_groups=2, mlp=33, **cut)
     assert SubnetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_files_from_before_heads_could_shrink_keep_them_whole():
+    value = SPEC.to_json()
+    assert value.pop("head_dim") is None
+    assert SubnetSpec.from_json(value) == SPEC
+    assert replace(SPEC, head_dim=(0, 2)).to_json()["head_dim"] == "0,2"
 
 
 def test_a_spec_without_a_key_names_it():
@@ -76,6 +90,9 @@ def test_each_layer_keeps_its_own():
     assert SPEC.kept_in_layer(0) == {"embed": (0, 1, 5), "kv_groups": (0,), "mlp": (0, 1, 2)}
     assert SPEC.kept_in_layer(1) == {"embed": (0, 1, 5), "kv_groups": (1,), "mlp": (1, 3, 5)}
     assert SPEC.sizes(SIZES) == SIZES | {"layers": 2, "embed": 3, "kv_groups": 1, "mlp": 3}
+    narrow = replace(SPEC, kv_groups=((0,), (0, 1)), head_dim=(1, 3))
+    assert narrow.kept_in_layer(1)["head_dim"] == (1, 3)
+    assert narrow.sizes(SIZES) == SPEC.sizes(SIZES) | {"kv_groups": (1, 2), "head_dim": 2}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +111,9 @@ def test_each_layer_keeps_its_own():
         ({"embed": (0, 8)}, "keeps embed index 8 .* go from 0 to 7"),
         ({"kv_groups": ((0,), (2,))}, "keeps kv_groups index 2 .* go from 0 to 1"),
         ({"mlp": ((0,), (-1, 2))}, "keeps mlp index -1 .* go from 0 to 5"),
+        ({"head_dim": ()}, "keeps nothing of axis head_dim"),
+        ({"head_dim": (2, 1)}, "head_dim indices are not in ascending order"),
+        ({"head_dim": (0, 4)}, "keeps head_dim index 4 .* go from 0 to 3"),
     ],
 )
 def test_a_spec_that_does_not_fit_says_why(change, message):
@@ -102,10 +122,29 @@ def test_a_spec_that_does_not_fit_says_why(change, message):
 
 
 @pytest.mark.parametrize(("axis", "units"), [("kv_groups", (0, 1)), ("mlp", (0, 1))])
-def test_sizes_that_differ_between_layers_are_refused(axis, units):
+def test_sizes_that_differ_between_layers_are_counted_but_not_written(axis, units):
+    config = random_teacher("llama-untied-gqa").config
     spec = replace(SPEC, **{axis: (units, (0,))})
-    with pytest.raises(ValueError, match=f"keeps 1 to 2 {axis} in different layers"):
-        spec.sizes(SIZES)
+    assert spec.sizes(SIZES)[axis] == (2, 1)
+    with pytest.raises(ValueError, match=f"keeps 1 to 2 {axis} in different layers.* uniform"):
+        student_config(config, spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp": ((0,), (80,))}, "keeps mlp index 80 .* go from 0 to 79"),
+        ({"head_dim": (0, 16)}, "keeps head_dim index 16 .* go from 0 to 15"),
+        ({"head_dim": (0, 9)}, "channel 0 without its rotary partner 8"),
+    ],
+)
+def test_a_spec_is_checked_against_a_model(change, message):
+    config = random_teacher("llama-untied-gqa").config
+    check_spec(config, SPEC)
+    check_spec(config, replace(SPEC, head_dim=(3, 11)))
+    for check in (check_spec, student_config):
+        with pytest.raises(ValueError, match=message):
+            check(config, replace(SPEC, **change))
 
 
 def test_a_gpt_neox_student_ties_width_to_heads():
@@ -114,6 +153,10 @@ def test_a_gpt_neox_student_ties_width_to_heads():
     with pytest.raises(ValueError, match=r"embed = \(kv_groups head_dim\), and 40 is not 48"):
         student_config(model.config, spec)
     assert student_config(model.config, random_spec(model, embed=48, kv_groups=3)).hidden_size == 48
+    with pytest.raises(ValueError, match=r"embed = \(kv_groups head_dim\), and 48 is not 24"):
+        student_config(model.config, random_spec(model, embed=48, kv_groups=3, head_dim=8))
+    narrow = student_config(model.config, random_spec(model, embed=24, kv_groups=3, head_dim=8))
+    assert (narrow.hidden_size, narrow.num_attention_heads) == (24, 3)
 
 
 def test_a_llama_student_divides_width_by_heads():
@@ -159,3 +202,12 @@ def test_a_students_config_differs_only_in_its_sizes(teacher):
     if teacher.config.model_type == "llama":
         cut["num_key_value_heads"] = 1
     assert student_config(teacher.config, spec).to_dict() == teacher.config.to_dict() | cut
+
+
+@pytest.mark.parametrize(("size", "theta"), [(8, 10_000.0), (12, 10_000.0**0.75)])
+def test_narrower_heads_change_head_dim_and_theta_alone(size, theta):
+    model = random_teacher("llama-untied-gqa")
+    config = student_config(model.config, random_spec(model, head_dim=size))
+    expected = model.config.to_dict() | {"head_dim": size}
+    expected["rope_parameters"] = {**expected["rope_parameters"], "rope_theta": theta}
+    assert config.to_dict() == expected

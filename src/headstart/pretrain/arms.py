@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 
 from headstart.data import BlockDataset, TokenBlocks
+from headstart.device import default_device, has_fast_bf16, load_frozen
 from headstart.files import write_json
 from headstart.pretrain.losses import DistillationSettings
-from headstart.pretrain.teacher import Teacher, has_fast_bf16, load_frozen
+from headstart.pretrain.teacher import Teacher
 from headstart.progress import progress
 
 
@@ -109,7 +110,7 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         "save_strategy": "steps",
         "save_steps": 0.2,
         "save_total_limit": 1,
-        "bf16": has_fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "bf16": has_fast_bf16(default_device()),
         "report_to": "tensorboard",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,

@@ -1,4 +1,4 @@
-"""Evolutionary search inside a parameter bin, with a journal from which it goes on after a kill.
+"""Evolutionary search inside a bin, and its two baselines, random search and importance alone.
 
 Proposals depend only on the seed and on the losses seen so far. A search that is started again
 therefore replays its own proposals, reads their losses from the journal, and evaluates only what
@@ -7,19 +7,21 @@ is not there yet: one that was killed ends exactly like one that was not.
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from headstart.files import write_whole
-from headstart.search.space import Candidate, Space
+import numpy as np
 
-JOURNAL_FORMAT = "headstart-search/1"
+from headstart.search.candidate import Candidate
+from headstart.search.journal import Evaluated
+from headstart.search.pareto import select
+from headstart.search.racing import Proposal, Race
+from headstart.search.space import Space
+
+Method = Literal["evolution", "random", "importance"]
 MAX_ATTEMPTS = 50
 """Duplicate proposals before a slot goes to an immigrant, and again before it stays empty."""
 
@@ -29,6 +31,9 @@ class EvolutionSettings:
     """How the population evolves; see `evolve`.
 
     Attributes:
+        method: "evolution"; or as baselines under the same budget "random", which draws every
+            candidate afresh, and "importance", which takes the shapes nearest to the teacher's
+            proportions with their units in the axis order.
         population: candidates proposed in each generation.
         generations: including the first, which is random.
         elites: best candidates so far, which breed the next generation.
@@ -36,14 +41,18 @@ class EvolutionSettings:
         crossover: share that are crossed elites. The rest are random immigrants, which
             also replace offspring that would be repeats.
         seed: of every random choice.
+        tradeoff: a measure that elites keep small beside their loss, chosen as in NSGA-II, so that
+            the search ends with a Pareto front; "none" for the loss alone.
     """
 
+    method: Method = "evolution"
     population: int = 16
     generations: int = 5
     elites: int = 4
     mutation: float = 0.5
     crossover: float = 0.3
     seed: int = 0
+    tradeoff: Literal["none", "parameters", "flops_per_token", "kv_cache_bytes_per_token"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("population", "generations", "elites"):
@@ -58,126 +67,73 @@ class EvolutionSettings:
             )
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """A candidate with its loss.
-
-    Attributes:
-        generation: in which it was first proposed.
-        origin: "sample", "mutation", "crossover" or "immigrant".
-        candidate: its ranks.
-        parameters: of the sub-network.
-        loss: held-out nats per token.
-        seconds: that the evaluation took.
-    """
-
-    generation: int
-    origin: str
-    candidate: Candidate
-    parameters: int
-    loss: float
-    seconds: float
-
-
-class Journal:
-    """An append-only JSONL file of evaluated candidates.
-
-    The first line identifies the search; every other line is one candidate. A last line that a
-    kill cut short is dropped when the journal is opened again.
-
-    Raises:
-        ValueError: the file belongs to another search.
-    """
-
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path = path
-        self.evaluated: dict[Candidate, Evaluated] = {}
-        identity = json.loads(json.dumps({"format": JOURNAL_FORMAT, **identity}))
-        text = path.read_text() if path.exists() else ""
-        whole, _, _ = text.rpartition("\n")
-        lines = whole.splitlines()
-        if not lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(identity) + "\n")
-            return
-        found = json.loads(lines[0])
-        for key in sorted(found.keys() | identity.keys()):
-            if found.get(key) != identity.get(key):
-                raise ValueError(
-                    f"{path} is the journal of another search ({key} is {found.get(key)!r} there, "
-                    f"{identity.get(key)!r} here); choose another --output or delete it"
-                )
-        if whole + "\n" != text:
-            write_whole(path, whole + "\n")
-        for line in lines[1:]:
-            entry = json.loads(line)
-            entry["candidate"] = Candidate.from_json(entry["candidate"])
-            entry.pop("sizes")
-            self.evaluated[entry["candidate"]] = Evaluated(**entry)
-
-    def append(self, evaluated: Evaluated) -> None:
-        self.evaluated[evaluated.candidate] = evaluated
-        entry = {
-            **asdict(evaluated),
-            "sizes": evaluated.candidate.sizes,
-            "candidate": evaluated.candidate.to_json(),
-        }
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(entry) + "\n")
-
-
 def evolve(
     space: Space,
-    evaluate: Callable[[Candidate], float],
-    count_parameters: Callable[[Candidate], int],
+    race: Race,
     settings: EvolutionSettings,
-    journal: Journal,
-    on_evaluated: Callable[[Evaluated, bool], None] = lambda evaluated, replayed: None,
+    burden: Callable[[Candidate], float] | None = None,
+    on_generation: Callable[[int, int], None] = lambda generation, candidates: None,
+    on_scored: Callable[[int, list[Evaluated]], None] = lambda generation, scores: None,
 ) -> list[Evaluated]:
     """Search a space for the candidate with the lowest loss.
 
     Args:
         space: proposes candidates inside the bin.
-        evaluate: candidate -> held-out loss in nats per token.
-        count_parameters: candidate -> parameters of the sub-network.
+        race: scores them.
         settings: population and operators.
-        journal: keeps every loss; candidates that it holds already are not evaluated again.
-        on_evaluated: called for each candidate, with whether it came from the journal.
+        burden: what elites keep small beside the loss; None for the loss alone.
+        on_generation: called with a generation, from 0, and its candidates before they are scored.
+        on_scored: called with a generation and the scores of its candidates.
 
     Returns:
-        All distinct candidates in the order in which they were proposed.
+        The last score of every candidate in the order in which they were proposed.
     """
     rng = random.Random(settings.seed)
-    seen: dict[Candidate, Evaluated] = {}
+    scores: dict[Candidate, Evaluated] = {}
+    elites: list[Evaluated] = []
+    evenly: list[Candidate] = []
+    if settings.method == "importance":
+        evenly = space.proportional(settings.population * settings.generations)
     for generation in range(settings.generations):
-        elites = ranked(list(seen.values()))[: settings.elites]
-        for candidate, origin in _propose(space, settings, rng, elites, set(seen)):
-            replayed = candidate in journal.evaluated
-            if not replayed:
-                start = time.perf_counter()
-                loss = evaluate(candidate)
-                seconds = time.perf_counter() - start
-                num_parameters = count_parameters(candidate)
-                journal.append(
-                    Evaluated(generation, origin, candidate, num_parameters, loss, seconds)
-                )
-            seen[candidate] = journal.evaluated[candidate]
-            on_evaluated(seen[candidate], replayed)
-    return list(seen.values())
+        if settings.method == "importance":
+            start = generation * settings.population
+            proposals = [(one, "proportional") for one in evenly[start:][: settings.population]]
+        else:
+            parents = [] if settings.method == "random" else [one.candidate for one in elites]
+            proposals = _propose(space, settings, rng, parents, scores)
+        on_generation(generation, len(proposals))
+        generation_scores = race.run(generation, proposals)
+        scores.update((score.candidate, score) for score in generation_scores)
+        whole = [score for score in generation_scores if score.tokens == race.all_tokens]
+        elites = _elites([*elites, *whole], settings.elites, burden)
+        on_scored(generation, generation_scores)
+    return list(scores.values())
 
 
-def ranked(evaluated: list[Evaluated]) -> list[Evaluated]:
-    """Candidates from the lowest loss to the highest; a loss that is no number comes last."""
-    return sorted(evaluated, key=lambda one: one.loss if math.isfinite(one.loss) else math.inf)
+def ranked(scores: Sequence[Evaluated]) -> list[Evaluated]:
+    """Scores on the most tokens first, then from the lowest loss; no number comes last."""
+    return sorted(
+        scores,
+        key=lambda one: (-one.tokens, one.loss if math.isfinite(one.loss) else math.inf),
+    )
+
+
+def _elites(
+    scores: list[Evaluated], count: int, burden: Callable[[Candidate], float] | None
+) -> list[Evaluated]:
+    if burden is None or not scores:
+        return ranked(scores)[:count]
+    points = np.array([[one.loss, burden(one.candidate)] for one in scores])
+    return [scores[place] for place in select(points, count)]
 
 
 def _propose(
     space: Space,
     settings: EvolutionSettings,
     rng: random.Random,
-    elites: list[Evaluated],
-    seen: set[Candidate],
-) -> list[tuple[Candidate, str]]:
+    elites: list[Candidate],
+    seen: Container[Candidate],
+) -> list[Proposal]:
     """A generation's new candidates, each with its origin; fewer where the space runs dry."""
     proposals: dict[Candidate, str] = {}
     num_mutated = round(settings.population * settings.mutation)
@@ -188,9 +144,9 @@ def _propose(
             if not elites:
                 candidate, origin = space.sample(rng), "sample"
             elif breed and slot < num_mutated:
-                candidate, origin = space.mutate(rng, rng.choice(elites).candidate), "mutation"
+                candidate, origin = space.mutate(rng, rng.choice(elites)), "mutation"
             elif breed and slot < num_mutated + num_crossed:
-                mother, father = rng.choice(elites).candidate, rng.choice(elites).candidate
+                mother, father = rng.choice(elites), rng.choice(elites)
                 candidate, origin = space.cross(rng, mother, father), "crossover"
             else:
                 candidate, origin = space.sample(rng), "immigrant"

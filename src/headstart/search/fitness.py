@@ -1,28 +1,43 @@
-"""What makes a candidate a good place to begin: its held-out loss before any training."""
+"""What makes a candidate a good place to begin: its loss, or its distance from the teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedConfig
 
-from headstart.evaluate import mean_loss
-from headstart.search.space import Candidate, Orders
+from headstart.evaluate import summed_loss
+from headstart.pretrain.losses import chunked_sum, forward_kl
+from headstart.search.candidate import Candidate, Orders
 from headstart.subnet.extract import build_student
+from headstart.subnet.rules import sizes_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CPU_TOKENS_PER_BATCH = 4096
+"""Beyond this many a CPU gains nothing, and activations begin to weigh."""
+MAX_TOKENS_PER_BATCH = 1 << 18
+ACTIVATIONS_PER_TOKEN = 12
+"""Residual-sized tensors that are alive at once in a layer's forward pass, with slack."""
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Scores candidates cut out of a resident teacher, in nats per token; lower is better.
+    """Scores candidates cut out of a resident teacher by their loss, in nats; lower is better.
 
     Attributes:
         state: the teacher's state dict.
         config: the teacher's config.
         orders: the axis orders in which candidates are read.
-        blocks: the tokens of which every candidate's loss is taken.
+        blocks: the tokens on which every candidate is scored.
         batch_size: blocks per forward pass.
     """
 
@@ -32,6 +47,83 @@ class HeldOutLoss:
     blocks: Int[Tensor, "blocks tokens"]
     batch_size: int = 8
 
-    def __call__(self, candidate: Candidate) -> float:
-        student = build_student(self.state, self.config, candidate.spec(self.orders))
-        return mean_loss(student, self.blocks, self.batch_size)
+    @property
+    def num_blocks(self) -> int:
+        return int(self.blocks.shape[0])
+
+    @property
+    def block_length(self) -> int:
+        return int(self.blocks.shape[1])
+
+    def student(self, candidate: Candidate) -> PreTrainedModel:
+        """The candidate as a model."""
+        return build_student(self.state, self.config, candidate.spec(self.config, self.orders))
+
+    def __call__(self, candidate: Candidate, start: int, stop: int) -> float:
+        """Nats of all targets in the blocks from `start` to before `stop`."""
+        return summed_loss(self.student(candidate), self.blocks[start:stop], self.batch_size)
+
+
+@dataclass(frozen=True)
+class DivergenceFromTeacher(HeldOutLoss):
+    """Scores candidates by KL(teacher || candidate), in nats; lower is better.
+
+    The teacher reads the tokens once. What is kept of it are its final hidden states, since its
+    logits would take as many numbers a token as there are words; they come back chunk by chunk at
+    the cost of one product.
+
+    Attributes:
+        teacher: the whole model.
+    """
+
+    teacher: PreTrainedModel = field(kw_only=True)
+
+    @cached_property
+    def _teacher_hidden(self) -> Float[Tensor, "blocks tokens embed"]:
+        batches = self.blocks.split(self.batch_size)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            return torch.cat([_hidden(self.teacher, batch) for batch in batches])
+
+    @torch.no_grad()
+    def __call__(self, candidate: Candidate, start: int, stop: int) -> float:
+        student = self.student(candidate)
+        matrix = student.get_output_embeddings().weight
+        teacher_matrix = self.teacher.get_output_embeddings().weight
+        total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+        for first in range(start, stop, self.batch_size):
+            batch = slice(first, min(first + self.batch_size, stop))
+            wanted = self._teacher_hidden[batch, :-1].flatten(0, 1)
+            hidden = _hidden(student, self.blocks[batch])[:, :-1].flatten(0, 1)
+
+            def divergence(logits: Tensor, chunk: slice, wanted: Tensor = wanted) -> Tensor:
+                return forward_kl(logits, functional.linear(wanted[chunk], teacher_matrix))
+
+            total += chunked_sum(hidden, matrix, divergence)
+        return total.item()
+
+
+def _hidden(
+    model: PreTrainedModel, blocks: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens embed"]:
+    hidden: Tensor = model.base_model(blocks.to(model.device), use_cache=False).last_hidden_state
+    return hidden
+
+
+def fitting_batch_size(
+    config: PreTrainedConfig, block_length: int, device: torch.device, bytes_per_number: int
+) -> int:
+    """Blocks per forward pass that fit the device: half of a GPU's free memory, at most.
+
+    Args:
+        config: the teacher's config, which bounds every candidate's size.
+        block_length: tokens in a block.
+        device: on which candidates run.
+        bytes_per_number: of an activation.
+    """
+    if device.type != "cuda":
+        return max(1, CPU_TOKENS_PER_BATCH // block_length)
+    sizes = sizes_of(config)
+    numbers_per_token = ACTIVATIONS_PER_TOKEN * sizes["embed"] + 4 * sizes["mlp"]
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    num_tokens = free_bytes // 2 // (numbers_per_token * bytes_per_number)
+    return max(1, min(num_tokens, MAX_TOKENS_PER_BATCH) // block_length)

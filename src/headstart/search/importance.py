@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from headstart.search.space import Orders
-from headstart.subnet.axes import parse_layout
-from headstart.subnet.rules import family_of, layouts_of, sizes_of
+from headstart.search.candidate import Orders
+from headstart.search.scores import (
+    UNIT_AXES,
+    Activation,
+    BlockInfluence,
+    Observer,
+    Scores,
+    Taylor,
+    magnitude,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+UnitImportance = Literal["activation", "magnitude", "taylor"]
+DepthImportance = Literal["block_influence", "magnitude", "taylor"]
+
+OBSERVERS: Mapping[str, type[Observer]] = {
+    "activation": Activation,
+    "block_influence": BlockInfluence,
+    "taylor": Taylor,
+}
+"""The kinds that need text; "magnitude" needs none."""
 
 
 @dataclass(frozen=True)
 class Importance:
     """Scores of a teacher's units; higher is more important.
 
+    What a score is depends on the kind; see `Activation`, `BlockInfluence`, `magnitude` and
+    `Taylor`.
+
     Attributes:
-        layers: 1 - cos(input, output) of each layer, mean over tokens.
-        embed: mean |activation| of each channel after the norms, over tokens and layers.
-        kv_groups: mean |activation| of each group's attention output, for each layer.
-        mlp: mean |activation| of each neuron, for each layer.
+        layers: of each layer.
+        embed: of each channel of the residual stream.
+        kv_groups: of each key/value group with its query heads, for each layer.
+        mlp: of each neuron, for each layer.
     """
 
     layers: Float[Tensor, " layers"]
@@ -49,75 +75,122 @@ def _descending(scores: Tensor) -> tuple[int, ...]:
     return tuple(torch.argsort(scores, descending=True, stable=True).tolist())
 
 
-@torch.no_grad()
+def measure_importance(
+    teacher: PreTrainedModel,
+    batches: Iterable[Int[Tensor, "batch tokens"]],
+    units: UnitImportance = "activation",
+    depth: DepthImportance = "block_influence",
+    on_batch: Callable[[int], None] = lambda num_tokens: None,
+) -> Importance:
+    """Score every unit of a teacher, in one pass over the text whatever is asked.
+
+    Args:
+        teacher: the whole teacher, in eval mode; it is left as it was.
+        batches: calibration token ids; untouched when both kinds are "magnitude".
+        units: what scores channels, groups and neurons: mean |activation|, the norm of their
+            weights, or the first-order change of the loss without them.
+        depth: what scores layers: how much they turn a token, the norm of their weights, or the
+            Taylor scores of their groups and neurons.
+        on_batch: called with the tokens of each batch done, for progress.
+
+    Raises:
+        ValueError: a kind needs text and there is no batch.
+
+    Source: see the classes of `headstart.search.scores`.
+    """
+    scores: dict[str, Scores] = {}
+    with ExitStack() as undo:
+        observers: dict[str, Observer] = {}
+        for kind in dict.fromkeys((units, depth)):
+            if kind == "magnitude":
+                scores[kind] = magnitude(teacher)
+            else:
+                observers[kind] = OBSERVERS[kind](teacher, undo)
+        if observers:
+            undo.enter_context(torch.set_grad_enabled("taylor" in observers))
+            _read(teacher, batches, tuple(observers.values()), on_batch)
+        scores |= {kind: observer.scores() for kind, observer in observers.items()}
+    return Importance(
+        layers=scores[depth]["layers"].float().cpu(),
+        **{axis: scores[units][axis].float().cpu() for axis in UNIT_AXES},
+    )
+
+
+def _read(
+    teacher: PreTrainedModel,
+    batches: Iterable[Tensor],
+    observers: Sequence[Observer],
+    on_batch: Callable[[int], None],
+) -> None:
+    """Run the teacher over all batches before the eyes of the observers."""
+    num_tokens = 0
+    for batch in batches:
+        batch = batch.to(teacher.device, non_blocking=True)
+        hidden = teacher.base_model(batch, use_cache=False).last_hidden_state
+        for observer in observers:
+            observer.add(hidden, batch)
+        num_tokens += batch.numel()
+        on_batch(batch.numel())
+    if num_tokens == 0:
+        raise ValueError("importance needs at least one calibration block; add text to the data")
+
+
 def activation_importance(
     teacher: PreTrainedModel,
     batches: Iterable[Int[Tensor, "batch tokens"]],
     on_batch: Callable[[int], None] = lambda num_tokens: None,
 ) -> Importance:
-    """Score every unit by its mean absolute activation, and layers by how much they turn a token.
+    """Score units by their mean |activation|, and layers by how much they turn a token.
+
+    The arguments are those of `measure_importance`, whose default kinds these are.
+    """
+    return measure_importance(teacher, batches, on_batch=on_batch)
+
+
+def cached_importance(
+    folder: Path, key: Mapping[str, Any], measure: Callable[[], Importance]
+) -> Importance:
+    """What `measure` returns, read from a file if it was measured before with an equal key.
 
     Args:
-        teacher: the whole teacher, in eval mode.
-        batches: calibration token ids.
-        on_batch: called with the tokens of each batch done, for progress.
-
-    Source: Minitron (arXiv 2407.14679), section 2.2, for width; ShortGPT (arXiv 2403.03853),
-    section 3.1, for depth.
+        folder: where the files are, one for each key, named by the key's hash; made if missing.
+        key: all that the scores depend on, as JSON: teacher, text, tokens, kinds and precision.
+        measure: called when there is no file, or when it is not whole.
     """
-    config = teacher.config
-    family, sizes = family_of(config), sizes_of(config)
-    layouts = layouts_of(config)
-    num_layers = sizes["layers"]
-    sums: dict[str, Tensor] = {
-        axis: torch.zeros(num_layers, sizes[axis], dtype=torch.float64)
-        for axis in family.importance_sites
-    }
-    turns = torch.zeros(num_layers, dtype=torch.float64)
-    num_tokens = 0
+    text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    path = folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"
+    kept = _read_cache(path, text)
+    if kept is None:
+        kept = measure()
+        _write_cache(path, text, kept)
+    return kept
 
-    def add_activation(axis: str, layer: int, layout: str) -> Callable[[nn.Module, Any], None]:
-        units = parse_layout(layout)[1]
-        shape = [part if isinstance(part, int) else sizes[part] for part in units]
-        position = units.index(axis)
-        others = [dimension for dimension in range(len(shape)) if dimension != position]
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            per_unit = inputs[0].flatten(0, -2).abs().sum(dim=0, dtype=torch.float32)
-            per_unit = per_unit.reshape(shape)
-            sums[axis][layer] += (per_unit.mean(dim=others) if others else per_unit).cpu()
+def _read_cache(path: Path, key: str) -> Importance | None:
+    """The importance in a file, or None unless the file is there, whole and for this key."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    if metadata != {"key": key, "hash": _hash(tensors)}:
+        return None
+    return Importance(**tensors)
 
-        return hook
 
-    def add_turn(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            after = output[0] if isinstance(output, tuple) else output
-            cosine = nn.functional.cosine_similarity(inputs[0].float(), after.float(), dim=-1)
-            turns[layer] += (1 - cosine).sum().cpu()
+def _write_cache(path: Path, key: str, importance: Importance) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in vars(importance).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")  # runs may share a folder
+    save_file(tensors, unfinished, metadata={"key": key, "hash": _hash(tensors)})
+    unfinished.replace(path)
 
-        return hook
 
-    with ExitStack() as hooks:
-        for layer in range(num_layers):
-            module = teacher.get_submodule(family.layer.format(i=layer))
-            hooks.callback(module.register_forward_hook(add_turn(layer)).remove)
-            for axis, sites in family.importance_sites.items():
-                for site in sites:
-                    hook = add_activation(axis, layer, layouts[f"{site}.weight"])
-                    module = teacher.get_submodule(site.format(i=layer))
-                    hooks.callback(module.register_forward_pre_hook(hook).remove)
-        for batch in batches:
-            teacher.base_model(batch.to(teacher.device), use_cache=False)
-            num_tokens += batch.numel()
-            on_batch(batch.numel())
-
-    if num_tokens == 0:
-        raise ValueError("importance needs at least one calibration block; add text to the data")
-    sites_per_axis = {axis: len(sites) for axis, sites in family.importance_sites.items()}
-    mean = {axis: sums[axis] / (num_tokens * sites_per_axis[axis]) for axis in sums}
-    return Importance(
-        layers=(turns / num_tokens).float(),
-        embed=mean["embed"].mean(dim=0).float(),
-        kv_groups=mean["kv_groups"].float(),
-        mlp=mean["mlp"].float(),
-    )
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of tensors' names and bytes, since safetensors checks no more than its header."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

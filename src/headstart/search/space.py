@@ -1,259 +1,36 @@
-"""The search spaces: which candidates there are, and how to sample, mutate and cross them.
+"""The four search spaces: how candidates inside a bin are sampled, mutated and crossed.
 
-A candidate is a set of *ranks* on every axis. The axis order (`Orders`) turns ranks into the
-teacher's own indices, layer by layer, so "the first k" may mean the teacher's first or its most
-important. In a coarse space a candidate keeps the first ranks; in a fine space any of them.
-
-Every shape of a uniform grid that lies in the bin is listed up front, so that each operator lands
-in the bin by construction.
+Coarse spaces keep the first ranks of each axis, fine ones any. In uniform spaces all layers keep
+the same ranks, in layer-wise ones each its own. Every operator picks a row of the table of shapes
+in the bin (`Rows`) first and fits the candidate to it, so it lands in the bin by construction.
 """
 
 from __future__ import annotations
 
-import math
 import random
-import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Int
 
-from headstart.subnet.count import parameters
-from headstart.subnet.rules import layouts_of, sizes_of
-from headstart.subnet.spec import (
-    Indices,
-    SubnetSpec,
-    format_indices,
-    parse_indices,
-    stock_constraints,
-)
+from headstart.search.bins import Bin
+from headstart.search.candidate import Candidate, Units
+from headstart.search.grid import GridSettings, Ladder, Rows, ladders_of, rows_in_bin
+from headstart.subnet.rules import sizes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MAX_GRID_SHAPES = 10_000_000
-SEARCHED_AXES = ("layers", "embed", "kv_groups", "mlp")
+SpaceName = Literal["coarse-uniform", "fine-uniform", "coarse-layerwise", "fine-layerwise"]
 
-
-@dataclass(frozen=True)
-class Bin:
-    """A closed range of parameter counts.
-
-    >>> Bin.around(400_000_000, 0.05)
-    Bin(low=380000000, high=420000000)
-    """
-
-    low: int
-    high: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low <= self.high:
-            raise ValueError(
-                f"the bin {self.low:,} to {self.high:,} is empty; low must be above 0 and at most "
-                "high"
-            )
-
-    @staticmethod
-    def around(reference: int, tolerance: float) -> Bin:
-        """The bin from `reference * (1 - tolerance)` to `reference * (1 + tolerance)`."""
-        if not 0 <= tolerance < 1:
-            raise ValueError(f"the bin's tolerance is {tolerance}; it must be in [0, 1)")
-        return Bin(round(reference * (1 - tolerance)), round(reference * (1 + tolerance)))
-
-
-@dataclass(frozen=True)
-class BinSettings:
-    """A parameter bin in a recipe: either `low` and `high`, or `around` and `tolerance`.
-
-    Attributes:
-        low: smallest count, such as 385M.
-        high: largest count, such as 426M.
-        around: a count such as 410M, or a model folder or hub id whose parameters are counted.
-        tolerance: half the bin's width as a fraction of `around`.
-    """
-
-    low: int | str = 0
-    high: int | str = 0
-    around: int | str = 0
-    tolerance: float = 0.05
-
-    def resolve(self) -> Bin:
-        """The bin in numbers.
-
-        Raises:
-            ValueError: neither or both forms are given, or a count cannot be read.
-        """
-        if bool(self.around) == bool(self.low or self.high):
-            raise ValueError(
-                "search.bin needs either low and high (such as 385M and 426M) or around (such as "
-                "410M, or a model to count) with tolerance"
-            )
-        if not self.around:
-            return Bin(parse_count(self.low), parse_count(self.high))
-        if COUNT_PATTERN.fullmatch(str(self.around)):
-            return Bin.around(parse_count(self.around), self.tolerance)
-        from transformers import AutoConfig
-
-        try:
-            reference = AutoConfig.from_pretrained(self.around)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"search.bin.around {self.around!r} is neither a count such as 410M nor a model "
-                "folder or hub id"
-            ) from error
-        return Bin.around(parameters(layouts_of(reference), sizes_of(reference)), self.tolerance)
-
-
-COUNT_PATTERN = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?)([KMB]?)", re.IGNORECASE)
-
-
-def parse_count(text: int | str) -> int:
-    """Read a count with an optional K, M or B.
-
-    >>> parse_count("1.5M")
-    1500000
-    """
-    found = COUNT_PATTERN.fullmatch(str(text))
-    if not found:
-        raise ValueError(f"{text!r} is not a count; write a number, or one with K, M or B")
-    scale = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[found[2].upper()]
-    return round(float(found[1]) * scale)
-
-
-@dataclass(frozen=True)
-class GridSettings:
-    """Smallest size and step of each searched axis; 0 chooses from the teacher's shape.
-
-    A step of 0 is 1 for depth and KV groups, a multiple of 8 that the query heads divide for the
-    residual width, and a 24th of the MLP rounded to 8. A minimum of 0 is one step.
-    """
-
-    layers_min: int = 0
-    layers_step: int = 0
-    embed_min: int = 0
-    embed_step: int = 0
-    kv_groups_min: int = 0
-    kv_groups_step: int = 0
-    mlp_min: int = 0
-    mlp_step: int = 0
-
-
-@dataclass(frozen=True)
-class Orders:
-    """The order in which each axis of the teacher is read: rank -> the teacher's index.
-
-    Attributes:
-        layers: one order of the layers.
-        embed: one order of the residual channels.
-        kv_groups: for each teacher layer, an order of its KV groups.
-        mlp: for each teacher layer, an order of its neurons.
-    """
-
-    layers: Indices
-    embed: Indices
-    kv_groups: tuple[Indices, ...]
-    mlp: tuple[Indices, ...]
-
-    @staticmethod
-    def of_teacher(config: PreTrainedConfig) -> Orders:
-        """The teacher's own order."""
-        whole = SubnetSpec.identity(sizes_of(config))
-        return Orders(whole.layers, whole.embed, whole.kv_groups, whole.mlp)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Kept ranks on every searched axis, ascending."""
-
-    layers: Indices
-    embed: Indices
-    kv_groups: Indices
-    mlp: Indices
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {axis: len(getattr(self, axis)) for axis in SEARCHED_AXES}
-
-    def spec(self, orders: Orders) -> SubnetSpec:
-        """The sub-network in the teacher's own numbering."""
-        layers = _pick(orders.layers, self.layers)
-        return SubnetSpec(
-            layers=layers,
-            embed=_pick(orders.embed, self.embed),
-            kv_groups=tuple(_pick(orders.kv_groups[layer], self.kv_groups) for layer in layers),
-            mlp=tuple(_pick(orders.mlp[layer], self.mlp) for layer in layers),
-        )
-
-    def to_json(self) -> dict[str, str]:
-        return {axis: format_indices(getattr(self, axis)) for axis in SEARCHED_AXES}
-
-    @staticmethod
-    def from_json(value: dict[str, str]) -> Candidate:
-        return Candidate(*(parse_indices(value[axis]) for axis in SEARCHED_AXES))
-
-
-def _pick(order: Indices, ranks: Indices) -> Indices:
-    return tuple(sorted(order[rank] for rank in ranks))
-
-
-def grid_values(config: PreTrainedConfig, grid: GridSettings) -> dict[str, list[int]]:
-    """The sizes that each searched axis may take, ascending; the teacher's size is the last."""
-    sizes = sizes_of(config)
-    heads = sizes["kv_groups"] * sizes["q_per_kv"]
-    embed_step = math.lcm(8, heads) if sizes["embed"] % math.lcm(8, heads) == 0 else 1
-    mlp_step = max(8, sizes["mlp"] // 24 // 8 * 8)
-    defaults = {"layers": 1, "embed": embed_step, "kv_groups": 1, "mlp": mlp_step}
-    values = {}
-    for axis in SEARCHED_AXES:
-        step = getattr(grid, f"{axis}_step") or min(defaults[axis], sizes[axis])
-        low = getattr(grid, f"{axis}_min") or step
-        if step < 0 or not 0 < low <= sizes[axis]:
-            raise ValueError(
-                f"search.grid has {axis}_min {low} and {axis}_step {step}, but the teacher's "
-                f"{axis} is {sizes[axis]}; choose 1 <= {axis}_min <= {sizes[axis]} and a positive "
-                "step"
-            )
-        values[axis] = sorted({*range(low, sizes[axis] + 1, step), sizes[axis]})
-    return values
-
-
-def shapes_in_bin(
-    config: PreTrainedConfig, grid: GridSettings, bin: Bin
-) -> Int[np.ndarray, "shapes 4"]:
-    """Every legal uniform shape of the grid whose parameter count lies in the bin.
-
-    Returns:
-        One row a shape: layers, embed, kv_groups, mlp.
-
-    Raises:
-        ValueError: there is none; the message names the range that can be reached.
-    """
-    values = grid_values(config, grid)
-    num_shapes = math.prod(len(sizes) for sizes in values.values())
-    if num_shapes > MAX_GRID_SHAPES:
-        raise ValueError(
-            f"search.grid has {num_shapes:,} shapes, more than {MAX_GRID_SHAPES:,}; take larger "
-            "steps"
-        )
-    mesh = np.meshgrid(*(np.asarray(values[axis]) for axis in SEARCHED_AXES), indexing="ij")
-    shapes = {axis: column.ravel() for axis, column in zip(SEARCHED_AXES, mesh, strict=True)}
-    sizes: dict[str, Any] = {**sizes_of(config), **shapes}
-    legal = np.ones(len(shapes["layers"]), dtype=bool)
-    for holds, _ in stock_constraints(config, sizes):
-        legal &= holds
-    counts = parameters(layouts_of(config), sizes)
-    inside = legal & (counts >= bin.low) & (counts <= bin.high)
-    if not inside.any():
-        reachable = counts[legal]
-        below, above = reachable[reachable < bin.low], reachable[reachable > bin.high]
-        nearest = [f"{f(part):,}" for f, part in ((np.max, below), (np.min, above)) if part.size]
-        raise ValueError(
-            f"no sub-network has between {bin.low:,} and {bin.high:,} parameters; this space "
-            f"reaches {reachable.min():,} to {reachable.max():,}, and the nearest to the bin are "
-            f"{' and '.join(nearest)}: move or widen search.bin, or make search.grid finer"
-        )
-    return np.stack([shapes[axis][inside] for axis in SEARCHED_AXES], axis=1)
+MAX_EXCHANGES = 16
+"""Ranks of depth or width that one operator exchanges at most."""
+MAX_LAYER_EXCHANGES = 4
+"""The same for the groups or neurons of one layer."""
 
 
 @dataclass(frozen=True)
@@ -261,108 +38,400 @@ class Space:
     """A search space inside one bin.
 
     Attributes:
-        shapes: the shapes in the bin, from `shapes_in_bin`.
-        totals: the teacher's size of each searched axis.
+        rows: the shapes in the bin.
+        kv_groups: the sizes that groups may take.
+        mlp: the sizes that neurons may take.
+        totals: the teacher's size of each axis.
+        uniform: whether all layers are alike.
         fine: whether candidates choose which units to keep as well as how many.
-        unit_noise: fine spaces only: how far from the axis order a fresh candidate may stray, as
-            a fraction of the axis; 0 keeps to the order, 1 is nearly random.
+        unit_noise: fine spaces only: how far from the axis order exchanged units may lie, as a
+            fraction of the axis, and how many are exchanged in a fresh candidate.
     """
 
-    shapes: Int[np.ndarray, "shapes 4"]
-    totals: Indices
+    rows: Rows
+    kv_groups: Ladder
+    mlp: Ladder
+    totals: dict[str, int]
+    uniform: bool
     fine: bool
     unit_noise: float = 0.5
 
-    def sample(self, rng: random.Random) -> Candidate:
-        """A random candidate; widths are drawn first, then depths, so that neither clumps."""
-        rows = self.shapes
-        for column in (1, 0):
-            rows = rows[rows[:, column] == rng.choice(np.unique(rows[:, column]).tolist())]
-        shape = rows[rng.randrange(len(rows))].tolist()
-        noise = rng.uniform(0, self.unit_noise)
-        return Candidate(
-            *(
-                self._units(rng, total, size, frozenset(), noise)
-                for total, size in zip(self.totals, shape, strict=True)
+    @staticmethod
+    def build(
+        config: PreTrainedConfig,
+        name: SpaceName,
+        bin: Bin,
+        grid: GridSettings | None = None,
+        unit_noise: float = 0.5,
+    ) -> Space:
+        """A teacher's search space, from its config alone.
+
+        Raises:
+            ValueError: the grid is malformed, or no candidate can meet the bin.
+        """
+        grid = grid or GridSettings()
+        uniform = name.endswith("uniform")
+        rows = rows_in_bin(config, grid, bin, uniform)
+        ladders = ladders_of(config, grid)
+        return Space(
+            rows,
+            ladders["kv_groups"],
+            ladders["mlp"],
+            sizes_of(config),
+            uniform,
+            name.startswith("fine"),
+            unit_noise,
+        )
+
+    @cached_property
+    def _cells(self) -> dict[tuple[int, int, int], tuple[int, int]]:
+        """(embed, layers, head_dim) -> its rows, from the first to before the last."""
+        rows = self.rows
+        keys = np.stack([rows.embed, rows.layers, rows.head_dim], axis=1)
+        starts = [0, *(np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1).tolist()]
+        ends = [*starts[1:], len(keys)]
+        return {
+            (embed, layers, head_dim): (start, end)
+            for (embed, layers, head_dim), start, end in zip(
+                keys[starts].tolist(), starts, ends, strict=True
             )
+        }
+
+    @cached_property
+    def _cell_array(self) -> Int[np.ndarray, "cells 3"]:
+        return np.asarray(list(self._cells))
+
+    @cached_property
+    def _by_width(self) -> dict[int, dict[int, list[int]]]:
+        """embed -> layers -> head sizes, of the cells in the bin."""
+        tree: dict[int, dict[int, list[int]]] = {}
+        for embed, layers, head_dim in self._cells:
+            tree.setdefault(embed, {}).setdefault(layers, []).append(head_dim)
+        return tree
+
+    @cached_property
+    def _values(self) -> list[list[int]]:
+        """The widths, depths and head sizes that occur in the bin, each ascending."""
+        return [np.unique(column).tolist() for column in self._cell_array.T]
+
+    def sample(self, rng: random.Random) -> Candidate:
+        """A random candidate.
+
+        Width is drawn first, then depth, head size, groups and neurons, each evenly among what
+        still meets the bin, so that none clumps.
+        """
+        embed = rng.choice(list(self._by_width))
+        layers = rng.choice(list(self._by_width[embed]))
+        head_dim = rng.choice(self._by_width[embed][layers])
+        row = rng.randrange(*self._cells[embed, layers, head_dim])
+        groups = int(self.rows.groups[row])
+        neurons = rng.randint(int(self.rows.first[row]), int(self.rows.last[row]))
+        noise = rng.random() * self.unit_noise if self.fine else 0.0
+
+        def inner(ladder: Ladder, total_level: int, total: int) -> tuple[Units, ...]:
+            levels = [total_level] if self.uniform else _spread(rng, layers, total_level, ladder)
+            return tuple(
+                self._strayed(rng, Units(ladder.size(level)), total, noise, MAX_LAYER_EXCHANGES)
+                for level in levels
+            )
+
+        return Candidate(
+            self._strayed(rng, Units(layers), self.totals["layers"], noise, MAX_EXCHANGES),
+            self._strayed(rng, Units(embed), self.totals["embed"], noise, MAX_EXCHANGES),
+            head_dim,
+            inner(self.kv_groups, groups, self.totals["kv_groups"]),
+            inner(self.mlp, neurons, self.totals["mlp"]),
         )
 
     def mutate(self, rng: random.Random, parent: Candidate) -> Candidate:
-        """Move one axis a little, and the others as little as the bin asks.
-
-        In a fine space half of the mutations keep the shape and exchange units instead.
-        """
-        shape = list(parent.sizes.values())
-        exchange = self.fine and rng.random() < 0.5
-        if not exchange:
-            column = rng.choice(
-                [c for c in range(4) if len(np.unique(self.shapes[:, c])) > 1] or [0]
+        """Change a candidate a little: its shape, how layers share it, or which units it keeps."""
+        moves = ["shape"]
+        if not self.uniform and parent.layers.size > 1:
+            moves.append("share")
+        if self.fine:
+            moves.append("units")
+        move = rng.choice(moves)
+        if move == "units":
+            return self._exchanged_units(rng, parent)
+        if move == "share":
+            return self._shared_anew(rng, parent)
+        shape = [parent.embed.size, parent.layers.size, parent.head_dim]
+        groups, neurons = self._levels(parent)
+        columns = [column for column in range(3) if len(self._values[column]) > 1]
+        column = rng.choice([*columns, 3, 4])
+        if column < 3:
+            values = self._values[column]
+            place = bisect_left(values, shape[column]) + rng.choice((-2, -1, 1, 2))
+            shape[column] = values[max(0, min(len(values) - 1, place))]
+        else:
+            scale = 1 if self.uniform else max(1, parent.layers.size // 4)
+            change = rng.choice((-1, 1)) * rng.randint(1, 2 * scale)
+            groups, neurons = (
+                (groups + change, neurons) if column == 3 else (groups, neurons + change)
             )
-            values = np.unique(self.shapes[:, column]).tolist()
-            here = values.index(shape[column])
-            step = rng.choice([-2, -1, 1, 2])
-            target = shape.copy()
-            target[column] = values[max(0, min(len(values) - 1, here + step))]
-            shape = self._nearest(target, fixed_column=column)
-        axis = rng.choice([c for c in range(4) if shape[c] < self.totals[c]] or [0])
-        return Candidate(
-            *(
-                self._units(
-                    rng,
-                    total,
-                    size,
-                    frozenset(_thin(rng, units, 0.1) if exchange and column == axis else units),
-                )
-                for column, (total, size, units) in enumerate(
-                    zip(self.totals, shape, _ranks(parent), strict=True)
-                )
-            )
-        )
+        cell = self._nearest_cell(shape, column if column < 3 else None)
+        if column < 3 and not self.uniform:  # sums follow the depth, so that layers keep theirs
+            groups = round(groups * cell[1] / parent.layers.size)
+            neurons = round(neurons * cell[1] / parent.layers.size)
+        row_groups, row_neurons = self._nearest_levels(cell, groups, neurons, column == 4)
+        return self._fitted(rng, cell, row_groups, row_neurons, parent, parent)
 
     def cross(self, rng: random.Random, mother: Candidate, father: Candidate) -> Candidate:
-        """Take each axis' size from either parent, and the units that both parents keep."""
-        pairs = list(zip(mother.sizes.values(), father.sizes.values(), strict=True))
-        shape = self._nearest([rng.choice(pair) for pair in pairs])
-        return Candidate(
-            *(
-                self._units(rng, total, size, frozenset(ours) & frozenset(theirs))
-                for total, size, ours, theirs in zip(
-                    self.totals, shape, _ranks(mother), _ranks(father), strict=True
-                )
+        """Take each axis, and each layer, from either parent, and fit the child to the bin."""
+        shape = [
+            rng.choice(pair)
+            for pair in (
+                (mother.embed.size, father.embed.size),
+                (mother.layers.size, father.layers.size),
+                (mother.head_dim, father.head_dim),
             )
-        )
+        ]
+        cell = self._nearest_cell(shape, None)
+        wanted = [self._levels(rng.choice((mother, father))) for _ in range(2)]
+        groups, neurons = wanted[0][0], wanted[1][1]
+        if not self.uniform:
+            depth = (mother.layers.size + father.layers.size) / 2
+            groups, neurons = (round(level * cell[1] / depth) for level in (groups, neurons))
+        row_groups, row_neurons = self._nearest_levels(cell, groups, neurons, False)
+        return self._fitted(rng, cell, row_groups, row_neurons, mother, father)
 
-    def _nearest(self, target: list[int], fixed_column: int | None = None) -> list[int]:
-        """The shape in the bin that is nearest to a target, in fractions of each axis."""
-        rows = self.shapes
-        if fixed_column is not None:
-            rows = rows[rows[:, fixed_column] == target[fixed_column]]
-        distance = (np.abs(rows - np.asarray(target)) / np.asarray(self.totals)).sum(axis=1)
-        nearest: list[int] = rows[int(distance.argmin())].tolist()
+    def proportional(self, count: int) -> list[Candidate]:
+        """The shapes nearest to the teacher's own proportions, which follow the axis order."""
+        rows, totals = self.rows, self.totals
+        copies = np.ones_like(rows.layers) if self.uniform else rows.layers
+        kept = [
+            rows.embed / totals["embed"],
+            rows.layers / totals["layers"],
+            (self.kv_groups.low + self.kv_groups.step * rows.groups / copies) / totals["kv_groups"],
+        ]
+        even = np.mean(kept, axis=0) * totals["mlp"]
+        level = np.round((even - self.mlp.low) / self.mlp.step * copies).astype(np.int64)
+        level = np.clip(level, rows.first, rows.last)
+        kept.append((self.mlp.low + self.mlp.step * level / copies) / totals["mlp"])
+        found = []
+        for row in np.argsort(np.std(kept, axis=0), kind="stable")[:count].tolist():
+            layers = int(rows.layers[row])
+            inner = [
+                tuple(
+                    Units(ladder.size(one))
+                    for one in ([total] if self.uniform else _even(layers, total))
+                )
+                for ladder, total in (
+                    (self.kv_groups, int(rows.groups[row])),
+                    (self.mlp, int(level[row])),
+                )
+            ]
+            head_dim = int(rows.head_dim[row])
+            found.append(Candidate(Units(layers), Units(int(rows.embed[row])), head_dim, *inner))
+        return found
+
+    def _levels(self, candidate: Candidate) -> tuple[int, int]:
+        """Levels of groups and neurons as the rows count them."""
+        groups = sum(self.kv_groups.level(units.size) for units in candidate.kv_groups)
+        return groups, sum(self.mlp.level(units.size) for units in candidate.mlp)
+
+    def _nearest_cell(self, shape: list[int], fixed: int | None) -> tuple[int, int, int]:
+        """The cell nearest to a shape, in fractions of each axis; one column may be fixed."""
+        embed, layers, head_dim = shape
+        if (embed, layers, head_dim) in self._cells:
+            return embed, layers, head_dim
+        cells, totals = self._cell_array, self.totals
+        scale = np.array([totals["embed"], totals["layers"], totals["head_dim"]])
+        distance = (np.abs(cells - np.asarray(shape)) / scale).sum(axis=1)
+        if fixed is not None:
+            distance += 1000 * (cells[:, fixed] != shape[fixed])
+        nearest: tuple[int, int, int] = tuple(cells[int(distance.argmin())].tolist())
         return nearest
 
-    def _units(
+    def _nearest_levels(
+        self, cell: tuple[int, int, int], groups: int, neurons: int, neurons_first: bool
+    ) -> tuple[int, int]:
+        """Levels that meet the bin in a cell, nearest to those wanted."""
+        start, end = self._cells[cell]
+        column = self.rows.groups
+        if neurons_first:
+            first, last = self.rows.first[start:end], self.rows.last[start:end]
+            fits = np.flatnonzero((first <= neurons) & (neurons <= last))
+            if len(fits):
+                row = start + int(fits[np.abs(column[start + fits] - groups).argmin()])
+                return int(column[row]), neurons
+        row = bisect_left(column, groups, start, end)
+        if row == end or (row > start and groups - column[row - 1] <= column[row] - groups):
+            row -= 1
+        first_level, last_level = int(self.rows.first[row]), int(self.rows.last[row])
+        return int(column[row]), max(first_level, min(last_level, neurons))
+
+    def _fitted(
         self,
         rng: random.Random,
-        total: int,
-        size: int,
-        preferred: frozenset[int],
-        noise: float = 0.1,
-    ) -> Indices:
-        """Keep `size` of `total` ranks: the preferred first, then by rank with some noise."""
-        if not self.fine or size == total:
-            return tuple(range(size))
-        cost = [
-            rank / total + noise * rng.gauss(0, 1) - (2 if rank in preferred else 0)
-            for rank in range(total)
+        cell: tuple[int, int, int],
+        groups: int,
+        neurons: int,
+        mother: Candidate,
+        father: Candidate,
+    ) -> Candidate:
+        """A child of this shape, with its units from its parents."""
+        embed, num_layers, head_dim = cell
+        layers = _resized(rng.choice((mother, father)).layers, num_layers)
+        width = _resized(rng.choice((mother, father)).embed, embed)
+        if self.uniform:
+            inner: list[tuple[Units, ...]] = [
+                (_resized(rng.choice(pair)[0], ladder.size(level)),)
+                for ladder, level, pair in (
+                    (self.kv_groups, groups, (mother.kv_groups, father.kv_groups)),
+                    (self.mlp, neurons, (mother.mlp, father.mlp)),
+                )
+            ]
+            return Candidate(layers, width, head_dim, *inner)
+        genes = [
+            dict(zip(parent.layers.ranks(), zip(parent.kv_groups, parent.mlp, strict=True)))  # noqa: B905
+            for parent in ((mother,) if mother is father else (mother, father))
         ]
-        return tuple(sorted(sorted(range(total), key=cost.__getitem__)[:size]))
+        chosen = []
+        for rank in layers.ranks():
+            known = [one[rank] for one in genes if rank in one]
+            chosen.append(rng.choice(known) if known else rng.choice(list(genes[0].values())))
+        inner = [
+            self._refitted(rng, [pair[axis] for pair in chosen], level, ladder)
+            for axis, (level, ladder) in enumerate(((groups, self.kv_groups), (neurons, self.mlp)))
+        ]
+        return Candidate(layers, width, head_dim, *inner)
+
+    def _refitted(
+        self, rng: random.Random, units: Sequence[Units], total_level: int, ladder: Ladder
+    ) -> tuple[Units, ...]:
+        """The same layers, grown or shrunk until their levels sum to a total."""
+        levels = _filled(rng, [ladder.level(one.size) for one in units], total_level, ladder.top)
+        return tuple(
+            _resized(one, ladder.size(level)) for one, level in zip(units, levels, strict=True)
+        )
+
+    def _shared_anew(self, rng: random.Random, parent: Candidate) -> Candidate:
+        """Move groups or neurons from some layers to others."""
+        groups = self.kv_groups.top > 0 and rng.random() < 0.3
+        ladder, units = (self.kv_groups, parent.kv_groups) if groups else (self.mlp, parent.mlp)
+        levels = [ladder.level(one.size) for one in units]
+        total = sum(levels)
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(len(levels))
+            reach = max(1, ladder.num_levels // 4)
+            moved = levels[place] + rng.choice((-1, 1)) * rng.randint(1, reach)
+            levels[place] = max(0, min(ladder.top, moved))
+        levels = _filled(rng, levels, total, ladder.top)
+        shared = tuple(
+            _resized(one, ladder.size(level)) for one, level in zip(units, levels, strict=True)
+        )
+        return parent._replace(kv_groups=shared) if groups else parent._replace(mlp=shared)
+
+    def _exchanged_units(self, rng: random.Random, parent: Candidate) -> Candidate:
+        """Exchange a few units of one axis, in layer-wise spaces of a few layers."""
+        totals, noise = self.totals, self.unit_noise
+        axes = ["layers", "embed", "kv_groups", "mlp"]
+        axes = [axis for axis in axes if self._smallest(parent, axis) < totals[axis]] or ["embed"]
+        axis = rng.choice(axes)
+        if axis in ("layers", "embed"):
+            units = getattr(parent, axis)
+            count = rng.randint(1, 2 if axis == "layers" else MAX_EXCHANGES)
+            changed = _exchanged(rng, units, totals[axis], count, noise)
+            if axis == "embed" or self.uniform:
+                return (
+                    parent._replace(embed=changed)
+                    if axis == "embed"
+                    else parent._replace(layers=changed)
+                )
+            cell = (parent.embed.size, changed.size, parent.head_dim)
+            groups, neurons = self._levels(parent)
+            moved = parent._replace(layers=changed)
+            return self._fitted(rng, cell, groups, neurons, moved, moved)
+        layers = list(getattr(parent, axis))
+        for _ in range(rng.randint(1, max(1, len(layers) // 4))):
+            place, count = rng.randrange(len(layers)), rng.randint(1, MAX_EXCHANGES)
+            layers[place] = _exchanged(rng, layers[place], totals[axis], count, noise)
+        if axis == "kv_groups":
+            return parent._replace(kv_groups=tuple(layers))
+        return parent._replace(mlp=tuple(layers))
+
+    def _smallest(self, candidate: Candidate, axis: str) -> int:
+        units = getattr(candidate, axis)
+        return units.size if isinstance(units, Units) else min(one.size for one in units)
+
+    def _strayed(
+        self, rng: random.Random, units: Units, total: int, noise: float, most: int
+    ) -> Units:
+        """A fresh set that strays from the axis order, further the more noise."""
+        if not noise:
+            return units
+        count = int(noise * min(units.size, total - units.size, most) + rng.random())
+        return _exchanged(rng, units, total, count, self.unit_noise) if count else units
 
 
-def _ranks(candidate: Candidate) -> list[Indices]:
-    return [getattr(candidate, axis) for axis in SEARCHED_AXES]
+def _spread(rng: random.Random, num_layers: int, total: int, ladder: Ladder) -> list[int]:
+    """Share levels among layers, from nearly even to rough."""
+    levels, top = _even(num_layers, total), ladder.top
+    if num_layers == 1 or not top:
+        return levels
+    rough = rng.random() * top
+    for _ in range(num_layers):
+        giver, taker = int(rng.random() * num_layers), int(rng.random() * num_layers)
+        moved = min(int(rng.random() * rough + 0.5), levels[giver], top - levels[taker])
+        if giver != taker:
+            levels[giver] -= moved
+            levels[taker] += moved
+    return levels
 
 
-def _thin(rng: random.Random, units: Indices, fraction: float) -> list[int]:
-    """Forget a fraction of the units, at least one."""
-    return rng.sample(units, len(units) - max(1, round(fraction * len(units))))
+def _even(num_layers: int, total: int) -> list[int]:
+    """Levels as even as they can be; the more important layers get the larger share."""
+    share, more = divmod(total, num_layers)
+    return [share + 1] * more + [share] * (num_layers - more)
+
+
+def _filled(rng: random.Random, levels: list[int], total: int, top: int) -> list[int]:
+    """Raise or lower levels between 0 and `top`, all about alike, until they sum to a total."""
+    missing = total - sum(levels)
+    assert 0 <= total <= top * len(levels)
+    while missing:
+        share = max(1, abs(missing) // len(levels))
+        start = rng.randrange(len(levels))
+        for offset in range(len(levels)):
+            place = (start + offset) % len(levels)
+            room = top - levels[place] if missing > 0 else levels[place]
+            moved = min(share, room, abs(missing))
+            moved = moved if missing > 0 else -moved
+            levels[place] += moved
+            missing -= moved
+            if not missing:
+                break
+    return levels
+
+
+def _resized(units: Units, size: int) -> Units:
+    """The same choice of units at another size, as far as it still says anything."""
+    if size == units.size or not units.dropped:
+        return Units(size, units.dropped, units.added)
+    dropped = [rank for rank in units.dropped if rank < size]
+    added = [rank for rank in units.added if rank >= size]
+    exchanges = min(len(dropped), len(added))
+    return Units(size, tuple(dropped[len(dropped) - exchanges :]), tuple(added[:exchanges]))
+
+
+def _exchanged(rng: random.Random, units: Units, total: int, count: int, reach: float) -> Units:
+    """Exchange up to `count` kept ranks for others, near the edge of what the order would keep.
+
+    Half of the time an earlier exchange is undone instead, where there is one.
+    """
+    size, dropped, added = units.size, set(units.dropped), set(units.added)
+    if size == total:
+        return units
+    inward, outward = max(1.0, reach * size / 2), max(1.0, reach * (total - size) / 2)
+    for _ in range(count):
+        if dropped and rng.random() < 0.5:
+            dropped.discard(rng.choice(sorted(dropped)))
+            added.discard(rng.choice(sorted(added)))
+            continue
+        out = size - 1 - int(rng.expovariate(1 / inward))
+        into = size + int(rng.expovariate(1 / outward))
+        if out >= 0 and into < total and out not in dropped and into not in added:
+            dropped.add(out)
+            added.add(into)
+    return Units(size, tuple(sorted(dropped)), tuple(sorted(added)))

@@ -29,7 +29,8 @@ AXES = GLOBAL_AXES + PER_LAYER_AXES
 
 Dimension: TypeAlias = "tuple[str | int, ...]"
 Sizes: TypeAlias = "Mapping[str, Any]"
-"""Axis name -> size: an int, or an integer array when many shapes are counted at once."""
+"""Axis name -> size: an int; a tuple, one for each layer, where layers differ; or an integer array
+when many shapes are counted at once."""
 
 
 @cache

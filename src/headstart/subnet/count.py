@@ -1,11 +1,13 @@
-"""Parameters and FLOPs of a model, from its config alone."""
+"""Parameters, FLOPs and bytes of a model, from its config alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from headstart.subnet.axes import Sizes, axes_of, parse_layout, shape_of
 from headstart.subnet.rules import layouts_of, sizes_of
@@ -53,7 +55,8 @@ def parameters(layouts: Mapping[str, str], sizes: Sizes) -> Any:
 
     Args:
         layouts: tensor name pattern -> layout, from `layouts_of`.
-        sizes: axis -> size; integer arrays count many shapes at once.
+        sizes: axis -> size; integer arrays count many shapes at once, and a tuple gives a size for
+            each layer.
     """
     return sum(_numel(pattern, layout, sizes) for pattern, layout in layouts.items())
 
@@ -82,11 +85,53 @@ def inference_flops_per_token(layouts: Mapping[str, str], sizes: Sizes, context_
         if len(parse_layout(layout)) == 2 and "vocab" not in axes_of(layout)
     )
     output_matrix = sizes["vocab"] * sizes["embed"]
-    heads = sizes["kv_groups"] * sizes["q_per_kv"] * sizes["head_dim"]
-    attention = 2 * sizes["layers"] * heads * context_length
-    return 2 * (matmul_parameters + output_matrix + attention)
+    heads = _numel("{i}", "(kv_groups q_per_kv head_dim)", sizes)
+    return 2 * (matmul_parameters + output_matrix + 2 * heads * context_length)
+
+
+def kv_cache_bytes_per_token(sizes: Sizes, bytes_per_number: int) -> Any:
+    """Bytes that keys and values of one token take in all layers."""
+    return 2 * _numel("{i}", "(kv_groups head_dim)", sizes) * bytes_per_number
+
+
+Measure = Literal["parameters", "flops_per_token", "kv_cache_bytes_per_token", "weight_bytes"]
+
+
+def amount(config: PreTrainedConfig, sizes: Sizes, measure: Measure, context_length: int) -> Any:
+    """What a model of these sizes comes to in one measure.
+
+    Args:
+        config: of any model of the family; says which tensors there are and their precision.
+        sizes: axis -> size; integer arrays count many shapes at once, and a tuple gives a size for
+            each layer.
+        measure: parameters; FLOPs of a token's forward pass; bytes of the KV cache for one token,
+            or of the weights, at the config's precision.
+        context_length: tokens that attention spans, for the FLOPs.
+    """
+    layouts = layouts_of(config)
+    if measure == "flops_per_token":
+        return inference_flops_per_token(layouts, sizes, context_length)
+    if measure == "kv_cache_bytes_per_token":
+        return kv_cache_bytes_per_token(sizes, bytes_per_number(config))
+    per_parameter = bytes_per_number(config) if measure == "weight_bytes" else 1
+    return parameters(layouts, sizes) * per_parameter
+
+
+def bytes_per_number(config: PreTrainedConfig) -> int:
+    """Bytes of a number at the config's precision; 2 where it names none."""
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return 2 if dtype is None else int(dtype.itemsize)
 
 
 def _numel(pattern: str, layout: str, sizes: Sizes) -> Any:
-    copies = sizes["layers"] if "{i}" in pattern else 1
-    return math.prod(shape_of(layout, sizes)) * copies
+    if "{i}" not in pattern:
+        return math.prod(shape_of(layout, sizes))
+    differing = [axis for axis in axes_of(layout) if isinstance(sizes[axis], tuple)]
+    if not differing:
+        return math.prod(shape_of(layout, sizes)) * sizes["layers"]
+    return sum(
+        math.prod(shape_of(layout, {**sizes, **{axis: sizes[axis][i] for axis in differing}}))
+        for i in range(sizes["layers"])
+    )

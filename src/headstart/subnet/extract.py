@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import headstart
-from headstart.subnet.axes import slice_tensor
+from headstart.subnet.axes import parse_layout, slice_tensor
 from headstart.subnet.families import DROPPED
+from headstart.subnet.rotary import kept_pairs
 from headstart.subnet.rules import family_of, layouts_of, match_tensor, read_config, sizes_of
-from headstart.subnet.spec import SubnetSpec, student_config
+from headstart.subnet.spec import SubnetSpec, check_spec, student_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -126,7 +127,7 @@ def slice_tensors(
     Raises:
         ValueError: a tensor matches no rule, or one that the table names is not there.
     """
-    sizes = sizes_of(config)
+    sizes, family = sizes_of(config), family_of(config)
     positions = {layer: position for position, layer in enumerate(spec.layers)}
     missing = {
         (pattern, layer if "{i}" in pattern else None)
@@ -143,6 +144,8 @@ def slice_tensors(
             position = positions[layer]
             name = name.replace(f".{layer}.", f".{position}.", 1)
             part = slice_tensor(tensor, rule.layout, sizes, spec.kept_in_layer(position))
+            if spec.head_dim is not None and rule.pattern in family.queries:
+                part = _rescaled_queries(part, rule.layout, sizes["head_dim"], len(spec.head_dim))
         del tensor  # or it would stay until the next one is read
         if part is not None:
             yield name, part
@@ -150,8 +153,22 @@ def slice_tensors(
         pattern, layer = min(missing, key=str)
         raise ValueError(
             f"the checkpoint lacks {pattern.replace('{i}', str(layer))!r}, which the "
-            f"{family_of(config).name} table expects; fetch the teacher again"
+            f"{family.name} table expects; fetch the teacher again"
         )
+
+
+def _rescaled_queries(queries: Tensor, layout: str, head_dim: int, kept: int) -> Tensor:
+    """Queries of narrower heads, scaled so that scores stay what the kept channels gave.
+
+    Attention divides scores by the root of the head size, which is now a smaller one.
+    """
+    fused = [part for part in parse_layout(layout)[0] if isinstance(part, int)]
+    scale: float = (kept / head_dim) ** 0.5
+    if not fused:
+        return queries * scale
+    by_part = queries.clone().view(-1, fused[0], kept, *queries.shape[1:])
+    by_part[:, 0] *= scale
+    return by_part.view(queries.shape)
 
 
 def build_student(
@@ -159,32 +176,72 @@ def build_student(
 ) -> PreTrainedModel:
     """Cut a sub-network out of a teacher in memory, without touching disk.
 
+    Shapes that no stock checkpoint could hold, such as layers of different sizes, work as well.
+
     Args:
         state: the teacher's state dict.
         config: the teacher's config.
         spec: what to keep.
 
     Returns:
-        A stock model in eval mode; tensors that are kept whole are shared with the teacher.
+        A model in eval mode on the teacher's device, whose parameters ask for no gradients;
+        tensors that are kept whole are shared with the teacher. Its config is the student's where
+        a stock one exists, else the teacher's with the student's number of layers.
+
+    Raises:
+        ValueError: the spec does not fit the teacher.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    check_spec(config, spec)
     family = family_of(config)
-    output_config = student_config(config, spec)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            output_config, dtype=next(iter(state.values())).dtype
+    try:
+        output_config = student_config(config, spec)
+    except ValueError:  # no stock shape; the modules below are resized one by one
+        output_config = type(config).from_dict(
+            {**config.to_dict(), "num_hidden_layers": len(spec.layers)}
         )
-    sliced = {
-        family.aliases.get(name, name): tensor
-        for name, tensor in slice_tensors(state.items(), config, spec)
-    }
-    loaded = model.load_state_dict(sliced, strict=False, assign=True)
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(output_config)
+    for name, tensor in slice_tensors(state.items(), config, spec):
+        _attach(model, family.aliases.get(name, name), tensor)
     model.tie_weights()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    assert set(loaded.missing_keys) <= tied and not loaded.unexpected_keys, loaded
+    _set_up_heads(model, config, spec, next(iter(state.values())).device)
+    assert not any(parameter.is_meta for parameter in model.parameters())
     return model.eval()
+
+
+def _attach(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor of any shape in a parameter's place, and tell its module the new size."""
+    module_name, _, parameter = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
+    if parameter != "weight":
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = tensor.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = tensor.shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(tensor.shape)
+
+
+def _set_up_heads(
+    model: PreTrainedModel, config: PreTrainedConfig, spec: SubnetSpec, device: torch.device
+) -> None:
+    """Give each layer its head size, and the model the rotary frequencies of the kept pairs."""
+    family, head_dim = family_of(config), spec.sizes(sizes_of(config))["head_dim"]
+    for layer in range(len(spec.layers)):
+        attention: Any = model.get_submodule(family.attention.format(i=layer))
+        setattr(attention, family.head_size, head_dim)
+        attention.scaling = head_dim**-0.5
+    rotary: Any = type(model.base_model.rotary_emb)(config).to(device)
+    if spec.head_dim is not None:
+        pairs = torch.tensor(kept_pairs(config, spec.head_dim), device=device)
+        rotary.inv_freq = rotary.inv_freq[pairs]
+        rotary.original_inv_freq = rotary.original_inv_freq[pairs]
+    model.base_model.rotary_emb = rotary
 
 
 def extract(

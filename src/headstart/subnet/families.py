@@ -26,6 +26,9 @@ class Family:
         divides: (divisor, dividend) pairs of config keys which the stock code insists on.
         layer: module name pattern of a layer, whose input and output score the depth axis.
         importance_sites: axis -> linear modules whose input has that axis as its units.
+        attention: module name pattern of a layer's attention.
+        head_size: the attribute in which that module keeps its head size.
+        queries: tensors that make queries: all of them, or the first of what the tensor fuses.
         aliases: name in a file -> name in the model, where the two differ.
     """
 
@@ -35,6 +38,9 @@ class Family:
     divides: tuple[tuple[str, str], ...]
     layer: str
     importance_sites: Mapping[str, tuple[str, ...]]
+    attention: str
+    head_size: str
+    queries: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,6 +84,12 @@ LLAMA = Family(
         "kv_groups": ("model.layers.{i}.self_attn.o_proj",),
         "mlp": ("model.layers.{i}.mlp.down_proj",),
     },
+    attention="model.layers.{i}.self_attn",
+    head_size="head_dim",
+    queries=(
+        "model.layers.{i}.self_attn.q_proj.weight",
+        "model.layers.{i}.self_attn.q_proj.bias",
+    ),
 )
 
 GPT_NEOX = Family(
@@ -123,6 +135,12 @@ GPT_NEOX = Family(
         "kv_groups": ("gpt_neox.layers.{i}.attention.dense",),
         "mlp": ("gpt_neox.layers.{i}.mlp.dense_4h_to_h",),
     },
+    attention="gpt_neox.layers.{i}.attention",
+    head_size="head_size",
+    queries=(
+        "gpt_neox.layers.{i}.attention.query_key_value.weight",
+        "gpt_neox.layers.{i}.attention.query_key_value.bias",
+    ),
     aliases={"embed_out.weight": "lm_head.weight"},
 )
 

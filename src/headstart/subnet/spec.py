@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from headstart.subnet.axes import Sizes, dimension_size, parse_layout
+from headstart.subnet.rotary import kept_pairs, student_rope
 from headstart.subnet.rules import family_of, sizes_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def parse_indices(text: str) -> Indices:
     indices: list[int] = []
     for run in text.split(","):
         first, _, last = run.partition("-")
+        if int(last or first) < int(first):
+            raise ValueError(f"{text!r} holds the range {run}, which runs backwards")
         indices.extend(range(int(first), int(last or first) + 1))
     return tuple(indices)
 
@@ -57,12 +60,14 @@ class SubnetSpec:
         embed: kept channels of the residual stream, the same in every layer.
         kv_groups: for each kept layer, its kept key/value groups with all their query heads.
         mlp: for each kept layer, its kept MLP neurons.
+        head_dim: kept channels of every head, the same in all; None keeps heads whole.
     """
 
     layers: Indices
     embed: Indices
     kv_groups: tuple[Indices, ...]
     mlp: tuple[Indices, ...]
+    head_dim: Indices | None = None
 
     @staticmethod
     def identity(sizes: Sizes) -> SubnetSpec:
@@ -77,11 +82,12 @@ class SubnetSpec:
 
     def kept_in_layer(self, position: int) -> dict[str, Indices]:
         """Axis -> kept indices, for the student's layer at this position."""
-        return {
+        kept = {
             "embed": self.embed,
             "kv_groups": self.kv_groups[position],
             "mlp": self.mlp[position],
         }
+        return kept if self.head_dim is None else {**kept, "head_dim": self.head_dim}
 
     def validate(self, teacher_sizes: Sizes) -> None:
         """Check this spec against the teacher's sizes.
@@ -98,6 +104,8 @@ class SubnetSpec:
         checks = [("layers", self.layers), ("embed", self.embed)]
         checks += [("kv_groups", units) for units in self.kv_groups]
         checks += [("mlp", units) for units in self.mlp]
+        if self.head_dim is not None:
+            checks.append(("head_dim", self.head_dim))
         for axis, units in checks:
             if not units:
                 raise ValueError(f"the spec keeps nothing of axis {axis}; keep at least one unit")
@@ -110,21 +118,14 @@ class SubnetSpec:
                     f"{teacher_sizes[axis]}; indices go from 0 to {teacher_sizes[axis] - 1}"
                 )
 
-    def sizes(self, teacher_sizes: Sizes) -> dict[str, int]:
-        """The student's size along every axis.
-
-        Raises:
-            ValueError: sizes differ between layers.
-        """
+    def sizes(self, teacher_sizes: Sizes) -> dict[str, Any]:
+        """The student's size along every axis; a tuple, one for each layer, where layers differ."""
         sizes = dict(teacher_sizes) | {"layers": len(self.layers), "embed": len(self.embed)}
         for axis in ("kv_groups", "mlp"):
-            lengths = {len(units) for units in getattr(self, axis)}
-            if len(lengths) > 1:
-                raise ValueError(
-                    f"the spec keeps {min(lengths)} to {max(lengths)} {axis} in different layers; "
-                    "a stock checkpoint has one size for all layers"
-                )
-            sizes[axis] = lengths.pop()
+            lengths = tuple(len(units) for units in getattr(self, axis))
+            sizes[axis] = lengths[0] if len(set(lengths)) == 1 else lengths
+        if self.head_dim is not None:
+            sizes["head_dim"] = len(self.head_dim)
         return sizes
 
     def to_json(self) -> dict[str, Any]:
@@ -134,6 +135,7 @@ class SubnetSpec:
             "embed": format_indices(self.embed),
             "kv_groups": [format_indices(units) for units in self.kv_groups],
             "mlp": [format_indices(units) for units in self.mlp],
+            "head_dim": None if self.head_dim is None else format_indices(self.head_dim),
         }
 
     @staticmethod
@@ -153,6 +155,7 @@ class SubnetSpec:
             parse_indices(value["embed"]),
             tuple(parse_indices(units) for units in value["kv_groups"]),
             tuple(parse_indices(units) for units in value["mlp"]),
+            parse_indices(value["head_dim"]) if value.get("head_dim") else None,
         )
 
 
@@ -187,14 +190,32 @@ def student_config(config: PreTrainedConfig, spec: SubnetSpec) -> PreTrainedConf
     Raises:
         ValueError: the spec does not fit the teacher, or the family's stock code cannot express it.
     """
-    teacher_sizes = sizes_of(config)
-    spec.validate(teacher_sizes)
-    sizes = spec.sizes(teacher_sizes)
+    check_spec(config, spec)
+    sizes = spec.sizes(sizes_of(config))
+    for axis in ("kv_groups", "mlp"):
+        if isinstance(sizes[axis], tuple):
+            raise ValueError(
+                f"the spec keeps {min(sizes[axis])} to {max(sizes[axis])} {axis} in different "
+                "layers; a stock checkpoint has one size for all layers, so choose a uniform space"
+            )
     for holds, demand in stock_constraints(config, sizes):
         if not holds:
             raise ValueError(f"{demand}; choose sizes that agree")
-    entries = {
+    entries: dict[str, Any] = {
         key: dimension_size(parse_layout(layout)[0], sizes)
         for key, layout in family_of(config).config
     }
+    if spec.head_dim is not None:
+        entries["rope_parameters"] = student_rope(config, spec.head_dim)
     return type(config).from_dict({**config.to_dict(), **entries})
+
+
+def check_spec(config: PreTrainedConfig, spec: SubnetSpec) -> None:
+    """Check that a spec can be cut out of a teacher with this config.
+
+    Raises:
+        ValueError: an axis is malformed, or head channels are parted from their rotary partners.
+    """
+    spec.validate(sizes_of(config))
+    if spec.head_dim is not None:
+        kept_pairs(config, spec.head_dim)

@@ -1,0 +1,37 @@
+"""Where models run, and in which precision."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def default_device() -> torch.device:
+    """This process' GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 here: on GPUs that have it, and on CPUs whose
+    matrix instructions take it. Other CPUs emulate it several times slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and bool(instructions)
+
+
+def load_frozen(folder: Path, device: torch.device) -> PreTrainedModel:
+    """A model for inference only: eval mode, no gradients, bfloat16 where that is fast."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,160 @@
+"""The content of `result.json`: what the arms of a run have shown."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import headstart
+from headstart.assets import DEMO, TEACHER
+from headstart.evaluate import tokens_to_match
+from headstart.pretrain.arms import ArmInputs
+from headstart.recipe import Recipe, recipe_to_dict
+from headstart.report import FORMAT, SCRATCH
+from headstart.search.run import load_spec
+from headstart.subnet.count import count
+from headstart.subnet.rules import read_config, sizes_of
+
+SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
+SEARCH_KEYS = (
+    "space", "order", "layer_order", "fitness", "measure", "bin", "spec", "candidates", "winner",
+    "front",
+)  # fmt: skip
+"""What `result.json` takes over from `search.json`."""
+
+
+def result_of(
+    recipe: Recipe,
+    folder: Path,
+    inputs: ArmInputs,
+    teacher_loss: float,
+    trained: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of `result.json`; docs/result.md documents it.
+
+    Args:
+        recipe: what was asked.
+        folder: the run folder, with `search.json` if there was a search.
+        inputs: student, teacher and text of the arms.
+        teacher_loss: on the validation split, in nats per token.
+        trained: what `run_arm` returned for each arm.
+    """
+    configs = read_config(inputs.teacher), read_config(inputs.student)
+    block_length = recipe.data.block_length
+    teacher_count, student_count = (count(config, block_length) for config in configs)
+    teacher_sizes, student_sizes = (sizes_of(config) for config in configs)
+    origin = json.loads((inputs.student / "subnet.json").read_text())
+    found = folder / "search.json"
+    outcome = json.loads(found.read_text()) if found.is_file() else None
+    costs = {key: origin.get(key, 0) for key in SEARCH_COSTS}
+    upfront_flops = costs["calibration_flops"] + costs["search_flops"]
+    arms = []
+    for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True):
+        flops_per_token = student_count.training_flops_per_token
+        if arm.kd:
+            flops_per_token += teacher_count.inference_flops_per_token
+        start = upfront_flops if arm.init == "subnet" else 0
+        curve = [
+            {**point, "flops": start + point["tokens"] * flops_per_token}
+            for point in run_result["curve"]
+        ]
+        arms.append(
+            {
+                **asdict(arm),
+                "parameters": student_count.parameters,
+                "tokens": run_result["tokens"],
+                "seconds": run_result["seconds"],
+                "loss_before": curve[0]["loss"],
+                "loss_final": curve[-1]["loss"],
+                "curve": curve,
+            }
+        )
+    scratch = next((entry for entry in arms if entry["name"] == SCRATCH), None)
+    for entry in arms:
+        entry |= match_of(entry["curve"], scratch["curve"] if scratch else None)
+    return {
+        "format": FORMAT,
+        "name": folder.name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["headstart", *sys.argv[1:]]),
+        "teacher": {
+            "name": TEACHER.name if recipe.teacher == DEMO else recipe.teacher,
+            "note": TEACHER.source if recipe.teacher == DEMO else "",
+            "parameters": teacher_count.parameters,
+            "non_embedding_parameters": teacher_count.non_embedding_parameters,
+            "loss": teacher_loss,
+            "sizes": teacher_sizes,
+        },
+        "student": {
+            "parameters": student_count.parameters,
+            "non_embedding_parameters": student_count.non_embedding_parameters,
+            "training_flops_per_token": student_count.training_flops_per_token,
+            "sizes": student_sizes,
+            "kept_layers": list(load_spec(inputs.student / "subnet.json").layers),
+            "bin": origin.get("bin", [student_count.parameters] * 2),
+        },
+        "budget": {
+            "tokens": trained[0]["tokens"],
+            "tokens_per_step": trained[0]["tokens_per_step"],
+            "block_length": block_length,
+            "validation_tokens": trained[0]["validation_tokens"],
+        },
+        "costs": {
+            **costs,
+            "teacher_flops_per_token": teacher_count.inference_flops_per_token,
+        },
+        "target_loss": scratch["loss_final"] if scratch else None,
+        "arms": arms,
+        "search": outcome and {key: outcome[key] for key in SEARCH_KEYS},
+        "recipe": recipe_to_dict(recipe),
+        "environment": _environment(),
+    }
+
+
+def match_of(
+    curve: list[dict[str, float]], scratch: list[dict[str, float]] | None
+) -> dict[str, float | None]:
+    """When an arm's curve reaches the scratch arm's final loss, in tokens and in FLOPs.
+
+    Args:
+        curve: the arm's evaluations: tokens, FLOPs and loss, from before training on.
+        scratch: the same of the scratch arm, or None without one.
+
+    Returns:
+        tokens_to_match, tokens_factor, flops_to_match, flops_factor (None where never, or where a
+        factor would divide by zero) and loss_difference at equal tokens.
+    """
+    names = ("tokens_to_match", "tokens_factor", "flops_to_match", "flops_factor")
+    match: dict[str, float | None] = dict.fromkeys((*names, "loss_difference"))
+    if scratch is None:
+        return match
+    target = scratch[-1]["loss"]
+    match["loss_difference"] = curve[-1]["loss"] - target
+    losses = [point["loss"] for point in curve]
+    for unit in ("tokens", "flops"):
+        spent = tokens_to_match([point[unit] for point in curve], losses, target)
+        match[f"{unit}_to_match"] = spent
+        match[f"{unit}_factor"] = scratch[-1][unit] / spent if spent else None
+    return match
+
+
+def _environment() -> dict[str, str]:
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "headstart": headstart.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": f"{device} ({torch.get_num_threads()} threads)",
+    }

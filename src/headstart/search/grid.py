@@ -1,0 +1,248 @@
+"""Which shapes a search space has inside its bin, listed before the first candidate is drawn.
+
+Every measure of size is affine in the groups and neurons that all layers keep together, once depth,
+width and head size are fixed. So for each depth, width, head size and number of groups the numbers
+of neurons that meet the bin are an interval, and the whole bin is a table of such rows, whether
+layers are alike or not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from headstart.search.bins import Bin
+from headstart.subnet.count import amount
+from headstart.subnet.rotary import head_channels, head_sizes, student_rope
+from headstart.subnet.rules import sizes_of
+from headstart.subnet.spec import stock_constraints
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+MAX_ROWS = 10_000_000
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """Smallest size and step of each searched axis; 0 chooses from the teacher's shape.
+
+    A step of 0 is 1 for depth and KV groups, a multiple of 8 that the query heads divide for the
+    residual width, and for the MLP the largest multiple of 8 that divides it into 24 steps or more.
+    A minimum of 0 is one step; for heads it keeps them whole, and any other value lets them shrink
+    to that many channels.
+    """
+
+    layers_min: int = 0
+    layers_step: int = 0
+    embed_min: int = 0
+    embed_step: int = 0
+    kv_groups_min: int = 0
+    kv_groups_step: int = 0
+    mlp_min: int = 0
+    mlp_step: int = 0
+    head_dim_min: int = 0
+    head_dim_step: int = 0
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Sizes at an even step: `low`, `low + step`, ..., `num_levels` of them."""
+
+    low: int
+    step: int
+    num_levels: int
+
+    def size(self, level: int) -> int:
+        return self.low + self.step * level
+
+    def level(self, size: int) -> int:
+        return (size - self.low) // self.step
+
+    @property
+    def top(self) -> int:
+        return self.num_levels - 1
+
+
+def ladders_of(config: PreTrainedConfig, grid: GridSettings) -> dict[str, Ladder]:
+    """The sizes that depth, width, groups and neurons may take.
+
+    Raises:
+        ValueError: a minimum or a step does not fit the teacher.
+    """
+    sizes = sizes_of(config)
+    heads = sizes["kv_groups"] * sizes["q_per_kv"]
+    embed_step = math.lcm(8, heads) if sizes["embed"] % math.lcm(8, heads) == 0 else 1
+    steps = [step for step in range(8, sizes["mlp"] // 24 + 1, 8) if sizes["mlp"] % step == 0]
+    mlp_step = max(steps, default=max(1, sizes["mlp"] // 24))
+    defaults = {"layers": 1, "embed": embed_step, "kv_groups": 1, "mlp": mlp_step}
+    ladders = {}
+    for axis, default in defaults.items():
+        step = getattr(grid, f"{axis}_step") or default
+        low = getattr(grid, f"{axis}_min") or min(step, sizes[axis])
+        _check_range(axis, low, step, sizes[axis])
+        ladders[axis] = Ladder(low, step, (sizes[axis] - low) // step + 1)
+    return ladders
+
+
+def head_values(config: PreTrainedConfig, grid: GridSettings) -> list[int]:
+    """The head sizes that may be taken; the teacher's alone unless the grid says otherwise.
+
+    Raises:
+        ValueError: a minimum or a step does not fit the teacher, or its rotary positions do not let
+            heads shrink.
+    """
+    whole = sizes_of(config)["head_dim"]
+    if not grid.head_dim_min:
+        return [whole]
+    _check_range("head_dim", grid.head_dim_min, grid.head_dim_step or 1, whole)
+    step = grid.head_dim_step or 1
+    values = [
+        size
+        for size in head_sizes(config)
+        if size >= grid.head_dim_min and (whole - size) % step == 0
+    ]
+    student_rope(config, head_channels(config, values[0]))  # refuses what cannot shrink
+    return values
+
+
+def _check_range(axis: str, low: int, step: int, total: int) -> None:
+    if step < 0 or not 0 < low <= total:
+        raise ValueError(
+            f"search.grid has {axis}_min {low} and {axis}_step {step}, but the teacher's {axis} is "
+            f"{total}; choose 1 <= {axis}_min <= {total} and a positive step"
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Every shape of a space that lies in the bin, sorted by embed, layers, head_dim and groups.
+
+    Levels are those of a `Ladder`: of every layer where layers are alike, else the sum of the
+    layers' levels.
+
+    Attributes:
+        embed: residual width.
+        layers: depth.
+        head_dim: head size.
+        groups: level of the KV groups.
+        first: the lowest level of neurons that meets the bin.
+        last: the highest one.
+        smallest: the least amount that the space reaches, whatever the bin.
+        largest: the greatest.
+    """
+
+    embed: Int[np.ndarray, " rows"]
+    layers: Int[np.ndarray, " rows"]
+    head_dim: Int[np.ndarray, " rows"]
+    groups: Int[np.ndarray, " rows"]
+    first: Int[np.ndarray, " rows"]
+    last: Int[np.ndarray, " rows"]
+    smallest: int
+    largest: int
+
+    def num_shapes(self) -> int:
+        """Shapes in the bin; layers that may differ count by their sums."""
+        return int((self.last - self.first + 1).sum())
+
+
+def rows_in_bin(config: PreTrainedConfig, grid: GridSettings, bin: Bin, uniform: bool) -> Rows:
+    """List the shapes of a space that lie in a bin.
+
+    Args:
+        config: the teacher's config.
+        grid: sizes that each axis may take.
+        bin: what they must meet.
+        uniform: whether all layers are alike; shapes are then those of a stock checkpoint.
+
+    Raises:
+        ValueError: there is none; the message names the range that can be reached.
+    """
+    ladders, teacher = ladders_of(config, grid), sizes_of(config)
+    depths, widths = (
+        [ladders[axis].size(level) for level in range(ladders[axis].num_levels)]
+        for axis in ("layers", "embed")
+    )
+    mesh = np.meshgrid(widths, depths, head_values(config, grid), indexing="ij")
+    embed, layers, head_dim = (axis.ravel().astype(np.int64) for axis in mesh)
+    kv, mlp = ladders["kv_groups"], ladders["mlp"]
+    copies = 1 if uniform else layers
+
+    # One row for each cell of the mesh and each level of groups.
+    levels_per_cell = np.broadcast_to(kv.top * copies + 1, embed.shape)
+    stride = max(1, -(-int(levels_per_cell.sum()) // MAX_ROWS))
+    levels_per_cell = (levels_per_cell - 1) // stride + 1
+    cell = np.repeat(np.arange(len(embed)), levels_per_cell)
+    starts = np.cumsum(levels_per_cell) - levels_per_cell
+    groups = (np.arange(len(cell)) - starts[cell]) * stride
+
+    def amounts(num_groups: int, num_neurons: int) -> Any:
+        shape = {"embed": embed, "layers": layers, "head_dim": head_dim}
+        inner = {"kv_groups": num_groups, "mlp": num_neurons}
+        return amount(config, {**teacher, **shape, **inner}, bin.measure, bin.context_length)
+
+    lowest = amounts(kv.low, mlp.low)
+    per_group = ((amounts(kv.low + kv.step, mlp.low) - lowest) // copies)[cell]
+    per_neuron = ((amounts(kv.low, mlp.low + mlp.step) - lowest) // copies)[cell]
+    base = lowest[cell] + groups * per_group
+    top = np.broadcast_to(mlp.top * copies, embed.shape)[cell]
+    first, last = _interval(bin, base, per_neuron, top)
+
+    legal = np.ones(len(cell), dtype=bool)
+    if uniform:
+        shape = {"embed": embed[cell], "layers": layers[cell], "head_dim": head_dim[cell]}
+        for holds, _ in stock_constraints(
+            config, {**teacher, **shape, "kv_groups": kv.low + kv.step * groups}
+        ):
+            legal &= holds
+    if not legal.any():
+        raise ValueError(
+            f"no shape of search.grid is a legal {config.model_type} model; make its steps finer"
+        )
+    reach = base[legal], (base + top * per_neuron)[legal]
+    smallest, largest = int(reach[0].min()), int(reach[1].max())
+    inside = legal & (first <= last)
+    if not inside.any():
+        below, above = _neighbours(bin, base[legal], per_neuron[legal], top[legal])
+        nearest = " and ".join(f"{value:,}" for value in (below, above) if value)
+        what = bin.measure.replace("_", " ")
+        raise ValueError(
+            f"no sub-network has between {bin.low:,} and {bin.high:,} {what}; this space reaches "
+            f"{smallest:,} to {largest:,}, and the nearest to the bin are {nearest}: move or widen "
+            "search.bin, or make search.grid finer"
+        )
+    kept = cell[inside]
+    return Rows(
+        embed[kept],
+        layers[kept],
+        head_dim[kept],
+        groups[inside],
+        first[inside],
+        last[inside],
+        smallest,
+        largest,
+    )
+
+
+def _interval(bin: Bin, base: Any, per_level: Any, top: Any) -> tuple[Any, Any]:
+    """The levels from 0 to `top` at which `base + level * per_level` lies in the bin."""
+    divisor = np.maximum(per_level, 1)
+    first = np.maximum(-((base - bin.low) // divisor), 0)
+    last = np.minimum((bin.high - base) // divisor, top)
+    flat = per_level == 0  # neurons do not weigh in this measure
+    inside = (bin.low <= base) & (base <= bin.high)
+    return np.where(flat, 0, first), np.where(flat, np.where(inside, top, -1), last)
+
+
+def _neighbours(bin: Bin, base: Any, per_level: Any, top: Any) -> tuple[int, int]:
+    """The greatest amount below the bin and the least above it; 0 where there is none."""
+    divisor = np.maximum(per_level, 1)
+    below = base + np.minimum((bin.low - 1 - base) // divisor, top) * per_level
+    above = base + np.maximum(-((base - bin.high - 1) // divisor), 0) * per_level
+    below = below[(below < bin.low) & (below >= base)]
+    above = above[(above > bin.high) & (above <= base + top * per_level)]
+    return int(below.max(initial=0)), int(above.min()) if above.size else 0

@@ -1,0 +1,104 @@
+"""The journal of a search: an append-only file of scores, from which a killed search goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from headstart.distributed import is_main
+from headstart.files import write_whole
+from headstart.search.candidate import Candidate
+
+JOURNAL_FORMAT = "headstart-search/2"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A candidate with its loss.
+
+    Attributes:
+        generation: in which it was first proposed, from 0.
+        origin: "sample", "mutation", "crossover", "immigrant" or "proportional".
+        candidate: what it keeps.
+        parameters: of the sub-network.
+        loss: nats per token over `tokens`; of a finalist, after its training.
+        tokens: of the search split on which the loss was taken, from the first on.
+        seconds: that it took.
+        steps: of training before the loss was taken; 0 for none.
+    """
+
+    generation: int
+    origin: str
+    candidate: Candidate
+    parameters: int
+    loss: float
+    tokens: int
+    seconds: float
+    steps: int = 0
+
+
+class Journal:
+    """An append-only JSONL file of scores; docs/design.md documents the format.
+
+    The first line identifies the search; every other line is one score. A last line that a kill cut
+    short is dropped when the journal is opened again.
+
+    Args:
+        path: the file, made if need be.
+        identity: what the search is; a file with another identity is refused.
+
+    Raises:
+        ValueError: the file belongs to another search.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.scores: dict[tuple[Candidate, int, int], Evaluated] = {}
+        identity = json.loads(json.dumps({"format": JOURNAL_FORMAT, **identity}))
+        text = path.read_text() if path.exists() else ""
+        whole, _, _ = text.rpartition("\n")
+        lines = whole.splitlines()
+        if not lines:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if is_main():
+                path.write_text(json.dumps(identity) + "\n")
+            return
+        found = json.loads(lines[0])
+        for key in sorted(found.keys() | identity.keys()):
+            if found.get(key) != identity.get(key):
+                raise ValueError(
+                    f"{path} is the journal of another search ({key} is {found.get(key)!r} there, "
+                    f"{identity.get(key)!r} here); choose another --output or delete it"
+                )
+        if whole + "\n" != text and is_main():
+            write_whole(path, whole + "\n")
+        for line in lines[1:]:
+            entry = json.loads(line)
+            entry["candidate"] = Candidate.from_json(entry["candidate"])
+            if entry["loss"] is None:
+                entry["loss"] = math.nan
+            self._keep(Evaluated(**entry))
+
+    def find(self, candidate: Candidate, tokens: int, steps: int = 0) -> Evaluated | None:
+        """The score of a candidate on so many tokens, after so many steps, if it is known."""
+        return self.scores.get((candidate, tokens, steps))
+
+    def append(self, scores: list[Evaluated]) -> None:
+        """Keep new scores; only the main process writes them."""
+        for evaluated in scores:
+            self._keep(evaluated)
+        if not is_main():
+            return
+        with self.path.open("a") as stream:
+            for evaluated in scores:
+                # JSON knows neither NaN nor infinity.
+                loss = evaluated.loss if math.isfinite(evaluated.loss) else None
+                entry = {**asdict(evaluated), "candidate": evaluated.candidate.to_json()}
+                stream.write(json.dumps({**entry, "loss": loss}) + "\n")
+
+    def _keep(self, evaluated: Evaluated) -> None:
+        key = (evaluated.candidate, evaluated.tokens, evaluated.steps)
+        self.scores[key] = evaluated

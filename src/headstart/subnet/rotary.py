@@ -1,0 +1,116 @@
+"""Heads cut narrower: which channels may go, and how the kept ones keep their rotary frequencies.
+
+A head's first channels turn in pairs: with P pairs, channel i and channel i + P by the frequency
+theta^(-i/P), for i < P. Channels after 2P, where there are any, do not turn. A narrower head keeps
+both channels of a pair or neither. Stock code would derive new frequencies from the new size; the
+student's theta is therefore chosen so that what it derives are the frequencies that were kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from headstart.subnet.rules import sizes_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ELEMENTWISE_ROPE = ("default", "linear", "llama3")
+"""Kinds of rotary position that scale each frequency by itself, whatever the head size."""
+
+
+def rotary_pairs(config: PreTrainedConfig) -> int:
+    """Pairs of channels that turn, in one head."""
+    return _num_pairs(config, sizes_of(config)["head_dim"])
+
+
+def _num_pairs(config: PreTrainedConfig, head_dim: int) -> int:
+    return (_turning_width(config, head_dim) + 1) // 2
+
+
+def _turning_width(config: PreTrainedConfig, head_dim: int) -> int:
+    """What stock code divides by to derive frequencies; it rounds odd widths up to whole pairs."""
+    return int(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+
+
+def head_sizes(config: PreTrainedConfig) -> list[int]:
+    """The head sizes that keep the teacher's share of turning channels, ascending.
+
+    >>> from transformers import GPTNeoXConfig
+    >>> shape = GPTNeoXConfig(hidden_size=256, num_attention_heads=8)
+    >>> head_sizes(shape)  # a quarter of 32 channels turns: four pairs
+    [8, 16, 24, 32]
+    """
+    head_dim, pairs = sizes_of(config)["head_dim"], rotary_pairs(config)
+    sizes = [head_dim * kept // pairs for kept in range(1, pairs + 1)]
+    return [
+        size
+        for kept, size in enumerate(sizes, 1)
+        if head_dim * kept % pairs == 0 and _num_pairs(config, size) == kept
+    ]
+
+
+def head_channels(config: PreTrainedConfig, size: int) -> tuple[int, ...]:
+    """The channels that a head of this size keeps: pairs at an even stride, then the rest.
+
+    The widest stride that fits spans fast and slow frequencies alike; it starts at the fastest.
+    """
+    head_dim, pairs = sizes_of(config)["head_dim"], rotary_pairs(config)
+    kept = _num_pairs(config, size)
+    firsts = [pair * (pairs // kept) for pair in range(kept)]
+    rest = range(2 * pairs, 2 * pairs + size - 2 * kept)
+    channels = (*firsts, *(first + pairs for first in firsts), *rest)
+    assert size in head_sizes(config) and channels[-1] < head_dim
+    return channels
+
+
+def kept_pairs(config: PreTrainedConfig, channels: tuple[int, ...]) -> list[int]:
+    """The rotary pairs among a head's kept channels, ascending.
+
+    Raises:
+        ValueError: a pair is torn apart, the share of turning channels is not the teacher's, or
+            frequencies depend on the head size.
+    """
+    pairs, kept = rotary_pairs(config), set(channels)
+    for channel in channels:
+        partner = channel + pairs if channel < pairs else channel - pairs
+        if channel < 2 * pairs and partner not in kept:
+            raise ValueError(
+                f"the spec keeps head_dim channel {channel} without its rotary partner {partner}; "
+                "keep both or neither"
+            )
+    if len(channels) not in head_sizes(config) or _num_pairs(config, len(channels)) != sum(
+        channel < pairs for channel in channels
+    ):
+        raise ValueError(
+            f"the spec keeps {len(channels)} head_dim channels, of which "
+            f"{sum(channel < 2 * pairs for channel in channels)} turn; keep the teacher's share of "
+            f"{2 * pairs} in {sizes_of(config)['head_dim']}"
+        )
+    kind = config.rope_parameters["rope_type"]
+    if len(channels) < sizes_of(config)["head_dim"] and kind not in ELEMENTWISE_ROPE:
+        raise ValueError(
+            f"the teacher's rotary positions are of kind {kind!r}, whose frequencies depend on the "
+            "head size; keep heads whole (search.grid.head_dim_min 0)"
+        )
+    return [channel for channel in channels if channel < pairs]
+
+
+def student_rope(config: PreTrainedConfig, channels: tuple[int, ...]) -> dict[str, Any]:
+    """The stock rotary parameters whose frequencies are those of the kept pairs.
+
+    Raises:
+        ValueError: no stock parameters give these frequencies.
+    """
+    rope, pairs, kept = config.rope_parameters, rotary_pairs(config), kept_pairs(config, channels)
+    head_dim = sizes_of(config)["head_dim"]
+    if len(kept) == pairs:
+        return dict(rope)
+    stride = kept[1] - kept[0] if len(kept) > 1 else 1
+    if kept != list(range(0, stride * len(kept), stride)):
+        raise ValueError(
+            f"the spec keeps rotary pairs {kept}, and stock code knows evenly spaced frequencies "
+            "from pair 0 on only; keep pairs 0, s, 2s and so on"
+        )
+    widths = (_turning_width(config, len(channels)), _turning_width(config, head_dim))
+    return {**rope, "rope_theta": rope["rope_theta"] ** (stride * widths[0] / widths[1])}
