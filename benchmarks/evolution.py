@@ -23,8 +23,8 @@ from headstart.search.space import Space, SpaceName
 from real_teacher import BIN, RealTeacher, load
 
 SEEDS = range(5)
-NUM_TOKENS = 1024
-EVOLUTION = EvolutionSettings(population=8, generations=6, elites=3)
+NUM_TOKENS = 512
+EVOLUTION = EvolutionSettings(population=8, generations=5, elites=3)
 
 
 def best_loss(teacher: RealTeacher, space: Space, settings: EvolutionSettings) -> float:

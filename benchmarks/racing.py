@@ -30,7 +30,7 @@ from real_teacher import BIN, load
 
 SEEDS = range(5)
 NUM_TOKENS = 4096
-EVOLUTION = EvolutionSettings(population=16, generations=5, elites=4)
+EVOLUTION = EvolutionSettings(population=12, generations=5, elites=4)
 GOAL_LOSS_DIFFERENCE = 0.01
 
 

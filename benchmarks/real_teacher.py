@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from headstart.cli import demo_recipe
 from headstart.data import TokenBlocks, prepare
@@ -52,7 +49,6 @@ class RealTeacher:
 
 def load() -> RealTeacher:
     """The demo's teacher, its text, and the importance of its units."""
-    torch.set_num_threads(os.cpu_count() or 1)
     recipe = load_recipe(Path(demo_recipe()))
     folder = teacher_folder(recipe)
     blocks = prepare(data_settings(recipe.data), folder)

@@ -29,15 +29,12 @@ from headstart.assets import demo_corpus, demo_teacher
 from headstart.data import DataSettings, prepare
 from headstart.evaluate import mean_loss
 from headstart.search.bins import Bin
-from headstart.search.candidate import Candidate
 from headstart.search.evolution import EvolutionSettings, evolve
 from headstart.search.fitness import HeldOutLoss
 from headstart.search.importance import activation_importance
 from headstart.search.journal import Evaluated, Journal
 from headstart.search.racing import Race, RacingSettings
 from headstart.search.space import Space
-from headstart.subnet.count import amount
-from headstart.subnet.rules import sizes_of
 from peers.environment import ask_whittle, litgpt_checkpoint, num_threads
 
 GOAL = 5
@@ -71,36 +68,31 @@ def headstart_seconds(
     Returns:
         Seconds, infinite if that did not happen; the best loss; candidates scored on all tokens.
     """
-    # to be connected: these are the parts of headstart.search.run.search, without its files
-    config = teacher.config
     state = {k: v for k, v in teacher.state_dict().items() if k != "lm_head.weight"}
     evolution = EvolutionSettings(
         population=POPULATION, generations=MAX_GENERATIONS, elites=ELITES, seed=seed
     )
-    losses: list[float] = []
+    whole: list[float] = []
 
-    def on_score(score: Evaluated, tokens: int, replayed: bool) -> None:
-        if score.tokens == blocks.numel():
-            losses.append(score.loss)
-            if score.loss <= target:
+    def on_score(one: Evaluated, tokens: int, replayed: bool) -> None:
+        if one.tokens == blocks.numel():
+            whole.append(one.loss)
+            if one.loss <= target:
                 raise Reached
-
-    def count_parameters(candidate: Candidate) -> int:
-        return int(amount(config, {**sizes_of(config), **candidate.sizes()}, "parameters", 1))
 
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "search.jsonl", {})
         start = time.perf_counter()
         batches = calibration.split(BATCH_BLOCKS)  # type: ignore[no-untyped-call]
         orders = activation_importance(teacher, batches).orders()
-        space = Space.build(config, "coarse-uniform", Bin(LOW, HIGH))
-        fitness = HeldOutLoss(state, config, orders, blocks, BATCH_BLOCKS)
-        race = Race(fitness, count_parameters, journal, RacingSettings(), ELITES, on_score)
+        space = Space.build(teacher.config, "coarse-uniform", Bin(LOW, HIGH))
+        fitness = HeldOutLoss(state, teacher.config, orders, blocks, BATCH_BLOCKS)
+        race = Race(fitness, lambda one: 0, journal, RacingSettings(), ELITES, on_score)
         try:
             evolve(space, race, evolution)
         except Reached:
-            return time.perf_counter() - start, min(losses), len(losses)
-    return math.inf, min(losses), len(losses)
+            return time.perf_counter() - start, min(whole), len(whole)
+    return math.inf, min(whole), len(whole)
 
 
 def main() -> None:
