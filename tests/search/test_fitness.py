@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import random_teacher
+from tests.subnet.oracles import reference_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -14,6 +16,7 @@ from headstart.search.fitness import DivergenceFromTeacher, HeldOutLoss, fitting
 from headstart.search.space import Space, SpaceName
 from headstart.subnet.extract import extract
 from headstart.subnet.rules import sizes_of
+from headstart.subnet.spec import SubnetSpec
 
 NUM_BLOCKS, BLOCK_LENGTH = 7, 24
 NUM_TARGETS = NUM_BLOCKS * (BLOCK_LENGTH - 1)
@@ -68,6 +71,28 @@ def test_fitness_equals_the_loss_of_the_student_on_disk(
         student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         loss = float(student(input_ids=blocks, labels=blocks).loss)
         assert fitness(candidate, 0, NUM_BLOCKS) / NUM_TARGETS == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_layerwise_fitness_equals_that_of_the_whole_weights_in_float64(
+    teacher: PreTrainedModel, blocks: Tensor, kl: bool
+) -> None:
+    """Nothing is sliced by the oracle: what is dropped is multiplied by zero."""
+    fitness, space = fitness_of(teacher, blocks, kl=kl), space_of(teacher, 0.8, "fine-layerwise")
+    samples = (space.sample(random.Random(seed)) for seed in range(100))
+    candidate = next(one for one in samples if len({units.size for units in one.mlp}) > 1)
+    identity = SubnetSpec.identity(sizes_of(teacher.config))
+    student, whole = (
+        reference_logits(teacher, blocks, spec)[:, :-1].log_softmax(-1)
+        for spec in (candidate.spec(teacher.config, fitness.orders), identity)
+    )
+    if kl:
+        nats = (whole.exp() * (whole - student)).sum(-1)
+    else:
+        nats = -student.gather(-1, blocks[:, 1:, None]).squeeze(-1)
+    for start, stop in ((0, 1), (1, 6), (2, 7)):
+        expected = float(nats[start:stop].sum())
+        assert fitness(candidate, start, stop) == pytest.approx(expected, rel=2e-5)
 
 
 @torch.no_grad()
@@ -137,3 +162,24 @@ def test_a_batch_on_a_cpu_is_as_many_blocks_as_pay() -> None:
 
     sizes = [fitting_batch_size(None, length, torch.device("cpu"), 4) for length in (256, 10**6)]  # type: ignore[arg-type]
     assert sizes == [CPU_TOKENS_PER_BATCH // 256, 1]
+
+
+def test_a_batch_on_a_gpu_fills_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = random_teacher("llama-tied-gqa").config
+    free = 0
+
+    def fitting(num_bytes: int, block_length: int = 64, bytes_per_number: int = 2) -> int:
+        nonlocal free
+        free = num_bytes
+        return fitting_batch_size(config, block_length, torch.device("cuda"), bytes_per_number)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+    gib = 1 << 30
+    assert fitting(gib // 8) == pytest.approx(2 * fitting(gib // 16), abs=1)
+    assert fitting(gib // 8) == pytest.approx(2 * fitting(gib // 8, 128), abs=1)
+    assert fitting(gib // 8) == pytest.approx(2 * fitting(gib // 8, 64, 4), abs=1)
+    # Of each token at least the residual stream and two neurons' worth must fit into the half.
+    least_bytes = 64 * (config.hidden_size + 2 * config.intermediate_size) * 2
+    assert 2 * fitting(gib // 8) * least_bytes < gib // 8
+    assert fitting(1000) == 1
+    assert fitting(1000 * gib) * 64 <= 1 << 18  # no batch is worth more

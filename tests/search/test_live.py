@@ -58,14 +58,14 @@ def run(screen: Screen, table: SearchTable, generation: int, **changes: float) -
 def test_a_row_for_each_generation():
     screen = Screen()
     with screen.table(3) as table:
-        run(screen, table, 1, seconds=16, best=5.0)
+        run(screen, table, 1, seconds=0.5, best=5.0)
         run(screen, table, 2, seconds=10, median=7.0)
     header, first, second = screen.last_frame()
     assert header.split() == [
         *("generation", "candidates", "best", "median", "parameters", "candidates/s", "tokens"),
         "ETA",
     ]
-    assert first.split() == ["1/3", "4", "5.000", "6.250", "12.35M", "0.25", "8k"]
+    assert first.split() == ["1/3", "4", "5.000", "6.250", "12.35M", "8.00", "8k"]
     assert second.split() == ["2/3", "4", "4.500", "7.000", "12.35M", "0.40", "16k"]
 
 
@@ -113,8 +113,9 @@ def test_in_the_first_generation_the_time_left_goes_by_candidates():
     with screen.table(3) as table:
         table.start(1, 4)
         table.advance()
-        screen.seconds += 30
-    assert screen.last_row()[-1] == "0:05:30"  # 3 candidates here and 8 more, 30 seconds each
+        table.advance()
+        screen.seconds += 60
+    assert screen.last_row()[-1] == "0:05:00"  # 2 candidates here and 8 more, 30 seconds each
 
 
 def test_then_it_goes_by_generations_however_many_candidates_are_left():

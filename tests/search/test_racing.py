@@ -82,6 +82,48 @@ def test_what_the_journal_knows_is_not_scored_again(tmp_path: Path) -> None:
     assert table.asked == []
 
 
+def test_a_race_that_was_killed_reads_only_what_is_missing(tmp_path: Path) -> None:
+    proposals = [proposal(number) for number in range(8)]
+    whole = Table(8, 16)
+    scores = race(whole, tmp_path, RacingSettings()).run(0, proposals)
+    lines = (tmp_path / "search.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + len(whole.asked) > 8 + 2 + 1  # some went on
+    for num_kept in range(len(whole.asked) + 1):
+        (tmp_path / "search.jsonl").write_text("".join(lines[: 1 + num_kept]))
+        table = Table(8, 16)
+        told: list[bool] = []
+        again = race(table, tmp_path, RacingSettings())
+        again.on_score = lambda score, tokens, replayed: told.append(replayed)  # noqa: B023
+        for one, other in zip(again.run(0, proposals), scores, strict=True):
+            assert (one.candidate, one.loss, one.tokens) == (
+                other.candidate,
+                other.loss,
+                other.tokens,
+            )
+        assert table.asked == whole.asked[num_kept:]
+        assert told == [True] * num_kept + [False] * len(table.asked)
+
+
+def test_good_ones_go_on_beside_many_that_are_no_number(tmp_path: Path) -> None:
+    """Also while fewer than `keep` have ever been seen; and a hopeless generation ends early."""
+    table = Table(8, 16)
+    for number in (0, 1, 2, 4, 5, 6, 7):
+        table.nats[number] = [math.nan] * 16
+    run = race(table, tmp_path, RacingSettings(), keep=4)
+    scores = run.run(0, [proposal(number) for number in range(4)])
+    assert [score.tokens // BLOCK_LENGTH for score in scores] == [1, 1, 1, 16]
+    scores = run.run(1, [proposal(number) for number in range(4, 8)])
+    assert [score.tokens // BLOCK_LENGTH for score in scores] == [1, 1, 1, 1]
+    assert run.run(2, []) == []
+
+
+def test_equals_go_on_together(tmp_path: Path) -> None:
+    table = Table(4, 16)
+    table.nats = [[2.0] * 16, [3.0] * 16, [2.0] * 16, [2.0] * 16]
+    scores = race(table, tmp_path, RacingSettings(), keep=1).run(0, [proposal(i) for i in range(4)])
+    assert [score.tokens // BLOCK_LENGTH for score in scores] == [16, 1, 16, 16]
+
+
 def test_a_loss_that_is_no_number_never_goes_on(tmp_path: Path) -> None:
     table = Table(3, 8)
     table.nats[1] = [math.nan] * 8

@@ -6,56 +6,16 @@ layer by layer, so "the first k" may mean the teacher's first or its most import
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from headstart.search.units import Units
 from headstart.subnet.rotary import head_channels
 from headstart.subnet.rules import sizes_of
-from headstart.subnet.spec import Indices, SubnetSpec, format_indices, parse_indices
+from headstart.subnet.spec import Indices, SubnetSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-
-class Units(NamedTuple):
-    """The first `size` ranks of an axis, but for a few: `added` ones stand in for `dropped` ones.
-
-    Any set of ranks can be written so, and a set that follows the axis order is just its size.
-
-    >>> Units(4, dropped=(1,), added=(6,)).ranks()
-    (0, 2, 3, 6)
-    """
-
-    size: int
-    dropped: Indices = ()
-    added: Indices = ()
-
-    def ranks(self) -> Indices:
-        """The kept ranks, ascending."""
-        if not self.dropped:
-            return tuple(range(self.size))
-        gone = set(self.dropped)
-        return (*(rank for rank in range(self.size) if rank not in gone), *self.added)
-
-    def __str__(self) -> str:
-        if not self.dropped:
-            return str(self.size)
-        return f"{self.size} -{format_indices(self.dropped)} +{format_indices(self.added)}"
-
-    @staticmethod
-    def parse(text: str) -> Units:
-        """Read what `str` writes.
-
-        >>> Units.parse("4 -1 +6,8-9")
-        Units(size=4, dropped=(1,), added=(6, 8, 9))
-        """
-        found = re.fullmatch(r"(\d+)(?: -(\S+) \+(\S+))?", text)
-        if not found:
-            raise ValueError(f"{text!r} is not a set of units such as '4' or '4 -1 +6'")
-        if found[2] is None:
-            return Units(int(found[1]))
-        return Units(int(found[1]), parse_indices(found[2]), parse_indices(found[3]))
 
 
 class Candidate(NamedTuple):

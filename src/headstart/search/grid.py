@@ -32,9 +32,9 @@ class GridSettings:
     """Smallest size and step of each searched axis; 0 chooses from the teacher's shape.
 
     A step of 0 is 1 for depth and KV groups, a multiple of 8 that the query heads divide for the
-    residual width, and for the MLP the largest multiple of 8 that divides it into 24 steps or more.
-    A minimum of 0 is one step; for heads it keeps them whole, and any other value lets them shrink
-    to that many channels.
+    residual width, and for the MLP the largest multiple of 8 that divides it into 24 steps or more,
+    or else the largest step that does. A minimum of 0 is one step; for heads it keeps them whole,
+    and any other value lets them shrink to that many channels.
     """
 
     layers_min: int = 0
@@ -77,8 +77,8 @@ def ladders_of(config: PreTrainedConfig, grid: GridSettings) -> dict[str, Ladder
     sizes = sizes_of(config)
     heads = sizes["kv_groups"] * sizes["q_per_kv"]
     embed_step = math.lcm(8, heads) if sizes["embed"] % math.lcm(8, heads) == 0 else 1
-    steps = [step for step in range(8, sizes["mlp"] // 24 + 1, 8) if sizes["mlp"] % step == 0]
-    mlp_step = max(steps, default=max(1, sizes["mlp"] // 24))
+    steps = [step for step in range(1, sizes["mlp"] // 24 + 1) if sizes["mlp"] % step == 0]
+    mlp_step = max([step for step in steps if step % 8 == 0] or steps, default=1)
     defaults = {"layers": 1, "embed": embed_step, "kv_groups": 1, "mlp": mlp_step}
     ladders = {}
     for axis, default in defaults.items():

@@ -173,12 +173,12 @@ class SearchTable:
         a generation may take most of its time. One that was replayed in part is scaled up.
         """
         paced = [(row, evaluated) for row, evaluated in self._finished if evaluated]
-        elapsed = self.clock() - self._started if self._generation else 0.0
+        elapsed = self.clock() - self._started
         if paced:
             seconds = sum(row.seconds for row, _ in paced)
             share = sum(evaluated for _, evaluated in paced) / sum(r.candidates for r, _ in paced)
             generation_seconds = seconds / share / len(paced)
-        elif self._generation and self._evaluated:
+        elif self._evaluated:
             generation_seconds = elapsed * self._candidates / self._evaluated
         else:
             return None

@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Int
 
 from headstart.search.bins import Bin
-from headstart.search.candidate import Candidate, Units
+from headstart.search.candidate import Candidate
 from headstart.search.grid import GridSettings, Ladder, Rows, ladders_of, rows_in_bin
+from headstart.search.units import Units, even, exchanged, filled, resized, spread
 from headstart.subnet.rules import sizes_of
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Space:
         noise = rng.random() * self.unit_noise if self.fine else 0.0
 
         def inner(ladder: Ladder, total_level: int, total: int) -> tuple[Units, ...]:
-            levels = [total_level] if self.uniform else _spread(rng, layers, total_level, ladder)
+            levels = [total_level] if self.uniform else spread(rng, layers, total_level, ladder.top)
             return tuple(
                 self._strayed(rng, Units(ladder.size(level)), total, noise, MAX_LAYER_EXCHANGES)
                 for level in levels
@@ -204,8 +205,8 @@ class Space:
             rows.layers / totals["layers"],
             (self.kv_groups.low + self.kv_groups.step * rows.groups / copies) / totals["kv_groups"],
         ]
-        even = np.mean(kept, axis=0) * totals["mlp"]
-        level = np.round((even - self.mlp.low) / self.mlp.step * copies).astype(np.int64)
+        mean_share = np.mean(kept, axis=0) * totals["mlp"]
+        level = np.round((mean_share - self.mlp.low) / self.mlp.step * copies).astype(np.int64)
         level = np.clip(level, rows.first, rows.last)
         kept.append((self.mlp.low + self.mlp.step * level / copies) / totals["mlp"])
         found = []
@@ -214,7 +215,7 @@ class Space:
             inner = [
                 tuple(
                     Units(ladder.size(one))
-                    for one in ([total] if self.uniform else _even(layers, total))
+                    for one in ([total] if self.uniform else even(layers, total))
                 )
                 for ladder, total in (
                     (self.kv_groups, int(rows.groups[row])),
@@ -272,11 +273,11 @@ class Space:
     ) -> Candidate:
         """A child of this shape, with its units from its parents."""
         embed, num_layers, head_dim = cell
-        layers = _resized(rng.choice((mother, father)).layers, num_layers)
-        width = _resized(rng.choice((mother, father)).embed, embed)
+        layers = resized(rng.choice((mother, father)).layers, num_layers)
+        width = resized(rng.choice((mother, father)).embed, embed)
         if self.uniform:
             inner: list[tuple[Units, ...]] = [
-                (_resized(rng.choice(pair)[0], ladder.size(level)),)
+                (resized(rng.choice(pair)[0], ladder.size(level)),)
                 for ladder, level, pair in (
                     (self.kv_groups, groups, (mother.kv_groups, father.kv_groups)),
                     (self.mlp, neurons, (mother.mlp, father.mlp)),
@@ -301,9 +302,9 @@ class Space:
         self, rng: random.Random, units: Sequence[Units], total_level: int, ladder: Ladder
     ) -> tuple[Units, ...]:
         """The same layers, grown or shrunk until their levels sum to a total."""
-        levels = _filled(rng, [ladder.level(one.size) for one in units], total_level, ladder.top)
+        levels = filled(rng, [ladder.level(one.size) for one in units], total_level, ladder.top)
         return tuple(
-            _resized(one, ladder.size(level)) for one, level in zip(units, levels, strict=True)
+            resized(one, ladder.size(level)) for one, level in zip(units, levels, strict=True)
         )
 
     def _shared_anew(self, rng: random.Random, parent: Candidate) -> Candidate:
@@ -317,9 +318,9 @@ class Space:
             reach = max(1, ladder.num_levels // 4)
             moved = levels[place] + rng.choice((-1, 1)) * rng.randint(1, reach)
             levels[place] = max(0, min(ladder.top, moved))
-        levels = _filled(rng, levels, total, ladder.top)
+        levels = filled(rng, levels, total, ladder.top)
         shared = tuple(
-            _resized(one, ladder.size(level)) for one, level in zip(units, levels, strict=True)
+            resized(one, ladder.size(level)) for one, level in zip(units, levels, strict=True)
         )
         return parent._replace(kv_groups=shared) if groups else parent._replace(mlp=shared)
 
@@ -332,7 +333,7 @@ class Space:
         if axis in ("layers", "embed"):
             units = getattr(parent, axis)
             count = rng.randint(1, 2 if axis == "layers" else MAX_EXCHANGES)
-            changed = _exchanged(rng, units, totals[axis], count, noise)
+            changed = exchanged(rng, units, totals[axis], count, noise)
             if axis == "embed" or self.uniform:
                 return (
                     parent._replace(embed=changed)
@@ -346,7 +347,7 @@ class Space:
         layers = list(getattr(parent, axis))
         for _ in range(rng.randint(1, max(1, len(layers) // 4))):
             place, count = rng.randrange(len(layers)), rng.randint(1, MAX_EXCHANGES)
-            layers[place] = _exchanged(rng, layers[place], totals[axis], count, noise)
+            layers[place] = exchanged(rng, layers[place], totals[axis], count, noise)
         if axis == "kv_groups":
             return parent._replace(kv_groups=tuple(layers))
         return parent._replace(mlp=tuple(layers))
@@ -362,76 +363,4 @@ class Space:
         if not noise:
             return units
         count = int(noise * min(units.size, total - units.size, most) + rng.random())
-        return _exchanged(rng, units, total, count, self.unit_noise) if count else units
-
-
-def _spread(rng: random.Random, num_layers: int, total: int, ladder: Ladder) -> list[int]:
-    """Share levels among layers, from nearly even to rough."""
-    levels, top = _even(num_layers, total), ladder.top
-    if num_layers == 1 or not top:
-        return levels
-    rough = rng.random() * top
-    for _ in range(num_layers):
-        giver, taker = int(rng.random() * num_layers), int(rng.random() * num_layers)
-        moved = min(int(rng.random() * rough + 0.5), levels[giver], top - levels[taker])
-        if giver != taker:
-            levels[giver] -= moved
-            levels[taker] += moved
-    return levels
-
-
-def _even(num_layers: int, total: int) -> list[int]:
-    """Levels as even as they can be; the more important layers get the larger share."""
-    share, more = divmod(total, num_layers)
-    return [share + 1] * more + [share] * (num_layers - more)
-
-
-def _filled(rng: random.Random, levels: list[int], total: int, top: int) -> list[int]:
-    """Raise or lower levels between 0 and `top`, all about alike, until they sum to a total."""
-    missing = total - sum(levels)
-    assert 0 <= total <= top * len(levels)
-    while missing:
-        share = max(1, abs(missing) // len(levels))
-        start = rng.randrange(len(levels))
-        for offset in range(len(levels)):
-            place = (start + offset) % len(levels)
-            room = top - levels[place] if missing > 0 else levels[place]
-            moved = min(share, room, abs(missing))
-            moved = moved if missing > 0 else -moved
-            levels[place] += moved
-            missing -= moved
-            if not missing:
-                break
-    return levels
-
-
-def _resized(units: Units, size: int) -> Units:
-    """The same choice of units at another size, as far as it still says anything."""
-    if size == units.size or not units.dropped:
-        return Units(size, units.dropped, units.added)
-    dropped = [rank for rank in units.dropped if rank < size]
-    added = [rank for rank in units.added if rank >= size]
-    exchanges = min(len(dropped), len(added))
-    return Units(size, tuple(dropped[len(dropped) - exchanges :]), tuple(added[:exchanges]))
-
-
-def _exchanged(rng: random.Random, units: Units, total: int, count: int, reach: float) -> Units:
-    """Exchange up to `count` kept ranks for others, near the edge of what the order would keep.
-
-    Half of the time an earlier exchange is undone instead, where there is one.
-    """
-    size, dropped, added = units.size, set(units.dropped), set(units.added)
-    if size == total:
-        return units
-    inward, outward = max(1.0, reach * size / 2), max(1.0, reach * (total - size) / 2)
-    for _ in range(count):
-        if dropped and rng.random() < 0.5:
-            dropped.discard(rng.choice(sorted(dropped)))
-            added.discard(rng.choice(sorted(added)))
-            continue
-        out = size - 1 - int(rng.expovariate(1 / inward))
-        into = size + int(rng.expovariate(1 / outward))
-        if out >= 0 and into < total and out not in dropped and into not in added:
-            dropped.add(out)
-            added.add(into)
-    return Units(size, tuple(sorted(dropped)), tuple(sorted(added)))
+        return exchanged(rng, units, total, count, self.unit_noise) if count else units
