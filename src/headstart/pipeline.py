@@ -172,7 +172,8 @@ def check_run_folder(recipe: Recipe) -> None:
     kept = folder / "recipe.yaml"
     if kept.is_file():
         theirs = yaml.safe_load(kept.read_text())
-        for key, (here, there) in _differences(recipe_to_dict(recipe), theirs).items():
+        ours = recipe_to_dict(recipe) | {"output": theirs.get("output")}  # a folder may be moved
+        for key, (here, there) in _differences(ours, theirs).items():
             raise ValueError(
                 f"{folder} holds a run of another recipe ({key} is {there!r} there and {here!r} "
                 "here); choose another --output or delete the folder"

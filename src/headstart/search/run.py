@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -294,14 +294,17 @@ class _Search:
         finalists = choose_finalists(whole, settings.count)
         needed = settings.steps * settings.batch_size * self.context_length
         train_blocks = self.blocks.first("train", needed)
-        with progress("finals", len(finalists), "finalists") as advance:
+        with ExitStack() as stack:
+            advance = None
+            if is_main():
+                advance = stack.enter_context(progress("finals", len(finalists), "finalists"))
+
+            def on_score(score: Evaluated) -> None:
+                if advance:
+                    advance(1, f"{score.loss:.3f} nats after {score.steps} steps")
+
             return run_finals(
-                finalists,
-                self.fitness,
-                train_blocks,
-                settings,
-                self.journal,
-                lambda score: advance(1, f"{score.loss:.3f} nats after {score.steps} steps"),
+                finalists, self.fitness, train_blocks, settings, self.journal, on_score
             )
 
     def _result(
