@@ -24,7 +24,7 @@ from transformers import GPTNeoXConfig
 
 from headstart.search.bins import Bin
 from headstart.search.candidate import Candidate
-from headstart.search.space import Space
+from headstart.search.space import Space, SpaceName
 from headstart.subnet.count import amount
 from headstart.subnet.rules import sizes_of
 from peers.environment import ask_whittle
@@ -33,7 +33,7 @@ GOAL = 50
 REFERENCES = {"410M": 405_334_016, "1B": 1_011_781_632, "2.8B": 2_775_208_960}
 """Parameters of Pythia-410M, 1B and 2.8B."""
 TOLERANCE = 0.05
-WHITTLE_SPACES = {
+WHITTLE_SPACES: dict[SpaceName, str] = {
     "coarse-uniform": "small",
     "fine-uniform": "small",
     "coarse-layerwise": "medium",
@@ -48,7 +48,7 @@ SEED = 0
 def teacher_config() -> GPTNeoXConfig:
     """The shape of Pythia-6.9B."""
     return GPTNeoXConfig(
-        vocab_size=50304,
+        vocab_size=50432,
         hidden_size=4096,
         num_hidden_layers=32,
         num_attention_heads=32,
