@@ -163,8 +163,15 @@ def test_the_kv_cache_takes_the_bytes_of_a_real_one(kind, cut, seed, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "width"),
-    [(torch.bfloat16, 2), ("bfloat16", 2), ("float16", 2), (torch.float32, 4), ("float32", 4)]
-    + [("float64", 8), (None, 2)],
+    [
+        (torch.bfloat16, 2),
+        ("bfloat16", 2),
+        ("float16", 2),
+        (torch.float32, 4),
+        ("float32", 4),
+        ("float64", 8),
+        (None, 2),
+    ],
 )
 def test_bytes_are_those_of_the_configs_precision(dtype, width):
     assert bytes_per_number(LlamaConfig(dtype=dtype)) == width

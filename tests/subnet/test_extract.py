@@ -136,11 +136,12 @@ ROPES = {
         "original_max_position_embeddings": 64,
     },
 }  # fmt: skip
+HEAD_SIZES = {"llama": (2, 4, 8, 12), "gpt_neox": (8, 16, 24)}
 STOCK_SIZES = {"llama": {"embed": 36, "kv_groups": 2}, "gpt_neox": {"kv_groups": 2}}
 each_kind_and_size = pytest.mark.parametrize(
-    ("kind", "size"), [("llama", 2), ("llama", 4), ("llama", 8), ("llama", 12)]
-    + [("gpt_neox", 8), ("gpt_neox", 16), ("gpt_neox", 24)],
-)  # fmt: skip
+    ("kind", "size"),
+    [(kind, size) for kind, sizes in HEAD_SIZES.items() for size in sizes],
+)
 each_kind = pytest.mark.parametrize("kind", WITH_HEADS)
 
 

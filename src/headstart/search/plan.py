@@ -96,6 +96,10 @@ def plan_search(
 
     evolution = settings.evolution
     num_candidates = evolution.population * evolution.generations
+    if settings.space == "coarse-uniform":  # a candidate is its shape
+        num_candidates = min(num_candidates, space.rows.num_shapes())
+    if evolution.method == "importance":  # one for each row
+        num_candidates = min(num_candidates, len(space.rows.embed))
     rungs = rung_blocks(-(-settings.tokens // context_length), settings.racing)
     all_tokens, first_tokens = rungs[-1] * context_length, rungs[0] * context_length
     survivors = min(num_candidates, settings.racing.keep or evolution.elites)
