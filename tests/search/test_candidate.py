@@ -129,7 +129,7 @@ def test_exchanges_are_undone_as_well():
 
 @pytest.mark.parametrize("text", ["", "a", "4 -1", "4 +1", "4 -1 +", "-4", "4  -1 +6", "4 1 6"])
 def test_malformed_units_are_quoted(text):
-    with pytest.raises(ValueError, match="is not a set of units|is not a list of indices"):
+    with pytest.raises(ValueError, match=r"is not a set of units|is not a list of indices"):
         Units.parse(text)
 
 
