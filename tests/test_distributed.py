@@ -1,20 +1,38 @@
-"""Ranks and collectives: alone, and as two processes under torchrun."""
+"""Ranks and collectives; a search on two processes, and one whose process is killed."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from headstart.cli import main
 from headstart.device import default_device
 from headstart.distributed import gather, is_main, main_first, process_group, rank, world_size
 
 WORKER = Path(__file__).parent / "search" / "ranks_worker.py"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+BLOCK_LENGTH = 32
+
+
+def run_python(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_alone_nothing_is_joined_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,14 +58,7 @@ def test_torchrun_says_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(WORKER), str(log)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python([*TORCHRUN, str(WORKER), str(log)])
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     both = [{"rank": 0, "of": 2, "main": True}, {"rank": 1, "of": 2, "main": False}]
     assert [line for line in lines if "gathered" in line] == [{"gathered": both}] * 2
@@ -60,3 +71,104 @@ def test_two_processes(tmp_path: Path) -> None:
     failures = [["the main process fails"], []]
     assert [line for line in lines if "failures" in line] == [{"failures": failures}] * 2
     assert [line for line in lines if "joined" in line] == [{"joined": False}] * 2
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def arguments(teacher_folder: Path, corpus: Path, tmp_path: Path) -> list[str]:
+    """Of a search with everything: racing, layers that differ, and finals."""
+    keys = {
+        "teacher": teacher_folder,
+        "data": corpus,
+        "data.block_length": BLOCK_LENGTH,
+        "search.bin": "{low: 25K, high: 35K}",
+        "search.space": "fine-layerwise",
+        "search.tokens": 256,
+        "search.calibration_tokens": 256,
+        "search.evolution": "{population: 6, generations: 3, elites: 2}",
+        "search.finalists": "{count: 3, steps: 8, batch_size: 2}",
+        "train.per_device_train_batch_size": 2,
+    }
+    return ["search", *(part for key, value in keys.items() for part in (f"--{key}", str(value)))]
+
+
+def outcome(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """search.json and search.jsonl without what a clock says, the scores in one order."""
+    result = json.loads((folder / "search.json").read_text())
+    del result["search_seconds"]
+    first, *lines = map(json.loads, (folder / "search.jsonl").read_text().splitlines())
+    assert all(line.pop("seconds") > 0 for line in lines)
+    return result, [first, *sorted(lines, key=json.dumps)]
+
+
+@pytest.fixture
+def whole(arguments: list[str], tmp_path: Path) -> Path:
+    """The same search on one process that nobody disturbed."""
+    assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
+    tokens = [line.get("tokens") for line in outcome(tmp_path / "whole")[1]]
+    assert {32, 64, 256} <= set(tokens)
+    return tmp_path / "whole"
+
+
+def test_two_processes_search_like_one(arguments: list[str], whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    command = [*TORCHRUN, "-m", "headstart.cli", *arguments, "--output", str(folder)]
+    run_python(command)
+    assert outcome(folder) == outcome(whole)
+    assert (folder / "search.html").is_file()
+
+
+@pytest.mark.parametrize("num_lines", [9, 23])
+def test_two_processes_go_on_with_what_one_has_begun(
+    num_lines: int, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    """In the middle of a generation, and of the finals; the last line is cut short."""
+    resumed, journal = tmp_path / "resumed", tmp_path / "resumed" / "search.jsonl"
+    shutil.copytree(whole, resumed)
+    (resumed / "search.json").unlink()
+    recipe = (resumed / "recipe.yaml").read_text().replace(str(whole), str(resumed))
+    (resumed / "recipe.yaml").write_text(recipe)
+    lines = journal.read_text().splitlines(keepends=True)
+    kept = "".join(lines[:num_lines])
+    journal.write_text(kept + lines[num_lines][:50])
+    run_python([*TORCHRUN, "-m", "headstart.cli", "search", "--resume", str(resumed)])
+    assert journal.read_text().startswith(kept)
+    assert outcome(resumed) == outcome(whole)
+
+
+def test_a_killed_process_goes_on_to_the_same_winner(
+    arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    """Killed four times: when the folder appears, twice between two scores, and in the finals."""
+    folder = tmp_path / "killed"
+    arguments = [*arguments, "--output", str(folder)]
+    num_scores = len(outcome(whole)[1]) - 1
+    rng = random.Random()
+    moments = sorted(rng.sample(range(1, num_scores - 4), 2))
+    print("killed after", moments)  # shown if the test fails
+    for moment in (0, *moments, num_scores - 2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "headstart.cli", *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        journal, deadline = folder / "search.jsonl", time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if moment == 0 and (folder / "recipe.yaml").exists():
+                break
+            if journal.exists() and journal.read_bytes().count(b"\n") > moment > 0:
+                break
+            time.sleep(0.001)
+        assert process.poll() is None, "the search ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "search.json").exists()
+    held = journal.read_bytes()
+    assert main(arguments) == 0
+    assert journal.read_bytes().startswith(held[: held.rindex(b"\n") + 1])
+    assert outcome(folder) == outcome(whole)

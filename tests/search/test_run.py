@@ -1,32 +1,34 @@
-"""The whole search on a small teacher: what it writes, that it goes on, and on two processes."""
+"""The whole search on a small teacher: what it writes, and that it is pinned and not repeated."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from headstart import device
 from headstart.data import DataSettings, TokenBlocks, prepare
 from headstart.evaluate import mean_loss
 from headstart.search import run as module
 from headstart.search.bins import BinSettings
+from headstart.search.candidate import Candidate
 from headstart.search.evolution import EvolutionSettings
 from headstart.search.finalists import FinalistSettings
+from headstart.search.fitness import HeldOutLoss
 from headstart.search.grid import GridSettings
 from headstart.search.importance import activation_importance
 from headstart.search.racing import RacingSettings
 from headstart.search.run import SearchSettings, load_spec, search
-from headstart.subnet.extract import build_student, extract
+from headstart.subnet.count import count
+from headstart.subnet.extract import build_student, extract, hash_checkpoint
+from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec
 
 SETTINGS = SearchSettings(
@@ -48,18 +50,28 @@ def blocks(
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own, and float32 also where bfloat16 is fast."""
     monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
 
 
-def timeless(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """search.json and the sorted search.jsonl without what a clock or a place says."""
-    result = json.loads((folder / "search.json").read_text())
-    del result["search_seconds"]
-    lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("seconds", None)
-    return result, sorted(map(json.dumps, lines))
+def journal_of(folder: Path) -> list[dict[str, Any]]:
+    """All scores."""
+    return list(map(json.loads, (folder / "search.jsonl").read_text().splitlines()[1:]))
+
+
+def dying_after(num_calls: int) -> Callable[..., float]:
+    """A fitness that is killed in its next call."""
+    evaluate, calls = HeldOutLoss.__call__, []
+
+    def call(self: HeldOutLoss, candidate: Candidate, start: int, stop: int) -> float:
+        if len(calls) == num_calls:
+            raise KeyboardInterrupt
+        calls.append(candidate)
+        return evaluate(self, candidate, start, stop)
+
+    return call
 
 
 @pytest.mark.parametrize("order", ["activation", "magnitude", "taylor", "teacher"])
@@ -142,6 +154,134 @@ def test_narrower_heads_and_divergence_and_finals(
     assert again == result
     extract(teacher_folder, load_spec(tmp_path / "search.json"), tmp_path / "student")
 
+    # The winner's score is the mean divergence from the teacher, told from all logits at once.
+    tokens = blocks.first("search", 300)
+    with torch.no_grad():
+        student, teacher = (
+            AutoModelForCausalLM.from_pretrained(folder)(tokens).logits[:, :-1].double()
+            for folder in (tmp_path / "student", teacher_folder)
+        )
+    ours, theirs = student.log_softmax(-1), teacher.log_softmax(-1)
+    divergence = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert result["loss"] == winner["loss"] == pytest.approx(divergence, rel=1e-4)
+    last = next(one for one in journal_of(tmp_path) if one["loss"] == winner["trained_loss"])
+    assert last["steps"] == 4
+
+
+def test_what_is_paid_is_told(teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path) -> None:
+    """docs/search.md, section search.json: every key, and the sums from the models' own counts."""
+    finalists = FinalistSettings(count=2, steps=5, batch_size=3)
+    settings = replace(SETTINGS, finalists=finalists, order="taylor")
+    result = search(teacher_folder, blocks, settings, tmp_path)
+    assert result.keys() == {
+        "format", "teacher", "spec", "loss", "parameters", "bin", "measure", "space", "order",
+        "layer_order", "fitness", "settings", "calibration_flops", "search_flops", "search_tokens",
+        "search_seconds", "candidates", "winner", "front",
+    }  # fmt: skip
+    assert result["format"] == "headstart-search-result/1"
+    assert result["teacher"]["hash"] == hash_checkpoint(teacher_folder)
+    assert result["settings"] == json.loads(json.dumps(asdict(settings)))
+    assert [result[key] for key in ("bin", "measure", "fitness", "front")] == [
+        [25_000, 35_000], "parameters", "loss", [],
+    ]  # fmt: skip
+    assert [result[key] for key in ("space", "order", "layer_order")] == [
+        "coarse-uniform", "taylor", "block_influence",
+    ]  # fmt: skip
+
+    config = AutoConfig.from_pretrained(teacher_folder)
+    assert result["teacher"]["sizes"] == sizes_of(config)
+    forward = count(config, BLOCK_LENGTH).inference_flops_per_token
+    assert result["calibration_flops"] == 19 * BLOCK_LENGTH * 3 * forward  # 600 tokens round up
+    trained_tokens = 5 * 3 * BLOCK_LENGTH
+    tokens = flops = 0
+    for one in result["candidates"]:
+        sizes = one["sizes"]
+        assert sizes.keys() == {"layers", "embed", "head_dim", "kv_groups", "mlp"}
+        student = AutoConfig.from_pretrained(
+            teacher_folder,
+            num_hidden_layers=sizes["layers"],
+            hidden_size=sizes["embed"],
+            num_attention_heads=3 * sizes["kv_groups"],
+            num_key_value_heads=sizes["kv_groups"],
+            intermediate_size=sizes["mlp"],
+        )
+        cost = count(student, BLOCK_LENGTH)
+        assert cost.parameters == one["parameters"]
+        tokens += one["tokens"]
+        flops += one["tokens"] * cost.inference_flops_per_token
+        if "trained_loss" in one:
+            tokens += 10 * BLOCK_LENGTH
+            flops += 10 * BLOCK_LENGTH * cost.inference_flops_per_token
+            flops += trained_tokens * cost.training_flops_per_token
+    assert (result["search_tokens"], result["search_flops"]) == (tokens, flops)
+    longest: dict[tuple[str, int], float] = {}  # a line tells the seconds of earlier rungs too
+    for line in journal_of(tmp_path):
+        key = (json.dumps(line["candidate"]), line["steps"])
+        longest[key] = max(longest.get(key, 0), line["seconds"])
+    assert result["search_seconds"] == pytest.approx(sum(longest.values()))
+
+
+def test_finals_decide(teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path) -> None:
+    """By their losses in the journal, of which one that is no number never wins."""
+    settings = replace(SETTINGS, finalists=FinalistSettings(count=3, steps=2, batch_size=2))
+    search(teacher_folder, blocks, settings, tmp_path)
+    path = tmp_path / "search.jsonl"
+    lines = path.read_text().splitlines()
+    for losses, place in (((5.5, 5.0, 5.2), 1), ((None, 5.4, 5.3), 2), ((5.1, None, None), 0)):
+        finals = [
+            {**json.loads(line), "loss": loss}
+            for line, loss in zip(lines[-3:], losses, strict=True)
+        ]
+        path.write_text("\n".join([*lines[:-3], *map(json.dumps, finals)]) + "\n")
+        (tmp_path / "search.json").unlink()
+        result = search(teacher_folder, blocks, settings, tmp_path)
+        json.loads((tmp_path / "search.json").read_text(), parse_constant=pytest.fail)
+        told = [one for one in result["candidates"] if "trained_loss" in one]
+        assert sorted(map(str, (one["trained_loss"] for one in told))) == sorted(map(str, losses))
+        winner = result["candidates"][result["winner"]]
+        assert winner["trained_loss"] == losses[place]
+        assert len(load_spec(tmp_path / "search.json").layers) == winner["sizes"]["layers"]
+        assert result["parameters"] == winner["parameters"] == finals[place]["parameters"]
+
+
+def test_a_search_of_nothing_but_nan_is_refused(
+    teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeldOutLoss, "__call__", lambda *arguments: math.nan)
+    with pytest.raises(ValueError, match="no candidate of 15 has a finite loss"):
+        search(teacher_folder, blocks, SETTINGS, tmp_path)
+    assert not (tmp_path / "search.json").exists()
+
+
+def test_a_finished_search_is_not_repeated(
+    teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = search(teacher_folder, blocks, SETTINGS, tmp_path)
+    monkeypatch.setattr(HeldOutLoss, "__call__", dying_after(0))
+    (tmp_path / "search.json").unlink()
+    assert search(teacher_folder, blocks, SETTINGS, tmp_path) == first  # from the journal alone
+    monkeypatch.setattr(module, "load_frozen", None)
+    assert search(teacher_folder, blocks, SETTINGS, tmp_path) == first
+
+
+def test_another_search_does_not_go_on_from_this_one(
+    teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HeldOutLoss, "__call__", dying_after(2))
+        search(teacher_folder, blocks, SETTINGS, tmp_path)
+    assert not (tmp_path / "search.json").exists()
+    with pytest.raises(ValueError, match=r"another search \(settings"):
+        search(teacher_folder, blocks, replace(SETTINGS, unit_noise=0.1), tmp_path)
+    other = TokenBlocks(blocks.folder, {**blocks.manifest, "fingerprint": "other"})
+    with pytest.raises(ValueError, match=r"another search \(data is .* 'other' here"):
+        search(teacher_folder, other, SETTINGS, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    model.get_input_embeddings().weight.data += 1
+    model.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"another search \(teacher_hash"):
+        search(tmp_path / "teacher", blocks, SETTINGS, tmp_path)
+
 
 def test_a_tradeoff_ends_with_its_front(
     teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path
@@ -191,76 +331,6 @@ def test_importance_is_measured_once_for_a_teacher_and_its_text(
 def test_settings_errors_name_the_setting(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **changed)
-
-
-def command(teacher_folder: Path, corpus: Path, output: Path) -> list[str]:
-    keys = {
-        "teacher": teacher_folder,
-        "data": corpus,
-        "data.block_length": BLOCK_LENGTH,
-        "output": output,
-        "search.bin": "{low: 25K, high: 35K}",
-        "search.space": "fine-layerwise",
-        "search.tokens": 256,
-        "search.calibration_tokens": 256,
-        "search.evolution": "{population: 6, generations: 3, elites: 2}",
-        "search.finalists": "{count: 3, steps: 2, batch_size: 2}",
-        "train.per_device_train_batch_size": 2,
-    }
-    given = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-    return ["-m", "headstart.cli", "search", *given]
-
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def run_command(arguments: list[str]) -> None:
-    environment = {**ONE_THREAD, "HEADSTART_CACHE": os.environ["HEADSTART_CACHE"]}
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_two_processes_search_like_one(teacher_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    one, two = command(teacher_folder, corpus, tmp_path / "one"), tmp_path / "two"
-    run_command(one)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run_command([*torchrun, *command(teacher_folder, corpus, two)])
-    assert timeless(two) == timeless(tmp_path / "one")
-
-    # Two processes go on with what one has begun.
-    resumed = tmp_path / "resumed"
-    run_command(command(teacher_folder, corpus, resumed))
-    (resumed / "search.json").unlink()
-    journal = resumed / "search.jsonl"
-    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:8]))
-    run_command([*torchrun, *command(teacher_folder, corpus, resumed)])
-    assert timeless(resumed) == timeless(two)
-
-
-def test_killed_it_goes_on_to_the_same_winner(
-    teacher_folder: Path, corpus: Path, tmp_path: Path
-) -> None:
-    run_command(command(teacher_folder, corpus, tmp_path / "whole"))
-    killed = tmp_path / "killed"
-    arguments = command(teacher_folder, corpus, killed)
-    environment = {**ONE_THREAD, "HEADSTART_CACHE": os.environ["HEADSTART_CACHE"]}
-    journal = killed / "search.jsonl"
-    for lines in (2, 9, 16):
-        process = subprocess.Popen(
-            [sys.executable, *arguments], env=environment, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if journal.is_file() and journal.read_text().count("\n") >= lines:
-                break
-            time.sleep(0.002)
-        assert process.poll() is None, "the search ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    run_command(arguments)
-    assert timeless(killed) == timeless(tmp_path / "whole")
 
 
 SPEC = SubnetSpec((0, 2), (1, 2, 3), ((0,), (1,)), ((4, 5), (5, 6)))

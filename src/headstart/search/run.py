@@ -209,8 +209,7 @@ class _Search:
                 "precision are at fault"
             )
         finals = self._finals(scores)
-        winner = min(finals, key=lambda one: one.loss).candidate if finals else best.candidate
-        return self._result(scores, finals, winner)
+        return self._result(scores, finals, (ranked(finals) or [best])[0].candidate)
 
     def _orders(self) -> tuple[Orders, int]:
         """The axis orders and the FLOPs they cost; scores are kept in the cache."""
@@ -317,7 +316,7 @@ class _Search:
             )
             for one in scores
         }
-        trained = {one.candidate: one.loss for one in finals}
+        trained = {one.candidate: _number(one.loss) for one in finals}
         train_tokens = settings.finalists.steps * settings.finalists.batch_size
         train_tokens *= self.context_length
         place = [one.candidate for one in scores].index(winner)
@@ -355,7 +354,7 @@ class _Search:
                     "origin": one.origin,
                     "parameters": one.parameters,
                     "amount": self.amount(one.candidate, self.bin.measure),
-                    "loss": one.loss if math.isfinite(one.loss) else None,
+                    "loss": _number(one.loss),
                     "tokens": one.tokens,
                     "sizes": one.candidate.sizes(),
                     **(
@@ -367,6 +366,11 @@ class _Search:
             "winner": place,
             "front": front,
         }
+
+
+def _number(loss: float) -> float | None:
+    """A loss for JSON, which knows neither NaN nor infinity."""
+    return loss if math.isfinite(loss) else None
 
 
 def load_spec(path: Path) -> SubnetSpec:
