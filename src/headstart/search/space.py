@@ -30,7 +30,7 @@ SpaceName = Literal["coarse-uniform", "fine-uniform", "coarse-layerwise", "fine-
 
 MAX_EXCHANGES = 16
 """Ranks of depth or width that one operator exchanges at most."""
-MAX_LAYER_EXCHANGES = 4
+MAX_LAYER_EXCHANGES = 2
 """The same for the groups or neurons of one layer."""
 
 
@@ -330,20 +330,12 @@ class Space:
         axes = ["layers", "embed", "kv_groups", "mlp"]
         axes = [axis for axis in axes if self._smallest(parent, axis) < totals[axis]] or ["embed"]
         axis = rng.choice(axes)
-        if axis in ("layers", "embed"):
-            units = getattr(parent, axis)
-            count = rng.randint(1, 2 if axis == "layers" else MAX_EXCHANGES)
-            changed = exchanged(rng, units, totals[axis], count, noise)
-            if axis == "embed" or self.uniform:
-                return (
-                    parent._replace(embed=changed)
-                    if axis == "embed"
-                    else parent._replace(layers=changed)
-                )
-            cell = (parent.embed.size, changed.size, parent.head_dim)
-            groups, neurons = self._levels(parent)
-            moved = parent._replace(layers=changed)
-            return self._fitted(rng, cell, groups, neurons, moved, moved)
+        if axis == "embed":
+            count = rng.randint(1, MAX_EXCHANGES)
+            return parent._replace(embed=exchanged(rng, parent.embed, totals[axis], count, noise))
+        if axis == "layers":
+            changed = exchanged(rng, parent.layers, totals[axis], rng.randint(1, 2), noise)
+            return self._with_layers(parent, changed)
         layers = list(getattr(parent, axis))
         for _ in range(rng.randint(1, max(1, len(layers) // 4))):
             place, count = rng.randrange(len(layers)), rng.randint(1, MAX_EXCHANGES)
@@ -351,6 +343,19 @@ class Space:
         if axis == "kv_groups":
             return parent._replace(kv_groups=tuple(layers))
         return parent._replace(mlp=tuple(layers))
+
+    def _with_layers(self, parent: Candidate, layers: Units) -> Candidate:
+        """The parent with some layers exchanged; each new one takes the units of one that left."""
+        if self.uniform:
+            return parent._replace(layers=layers)
+        inner = dict(zip(parent.layers.ranks(), range(parent.layers.size), strict=True))
+        left = iter(sorted(inner.keys() - set(layers.ranks())))
+        places = [inner[rank if rank in inner else next(left)] for rank in layers.ranks()]
+        return parent._replace(
+            layers=layers,
+            kv_groups=tuple(parent.kv_groups[place] for place in places),
+            mlp=tuple(parent.mlp[place] for place in places),
+        )
 
     def _smallest(self, candidate: Candidate, axis: str) -> int:
         units = getattr(candidate, axis)
