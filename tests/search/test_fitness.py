@@ -1,6 +1,7 @@
 """Fitness equals the loss that transformers gives for the student."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headstart.search.bins import Bin
 from headstart.search.candidate import Candidate, Orders, Units
-from headstart.search.fitness import DivergenceFromTeacher, HeldOutLoss, fitting_batch_size
+from headstart.search.fitness import (
+    DivergenceFromTeacher,
+    HeldOutLoss,
+    fitting_batch_size,
+    put_in_order,
+)
 from headstart.search.space import Space, SpaceName
 from headstart.subnet.extract import extract
 from headstart.subnet.rules import sizes_of
@@ -93,6 +99,29 @@ def test_layerwise_fitness_equals_that_of_the_whole_weights_in_float64(
     for start, stop in ((0, 1), (1, 6), (2, 7)):
         expected = float(nats[start:stop].sum())
         assert fitness(candidate, start, stop) == pytest.approx(expected, rel=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kl", [False, True])
+def test_a_teacher_in_order_is_the_same_and_gives_the_same_candidates_as_views(
+    teacher: PreTrainedModel, blocks: Tensor, kl: bool
+) -> None:
+    fitness, logits = fitness_of(teacher, blocks, kl=kl), teacher(blocks).logits
+    candidates = [
+        space_of(teacher, 0.8, name).sample(random.Random(1))
+        for name in ("coarse-uniform", "fine-layerwise")
+    ]
+    before = [fitness(candidate, 0, NUM_BLOCKS) for candidate in candidates]
+    first = next(iter(fitness.state))
+    moved, orders = fitness.state[first].clone(), fitness.orders
+    fitness = replace(fitness, orders=put_in_order(fitness.state, teacher.config, orders))
+    assert not torch.equal(fitness.state[first], moved)
+    torch.testing.assert_close(teacher(blocks).logits, logits, rtol=1e-4, atol=1e-5)
+    after = [fitness(candidate, 0, NUM_BLOCKS) for candidate in candidates]
+    assert after == pytest.approx(before, rel=1e-5)
+    places = {one.untyped_storage().data_ptr() for one in fitness.state.values()}
+    for weight in fitness.student(candidates[0]).parameters():
+        assert weight.untyped_storage().data_ptr() in places
 
 
 @torch.no_grad()

@@ -223,7 +223,8 @@ def test_what_is_paid_is_told(teacher_folder: Path, blocks: TokenBlocks, tmp_pat
 
 def test_finals_decide(teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path) -> None:
     """By their losses in the journal, of which one that is no number never wins."""
-    settings = replace(SETTINGS, finalists=FinalistSettings(count=3, steps=2, batch_size=2))
+    finalists = FinalistSettings(count=3, steps=2, batch_size=2)
+    settings = replace(SETTINGS, racing=RacingSettings(rungs=1), finalists=finalists)
     search(teacher_folder, blocks, settings, tmp_path)
     path = tmp_path / "search.jsonl"
     lines = path.read_text().splitlines()

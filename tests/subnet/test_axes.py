@@ -71,13 +71,31 @@ def test_slices_are_those_of_naive_loops(layout, kept):
     shape = shape_of(layout, SIZES)
     tensor = torch.arange(np.prod(shape)).reshape(shape)
     sliced = slice_tensor(tensor, layout, SIZES, kept)
-    assert sliced.is_contiguous()
     np.testing.assert_array_equal(sliced.numpy(), naive_slice(tensor.numpy(), layout, kept))
 
 
 def test_a_tensor_kept_whole_is_not_copied():
     tensor = torch.zeros(6, 4)
     assert slice_tensor(tensor, "mlp embed", SIZES, {"embed": range(4), "vocab": (1,)}) is tensor
+
+
+@pytest.mark.parametrize(
+    ("layout", "kept", "is_view"),
+    [
+        ("vocab embed", {"embed": (0, 1)}, True),
+        ("mlp embed", {"embed": (1, 2), "mlp": (2, 3, 4)}, True),
+        ("(kv_groups 3 head_dim) embed", {"kv_groups": (1,), "embed": (0, 1)}, True),
+        ("vocab embed", {"embed": (0, 2)}, False),
+        ("vocab embed", {"embed": (1, 0, 2, 3)}, False),
+        ("(2 mlp) embed", {"mlp": (0, 1)}, False),
+        ("(kv_groups 3 head_dim) embed", {"head_dim": (1,)}, False),
+    ],
+)
+def test_units_side_by_side_are_views(layout, kept, is_view):
+    tensor = torch.zeros(shape_of(layout, SIZES))
+    sliced = slice_tensor(tensor, layout, SIZES, kept)
+    tensor += 1
+    assert bool(sliced.bool().all()) == is_view == bool(sliced.bool().any())
 
 
 def test_a_tensor_of_another_shape_is_refused():

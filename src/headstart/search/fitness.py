@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig
 from headstart.evaluate import summed_loss
 from headstart.pretrain.losses import chunked_sum, forward_kl
 from headstart.search.candidate import Candidate, Orders
-from headstart.subnet.extract import build_student
+from headstart.subnet.extract import build_student, slice_tensors
 from headstart.subnet.rules import sizes_of
+from headstart.subnet.spec import SubnetSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,6 +108,28 @@ def _hidden(
 ) -> Float[Tensor, "batch tokens embed"]:
     hidden: Tensor = model.base_model(blocks.to(model.device), use_cache=False).last_hidden_state
     return hidden
+
+
+@torch.no_grad()
+def put_in_order(state: Mapping[str, Tensor], config: PreTrainedConfig, orders: Orders) -> Orders:
+    """Move a teacher's channels, groups and neurons to the places of their ranks.
+
+    The model computes what it did before, and a candidate that keeps the first ranks of an axis is
+    then a view of it, which costs nothing to cut out.
+
+    Args:
+        state: the teacher's state dict, whose tensors are overwritten one at a time.
+        config: the teacher's config.
+        orders: what comes first; layers stay where they are.
+
+    Returns:
+        The orders in which to read it from now on.
+    """
+    in_place = Orders.of_teacher(config)
+    everything = SubnetSpec(in_place.layers, orders.embed, orders.kv_groups, orders.mlp)
+    for name, ordered in slice_tensors(state.items(), config, everything):
+        state[name].copy_(ordered)
+    return replace(in_place, layers=orders.layers)
 
 
 def fitting_batch_size(

@@ -221,7 +221,7 @@ def rows_in_bin(config: PreTrainedConfig, grid: GridSettings, bin: Bin, uniform:
         raise ValueError(
             f"no shape of search.grid is a legal {config.model_type} model; make its steps finer"
         )
-    columns: Any = [np.concatenate(column) for column in zip(*kept, strict=True)]
+    columns = [np.concatenate(column) for column in zip(*kept, strict=True)]
     smallest, largest = min(least), max(most)
     if not len(columns[0]):
         found = [_neighbours(bin, *legal_rows(piece)[2:]) for piece in pieces]
@@ -234,7 +234,8 @@ def rows_in_bin(config: PreTrainedConfig, grid: GridSettings, bin: Bin, uniform:
             f"{smallest:,} to {largest:,}, and the nearest to the bin are {nearest}: move or widen "
             "search.bin, or make search.grid finer"
         )
-    return Rows(*columns, smallest, largest)
+    rows: Any = (*columns, smallest, largest)
+    return Rows(*rows)
 
 
 def _interval(bin: Bin, base: Any, per_level: Any, top: Any) -> tuple[Any, Any]:

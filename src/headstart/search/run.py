@@ -21,7 +21,12 @@ from headstart.search.bins import BinSettings
 from headstart.search.candidate import Candidate, Orders
 from headstart.search.evolution import EvolutionSettings, evolve, ranked
 from headstart.search.finalists import FinalistSettings, choose_finalists, run_finals
-from headstart.search.fitness import DivergenceFromTeacher, HeldOutLoss, fitting_batch_size
+from headstart.search.fitness import (
+    DivergenceFromTeacher,
+    HeldOutLoss,
+    fitting_batch_size,
+    put_in_order,
+)
 from headstart.search.grid import GridSettings
 from headstart.search.importance import (
     DepthImportance,
@@ -186,7 +191,8 @@ class _Search:
         self.orders, self.calibration_flops = self._orders()
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         state = {name: one for name, one in model.state_dict().items() if name not in tied}
-        parts = (state, self.config, self.orders, held_out.to(model.device), self.batch_size)
+        orders = put_in_order(state, self.config, self.orders)
+        parts = (state, self.config, orders, held_out.to(model.device), self.batch_size)
         self.fitness = (
             DivergenceFromTeacher(*parts, teacher=model)
             if settings.fitness == "kl"

@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 GLOBAL_AXES = ("vocab", "layers", "embed")
@@ -85,30 +86,42 @@ def slice_tensor(
         kept: axis -> indices to keep, in order; an axis that is absent is kept whole.
 
     Returns:
-        The sub-tensor, contiguous, with fused dimensions fused again. It is the tensor itself
-        when nothing is removed.
+        The sub-tensor, with fused dimensions fused again. Where kept units lie side by side in
+        ascending order it is a view of the tensor, and the tensor itself when nothing is removed.
     """
     dimensions = parse_layout(layout)
     assert tuple(tensor.shape) == shape_of(layout, sizes), (tensor.shape, layout, sizes)
     for position, dimension in enumerate(dimensions):
-        index = _dimension_index(dimension, sizes, kept)
-        if index is not None:
-            tensor = tensor.index_select(position, index.to(tensor.device))
+        units = _kept_units(dimension, sizes, kept)
+        if isinstance(units, range):
+            tensor = tensor.narrow(position, units.start, len(units))
+        elif units is not None:
+            tensor = tensor.index_select(position, units.to(tensor.device))
     return tensor
 
 
-def _dimension_index(
+def _kept_units(
     dimension: Dimension, sizes: Sizes, kept: Mapping[str, Sequence[int]]
-) -> Tensor | None:
+) -> Int[Tensor, " units"] | range | None:
     """Flat indices of the kept units in one (maybe fused) dimension; None keeps all of it."""
-    if all(
-        isinstance(part, int) or part not in kept or len(kept[part]) == sizes[part]
-        for part in dimension
-    ):
+    whole = [range(part if isinstance(part, int) else sizes[part]) for part in dimension]
+    parts = [
+        _unbroken(kept[part]) if isinstance(part, str) and part in kept else every
+        for part, every in zip(dimension, whole, strict=True)
+    ]
+    if parts == whole:
         return None
+    outermost = parts[0]
+    if isinstance(outermost, range) and parts[1:] == whole[1:]:
+        inner = math.prod(map(len, whole[1:]))
+        return range(outermost.start * inner, outermost.stop * inner)
     index = torch.zeros(1, dtype=torch.long)
-    for part in dimension:
-        size = part if isinstance(part, int) else sizes[part]
-        units = kept.get(part, range(size)) if isinstance(part, str) else range(size)
-        index = (index[:, None] * size + torch.as_tensor(units)).flatten()
+    for units, every in zip(parts, whole, strict=True):
+        index = (index[:, None] * len(every) + torch.as_tensor(units)).flatten()
     return index
+
+
+def _unbroken(units: Sequence[int]) -> Sequence[int]:
+    """Units as a range if they are one."""
+    run = range(units[0], units[0] + len(units))
+    return run if tuple(units) == tuple(run) else tuple(units)

@@ -149,6 +149,7 @@ def slice_tensors(
         del tensor  # or it would stay until the next one is read
         if part is not None:
             yield name, part
+        part = None  # it may be a view of the whole
     if missing:
         pattern, layer = min(missing, key=str)
         raise ValueError(
@@ -184,9 +185,9 @@ def build_student(
         spec: what to keep.
 
     Returns:
-        A model in eval mode on the teacher's device, whose parameters ask for no gradients;
-        tensors that are kept whole are shared with the teacher. Its config is the student's where
-        a stock one exists, else the teacher's with the student's number of layers.
+        A model in eval mode on the teacher's device, whose parameters ask for no gradients; those
+        whose kept units lie side by side are views of the teacher's. Its config is the student's
+        where a stock one exists, else the teacher's with the student's number of layers.
 
     Raises:
         ValueError: the spec does not fit the teacher.
@@ -279,7 +280,7 @@ def extract(
         return named_tensor
 
     tensors = map(reported, read_tensors(folder))  # a loop would hold on to its last tensor
-    sliced = {name: t.contiguous() for name, t in slice_tensors(tensors, config, spec)}
+    sliced = dict(map(_alone, slice_tensors(tensors, config, spec)))
     output_config.architectures = config.architectures
     output_config.dtype = next(iter(sliced.values())).dtype
 
@@ -302,6 +303,13 @@ def extract(
     (unfinished / "subnet.json").write_text(json.dumps(description, indent=2) + "\n")
     unfinished.rename(out_folder)
     return out_folder
+
+
+def _alone(named_tensor: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """A tensor that is no view of a larger one, which it would keep in memory."""
+    name, tensor = named_tensor
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return name, tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def hash_checkpoint(folder: Path) -> str:
