@@ -74,7 +74,9 @@ def proposals(
     }
 
 
-def importance(checkpoint: str, blocks: str, batch_size: int, repeats: int) -> dict[str, Any]:
+def importance(
+    checkpoint: str, blocks: str, batch_size: int, repeats: int, dtype: str
+) -> dict[str, Any]:
     """Time whittle's four importance functions on given tokens.
 
     They are called directly, since in 0.6.0 the `compute_order_*` functions of its script do not
@@ -85,6 +87,7 @@ def importance(checkpoint: str, blocks: str, batch_size: int, repeats: int) -> d
         blocks: .npy of token ids, as many blocks as whole batches hold.
         batch_size: blocks per forward pass.
         repeats: of which the median is taken.
+        dtype: of the model; whittle's script converts every model to "bfloat16".
 
     Returns:
         Seconds by function, and the scores of the layers and the MLP neurons, which can be checked
@@ -95,7 +98,7 @@ def importance(checkpoint: str, blocks: str, batch_size: int, repeats: int) -> d
     from whittle.importance.utils import TextDataset
 
     token_ids = _token_ids(blocks)
-    model = _model(checkpoint, compute_importance=True)
+    model = _model(checkpoint, compute_importance=True).to(getattr(torch, dtype))
     model.max_seq_length = token_ids.shape[1]
     assert len(token_ids) % batch_size == 0, "whittle reshapes to full batches"
 

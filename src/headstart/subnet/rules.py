@@ -145,7 +145,7 @@ def match_tensor(name: str, config: PreTrainedConfig) -> tuple[Rule, int | None]
         rule = Rule(pattern, DROPPED)
     if layer is None or "{i}" not in pattern:
         return rule, None
-    num_layers = sizes_of(config)["layers"]
+    num_layers = getattr(config, next(key for key, axes in family.config if axes == "layers"))
     if int(layer[1]) >= num_layers:
         raise ValueError(
             f"tensor {name!r} is in the checkpoint although its config says {num_layers} layers; "
