@@ -16,6 +16,7 @@ LAYERS = [
     {"recipe"},
     {"search", "pretrain", "report", "report_page", "report_search"},
     {"evaluate"},
+    {"pretrain.chunked"},
     {"pretrain.losses"},
     {"subnet", "data"},
     {"corpus", "distributed"},

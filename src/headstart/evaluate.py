@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headstart.pretrain.losses import chunked_sum, cross_entropy
+from headstart.pretrain.chunked import chunked_sum
+from headstart.pretrain.losses import cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from headstart.evaluate import next_token_loss
-from headstart.pretrain.losses import DistillationSettings, chunked_sum, distillation_loss
+from headstart.pretrain.chunked import chunked_sum
+from headstart.pretrain.losses import DistillationSettings, distillation_loss
 from headstart.pretrain.teacher import Teacher
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from headstart.evaluate import summed_loss
-from headstart.pretrain.losses import chunked_sum, forward_kl
+from headstart.pretrain.chunked import chunked_sum
+from headstart.pretrain.losses import forward_kl
 from headstart.search.candidate import Candidate, Orders
 from headstart.subnet.extract import build_student, slice_tensors
 from headstart.subnet.rules import sizes_of
