@@ -58,14 +58,14 @@ def result_of(
     upfront_flops = costs["calibration_flops"] + costs["search_flops"]
     arms = []
     for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True):
-        flops_per_token = student_count.training_flops_per_token
-        if arm.kd:
-            flops_per_token += teacher_count.inference_flops_per_token
         start = upfront_flops if arm.init == "subnet" else 0
-        curve = [
-            {**point, "flops": start + point["tokens"] * flops_per_token}
-            for point in run_result["curve"]
-        ]
+        curve = []
+        for point in run_result["curve"]:
+            flops = start + point["tokens"] * student_count.training_flops_per_token
+            if arm.kd:
+                asked = int(arm.kd.teacher_tokens(point["tokens"]))
+                flops += asked * teacher_count.inference_flops_per_token
+            curve.append({**point, "flops": flops})
         arms.append(
             {
                 **asdict(arm),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def make_trainer(model, blocks, train_blocks, tmp_path):
         teacher: Teacher | None = None,
         evaluation_steps: tuple[int, ...] = (),
         on_step: Any = lambda steps, note: None,
+        kd: DistillationSettings = KD,
         **arguments: Any,
     ) -> DistillationTrainer:
         defaults = {
@@ -78,7 +80,8 @@ def make_trainer(model, blocks, train_blocks, tmp_path):
             train_dataset=BlockDataset(train_blocks),
             eval_dataset=BlockDataset(blocks.split("validation")),
             teacher=teacher,
-            distillation=KD if teacher else None,
+            distillation=kd if teacher else None,
+            tokens_per_step=train_blocks.size,
             evaluation_steps=set(evaluation_steps),
             on_step=on_step,
         )
@@ -86,8 +89,14 @@ def make_trainer(model, blocks, train_blocks, tmp_path):
     return make
 
 
-def dense_loss(model: PreTrainedModel, rows: np.ndarray, teacher: Teacher | None) -> Tensor:
+def dense_loss(
+    model: PreTrainedModel,
+    rows: np.ndarray,
+    teacher: Teacher | None,
+    weights: tuple[float, float] = (KD.alpha, KD.beta),
+) -> Tensor:
     """The loss as transformers and torch write it, from all logits at once."""
+    alpha, beta = weights
     tokens = torch.from_numpy(rows.astype(np.int64))
     outputs = model(tokens, labels=tokens)
     if teacher is None:
@@ -100,15 +109,21 @@ def dense_loss(model: PreTrainedModel, rows: np.ndarray, teacher: Teacher | None
         log_target=True,
         reduction="batchmean",
     )
-    return KD.alpha * outputs.loss + KD.beta * KD.temperature**2 * soft
+    return alpha * outputs.loss + beta * KD.temperature**2 * soft
 
 
-def manual_step(model: PreTrainedModel, rows: np.ndarray, teacher: Teacher | None) -> float:
-    loss = dense_loss(model, rows, teacher)
+def manual_step(
+    model: PreTrainedModel,
+    rows: np.ndarray,
+    teacher: Teacher | None,
+    weights: tuple[float, float] = (KD.alpha, KD.beta),
+) -> float:
+    loss = dense_loss(model, rows, teacher, weights)
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= LEARNING_RATE * parameter.grad
+    model.zero_grad()
     return loss.item()
 
 
@@ -129,6 +144,29 @@ def test_a_step_is_the_step_of_plain_torch(
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == [pytest.approx(expected_loss, abs=1e-4)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected_weights"),
+    [
+        ("switch", [(0.3, 0.8), (0.3, 0.8), (0.9, 0.0), (0.9, 0.0)]),
+        ("linear", [(0.3, 0.8), (0.6, 0.4), (0.9, 0.0), (0.9, 0.0)]),
+    ],
+)
+def test_weights_follow_the_schedule_and_the_teacher_is_asked_only_while_it_weighs(
+    make_trainer, model, train_blocks, online_teacher, schedule, expected_weights, monkeypatch
+):
+    expected = copy.deepcopy(model)
+    for weights in expected_weights:
+        manual_step(expected, train_blocks, online_teacher, weights)
+    asked, hidden = [], Teacher.hidden
+    monkeypatch.setattr(Teacher, "hidden", lambda *args: asked.append(1) or hidden(*args))
+    kd = replace(
+        KD, schedule=schedule, schedule_tokens=2 * train_blocks.size, alpha_end=0.9, beta_end=0.0
+    )
+    make_trainer(online_teacher, kd=kd, max_steps=4).train()
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
+    assert len(asked) == 2
 
 
 def test_evaluation_is_cross_entropy_also_when_distilling(

@@ -245,6 +245,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             eval_dataset=BlockDataset(validation_split, num_validation_blocks),
             teacher=teacher,
             distillation=arm.kd,
+            tokens_per_step=step_tokens,
             evaluation_steps=set(evaluation_steps(num_steps, settings.evaluations)),
             earlier_seconds=seconds_until(checkpoint),
             on_step=on_step,

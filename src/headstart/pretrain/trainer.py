@@ -29,7 +29,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         teacher: learnt from when `distillation` is set.
-        distillation: weights and temperature; None trains on text alone.
+        distillation: weights and divergence; None trains on text alone.
+        tokens_per_step: by which the weights' schedule counts.
         evaluation_steps: the optimizer steps after which to evaluate.
         earlier_seconds: that the run had trained before it was resumed.
         on_step: called after each optimizer step with (steps done, note).
@@ -43,6 +44,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         *,
         teacher: Teacher | None,
         distillation: DistillationSettings | None,
+        tokens_per_step: int,
         evaluation_steps: set[int],
         earlier_seconds: float = 0.0,
         on_step: Callable[[int, str], None] = lambda steps, note: None,
@@ -51,6 +53,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         assert (teacher is None) == (distillation is None)
         super().__init__(**arguments)
         self.teacher, self.distillation = teacher, distillation
+        self.tokens_per_step = tokens_per_step
         self.started = time.perf_counter() - earlier_seconds
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -66,10 +69,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         blocks = inputs["input_ids"]
         hidden, matrix = self._hidden_and_matrix(model, blocks)
-        if model.training and self.teacher is not None:
+        alpha, beta = (1.0, 0.0)
+        if model.training and self.distillation is not None:
+            alpha, beta = self.distillation.weights(self._tokens_seen)
+        if beta > 0:
             total = self._distil(hidden, matrix, blocks)
         else:
-            total = next_token_loss(hidden, matrix, blocks)
+            total = alpha * next_token_loss(hidden, matrix, blocks)
         num_targets = blocks.shape[0] * (blocks.shape[1] - 1)
         if num_items_in_batch is None:
             loss = total / num_targets
@@ -123,6 +129,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
         return outputs.hidden_states[-1], matrix
 
+    @property
+    def _tokens_seen(self) -> int:
+        return int(self.state.global_step * self.tokens_per_step)
+
     def _distil(self, hidden: Tensor, matrix: Tensor, blocks: Tensor) -> Tensor:
         teacher, settings = self.teacher, self.distillation
         assert teacher is not None and settings is not None
@@ -131,7 +141,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
         def token_loss(logits: Tensor, chunk: slice) -> Tensor:
             teacher_logits = teacher.logits(teacher_hidden[chunk])
-            return distillation_loss(logits, targets[chunk], teacher_logits, settings)
+            return distillation_loss(
+                logits, targets[chunk], teacher_logits, settings, self._tokens_seen
+            )
 
         return chunked_sum(hidden[:, :-1].flatten(0, 1), matrix, token_loss)
 
