@@ -92,7 +92,7 @@ class DistillationSettings:
         done = min(1.0, tokens / self.schedule_tokens)
         done = done if self.schedule == "linear" else float(done == 1)
         alpha, beta = (
-            start + (end - start) * done
+            start * (1 - done) + end * done
             for start, end in ((self.alpha, self.alpha_end), (self.beta, self.beta_end))
         )
         return alpha, beta
