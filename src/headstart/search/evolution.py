@@ -20,6 +20,7 @@ from headstart.search.journal import Evaluated
 from headstart.search.pareto import select
 from headstart.search.racing import Proposal, Race
 from headstart.search.space import Space
+from headstart.search.surrogate import MAX_KNOWN, Surrogate
 
 Method = Literal["evolution", "random", "importance"]
 MAX_ATTEMPTS = 50
@@ -40,6 +41,8 @@ class EvolutionSettings:
         mutation: share of a generation that are mutated elites.
         crossover: share that are crossed elites. The rest are random immigrants, which
             also replace offspring that would be repeats.
+        screening: candidates bred for each place in a later generation, of which only the one that
+            looks best to a `Surrogate` is scored; 1 for no screening. A trade-off does without.
         seed: of every random choice.
         tradeoff: a measure that elites keep small beside their loss, chosen as in NSGA-II, so that
             the search ends with a Pareto front; "none" for the loss alone.
@@ -51,11 +54,12 @@ class EvolutionSettings:
     elites: int = 4
     mutation: float = 0.5
     crossover: float = 0.3
+    screening: int = 16
     seed: int = 0
     tradeoff: Literal["none", "parameters", "flops_per_token", "kv_cache_bytes_per_token"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("population", "generations", "elites"):
+        for name in ("population", "generations", "elites", "screening"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"search.evolution.{name} is {getattr(self, name)}; use at least 1"
@@ -91,6 +95,7 @@ def evolve(
     rng = random.Random(settings.seed)
     scores: dict[Candidate, Evaluated] = {}
     elites: list[Evaluated] = []
+    known: list[Evaluated] = []
     evenly: list[Candidate] = []
     if settings.method == "importance":
         evenly = space.proportional(settings.population * settings.generations)
@@ -100,9 +105,12 @@ def evolve(
             proposals = [(one, "proportional") for one in evenly[start:][: settings.population]]
         else:
             parents = [] if settings.method == "random" else [one.candidate for one in elites]
-            proposals = _propose(space, settings, rng, parents, scores)
+            screen = Surrogate(space.totals, [one.candidate for one in known]) if known else None
+            proposals = _propose(space, settings, rng, parents, scores, screen)
         on_generation(generation, len(proposals))
         generation_scores = race.run(generation, proposals)
+        if settings.method == "evolution" and settings.screening > 1 and burden is None:
+            known = ranked([*known, *generation_scores])[:MAX_KNOWN]
         scores.update((score.candidate, score) for score in generation_scores)
         whole = [score for score in generation_scores if score.tokens == race.all_tokens]
         elites = _elites([*elites, *whole], settings.elites, burden)
@@ -133,14 +141,19 @@ def _propose(
     rng: random.Random,
     elites: list[Candidate],
     seen: Container[Candidate],
+    screen: Surrogate | None,
 ) -> list[Proposal]:
     """A generation's new candidates, each with its origin; fewer where the space runs dry."""
     proposals: dict[Candidate, str] = {}
     num_mutated = round(settings.population * settings.mutation)
     num_crossed = round(settings.population * settings.crossover)
+    num_tries = settings.screening if elites and screen else 1
     for slot in range(settings.population):
+        tries: dict[Candidate, str] = {}
         for attempt in range(2 * MAX_ATTEMPTS):
             breed = attempt < MAX_ATTEMPTS
+            if len(tries) == num_tries or (tries and not breed):
+                break
             if not elites:
                 candidate, origin = space.sample(rng), "sample"
             elif breed and slot < num_mutated:
@@ -151,6 +164,8 @@ def _propose(
             else:
                 candidate, origin = space.sample(rng), "immigrant"
             if candidate not in seen and candidate not in proposals:
-                proposals[candidate] = origin
-                break
+                tries[candidate] = origin
+        if tries:
+            best = screen.best(list(tries)) if screen else next(iter(tries))
+            proposals[best] = tries[best]
     return list(proposals.items())
