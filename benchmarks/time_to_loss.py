@@ -42,7 +42,7 @@ from headstart.search.space import Space
 from peers.environment import ask_whittle, litgpt_checkpoint, num_threads
 
 GOAL = 5
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 MAX_GENERATIONS = 40
 """After these headstart has failed, and the ratio of that seed is 0."""
 WHITTLE_SPACE = "small"

@@ -1,8 +1,8 @@
 """Evolutionary search inside a bin, and its two baselines, random search and importance alone.
 
-Proposals depend only on the seed and on the losses seen so far. A search that is started again
-therefore replays its own proposals, reads their losses from the journal, and evaluates only what
-is not there yet: one that was killed ends exactly like one that was not.
+Proposals depend only on the seed, the generation, and the losses seen so far. A search that is
+started again reads whole generations and their losses from the journal, breeds the last one again,
+and evaluates only what is not there yet: one that was killed ends exactly like one that was not.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def evolve(
     Returns:
         The last score of every candidate in the order in which they were proposed.
     """
-    rng = random.Random(settings.seed)
     scores: dict[Candidate, Evaluated] = {}
     elites: list[Evaluated] = []
     known: list[Evaluated] = []
@@ -105,8 +104,13 @@ def evolve(
             proposals = [(one, "proportional") for one in evenly[start:][: settings.population]]
         else:
             parents = [] if settings.method == "random" else [one.candidate for one in elites]
-            screen = Surrogate(space.totals, [one.candidate for one in known]) if known else None
-            proposals = _propose(space, settings, rng, parents, scores, screen)
+            proposals = race.journal.proposals(generation)
+            if len(proposals) < settings.population:
+                rng = random.Random(f"{settings.seed}, generation {generation}")
+                screen = (
+                    Surrogate(space.totals, [one.candidate for one in known]) if known else None
+                )
+                proposals = _propose(space, settings, rng, parents, scores, screen)
         on_generation(generation, len(proposals))
         generation_scores = race.run(generation, proposals)
         if settings.method == "evolution" and settings.screening > 1 and burden is None:

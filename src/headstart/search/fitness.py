@@ -24,8 +24,8 @@ from headstart.subnet.spec import SubnetSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CPU_TOKENS_PER_BATCH = 4096
-"""Beyond this many a CPU gains nothing, and activations begin to weigh."""
+CPU_TOKENS_PER_BATCH = 2048
+"""Beyond this many a CPU is slower, as activations outgrow its caches."""
 MAX_TOKENS_PER_BATCH = 1 << 18
 ACTIVATIONS_PER_TOKEN = 12
 """Residual-sized tensors that are alive at once in a layer's forward pass, with slack."""

@@ -57,6 +57,7 @@ class Journal:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
         self.scores: dict[tuple[Candidate, int, int], Evaluated] = {}
+        self.origins: dict[int, dict[Candidate, str]] = {}
         identity = json.loads(json.dumps({"format": JOURNAL_FORMAT, **identity}))
         text = path.read_text() if path.exists() else ""
         whole, _, _ = text.rpartition("\n")
@@ -86,6 +87,10 @@ class Journal:
         """The score of a candidate on so many tokens, after so many steps, if it is known."""
         return self.scores.get((candidate, tokens, steps))
 
+    def proposals(self, generation: int) -> list[tuple[Candidate, str]]:
+        """The candidates of a generation that are scored, and their origins, as proposed."""
+        return list(self.origins.get(generation, {}).items())
+
     def append(self, scores: list[Evaluated]) -> None:
         """Keep new scores; only the main process writes them."""
         for evaluated in scores:
@@ -102,3 +107,6 @@ class Journal:
     def _keep(self, evaluated: Evaluated) -> None:
         key = (evaluated.candidate, evaluated.tokens, evaluated.steps)
         self.scores[key] = evaluated
+        self.origins.setdefault(evaluated.generation, {}).setdefault(
+            evaluated.candidate, evaluated.origin
+        )
