@@ -335,6 +335,31 @@ def test_a_space_that_runs_dry_ends_the_search(racing: RacingSettings, tmp_path:
     settings = replace(SETTINGS, population=40, generations=6)
     scores = run(tmp_path / "j", Fitness(), settings, few, racing)
     assert len({one.candidate for one in scores}) == len(scores) == num_shapes
+    again = run(tmp_path / "j", Fitness(0), settings, few, racing)
+    assert timeless(again) == timeless(scores)
+
+
+def test_no_candidate_is_asked_for_once_a_generation_found_none(tmp_path: Path) -> None:
+    """Else a search of thousands of generations in a small space would never end."""
+    shape = space("coarse-uniform", NARROW).sample(random.Random(0))
+
+    class OnlyOne:
+        totals, samples = TOTALS, 0
+
+        def sample(self, rng: random.Random) -> Candidate:
+            self.samples += 1
+            return shape
+
+        def mutate(self, rng: random.Random, parent: Candidate) -> Candidate:
+            return parent
+
+        def cross(self, rng: random.Random, mother: Candidate, father: Candidate) -> Candidate:
+            return mother
+
+    few: Any = OnlyOne()
+    settings = EvolutionSettings(population=2, generations=10_000)
+    assert [one.candidate for one in run(tmp_path / "j", Fitness(), settings, few)] == [shape]
+    assert few.samples < 1000
 
 
 @every_space

@@ -90,7 +90,8 @@ def evolve(
         on_scored: called with a generation and the scores of its candidates.
 
     Returns:
-        The last score of every candidate in the order in which they were proposed.
+        The last score of every candidate in the order in which they were proposed. They are fewer
+        than asked for where the space has no more.
     """
     scores: dict[Candidate, Evaluated] = {}
     elites: list[Evaluated] = []
@@ -104,20 +105,22 @@ def evolve(
             proposals = [(one, "proportional") for one in evenly[start:][: settings.population]]
         else:
             parents = [] if settings.method == "random" else [one.candidate for one in elites]
-            proposals = race.journal.proposals(generation)
-            if len(proposals) < settings.population:
+            proposals, whole = race.journal.proposals(generation)
+            if not whole and len(proposals) < settings.population:
                 rng = random.Random(f"{settings.seed}, generation {generation}")
                 screen = (
                     Surrogate(space.totals, [one.candidate for one in known]) if known else None
                 )
                 proposals = _propose(space, settings, rng, parents, scores, screen)
+        if not proposals:
+            break
         on_generation(generation, len(proposals))
         generation_scores = race.run(generation, proposals)
         if settings.method == "evolution" and settings.screening > 1 and burden is None:
             known = ranked([*known, *generation_scores])[:MAX_KNOWN]
         scores.update((score.candidate, score) for score in generation_scores)
-        whole = [score for score in generation_scores if score.tokens == race.all_tokens]
-        elites = _elites([*elites, *whole], settings.elites, burden)
+        finished = [score for score in generation_scores if score.tokens == race.all_tokens]
+        elites = _elites([*elites, *finished], settings.elites, burden)
         on_scored(generation, generation_scores)
     return list(scores.values())
 

@@ -87,9 +87,13 @@ class Journal:
         """The score of a candidate on so many tokens, after so many steps, if it is known."""
         return self.scores.get((candidate, tokens, steps))
 
-    def proposals(self, generation: int) -> list[tuple[Candidate, str]]:
-        """The candidates of a generation that are scored, and their origins, as proposed."""
-        return list(self.origins.get(generation, {}).items())
+    def proposals(self, generation: int) -> tuple[list[tuple[Candidate, str]], bool]:
+        """The scored candidates of a generation with their origins, and whether they are all.
+
+        They come as they were proposed. A generation is known to be whole when a later one is there.
+        """
+        later = max(self.origins, default=0) > generation
+        return list(self.origins.get(generation, {}).items()), later
 
     def append(self, scores: list[Evaluated]) -> None:
         """Keep new scores; only the main process writes them."""
