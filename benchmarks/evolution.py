@@ -22,7 +22,7 @@ from headstart.search.racing import Race, RacingSettings
 from headstart.search.space import Space, SpaceName
 from real_teacher import BIN, RealTeacher, load
 
-SEEDS = range(5)
+SEEDS = range(11)
 NUM_TOKENS = 512
 EVOLUTION = EvolutionSettings(population=8, generations=5, elites=3)
 

@@ -90,7 +90,7 @@ class Journal:
     def proposals(self, generation: int) -> tuple[list[tuple[Candidate, str]], bool]:
         """The scored candidates of a generation with their origins, and whether they are all.
 
-        They come as they were proposed. A generation is known to be whole when a later one is there.
+        They come as they were proposed. A generation is known to be whole if a later one is there.
         """
         later = max(self.origins, default=0) > generation
         return list(self.origins.get(generation, {}).items()), later
