@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "headstart"
 LAYERS = [
     {"cli"},
     {"pipeline"},
-    {"result"},
+    {"result", "run_folder"},
     {"recipe"},
     {"search", "pretrain", "report", "report_page", "report_search"},
     {"evaluate"},

@@ -19,9 +19,8 @@ import yaml
 from safetensors.torch import load_file
 
 from headstart.pipeline import (
-    check_run_folder,
-    open_run,
     run,
+    run_cache_teacher,
     run_evaluate,
     run_extract,
     run_plan,
@@ -242,20 +241,6 @@ def test_killed_in_every_stage_goes_on_to_the_same_answer(
     assert answer(folder) == answer(Path(whole["output"]))
 
 
-def test_a_run_folder_is_for_one_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
-    ours = recipe_from_dict(recipe)
-    check_run_folder(ours)
-    open_run(ours)
-    check_run_folder(ours)
-    recipe["search"]["tokens"] = 300
-    with pytest.raises(ValueError, match=r"another recipe \(search.tokens is 256 there and 300"):
-        check_run_folder(recipe_from_dict(recipe))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is not empty"):
-        check_run_folder(recipe_from_dict({**recipe, "output": str(tmp_path / "full")}))
-
-
 def test_several_bins_have_a_run_each(recipe: dict[str, Any]) -> None:
     bins = [{"low": "30K", "high": "35K"}, {"low": "40K", "high": "45K", "name": "large"}]
     recipe["search"] = {**recipe["search"], "bins": bins}
@@ -339,3 +324,31 @@ def test_match_by_hand() -> None:
 
 def test_recipe_type() -> None:
     assert Recipe.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def with_cache(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe with an arm that distils from a cache, and two passes over the text."""
+    kd = {"top_k": 8, "cache": str(folder)}
+    arms = [{"name": "scratch", "init": "random"}, {"name": "cached", "kd": kd}]
+    return {**recipe, "pretrain": {**recipe["pretrain"], "arms": arms}}
+
+
+def test_a_run_from_a_cached_teacher(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = with_cache(recipe, tmp_path / "outputs")
+    with pytest.raises(ValueError, match="holds no teacher cache; write it with"):
+        run(recipe_from_dict(recipe))
+    assert not (tmp_path / "run" / "search.json").exists()  # before anything costly
+    (manifest,) = run_cache_teacher(recipe_from_dict(recipe)).values()
+    (result,) = run(recipe_from_dict(recipe))
+    arm = result["arms"][1]
+    num_tokens = manifest["blocks"] * manifest["block_length"]
+    point = arm["curve"][-1]
+    teacher_flops = result["costs"]["teacher_flops_per_token"] * min(point["tokens"], num_tokens)
+    student_flops = result["student"]["training_flops_per_token"] * point["tokens"]
+    upfront = result["costs"]["calibration_flops"] + result["costs"]["search_flops"]
+    assert point["flops"] == upfront + student_flops + teacher_flops
+
+
+def test_a_cache_that_no_arm_asks_for_is_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"no arm .* set kd.cache"):
+        run_cache_teacher(recipe_from_dict(recipe))

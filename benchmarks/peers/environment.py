@@ -1,7 +1,7 @@
-"""The peer's own virtual environment, and how a benchmark asks it something.
+"""The peers' own virtual environments, and how a benchmark asks whittle something.
 
-whittle pins other versions of torch, transformers and datasets than headstart uses, so the two
-never share a process. The environment is made once, under headstart's cache; a request goes to
+Peers pin other versions of torch, transformers and datasets than headstart uses, so they never
+share a process. An environment is made once, under headstart's cache; a request to whittle goes to
 `whittle_worker.py` as JSON on stdin, and the answer comes back as the last line of its stdout.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 from headstart.assets import cache_root
 
 WHITTLE = "whittle==0.6.0"
+TRL = "trl==1.16.0"
 TORCH = "torch==2.13.0"
 """headstart's own version, so that both sides run on the same kernels where pip allows it."""
 PYARROW = "pyarrow==20.0.0"
@@ -37,38 +38,55 @@ def num_threads() -> int:
 def whittle_python() -> Path:
     """The Python of whittle's environment, installed first if need be.
 
-    The marker is written last, so an install that was killed is done again from nothing.
+    Raises:
+        RuntimeError: it cannot be installed.
+    """
+    # pyarrow for whittle's NumPy. torchvision may have a compiled part for another build of torch
+    # than the one that pip chose, and then no import of whittle works; without it lightning goes
+    # on, and nothing here sees an image.
+    return _python_with(WHITTLE, (PYARROW,), unwanted="torchvision")
+
+
+def trl_python() -> Path:
+    """The Python of TRL's environment, installed first if need be.
 
     Raises:
         RuntimeError: it cannot be installed.
     """
-    folder = cache_root() / "peers" / WHITTLE.replace("==", "-")
+    return _python_with(TRL)
+
+
+def _python_with(package: str, more: tuple[str, ...] = (), unwanted: str = "") -> Path:
+    """The Python of an environment that has one package.
+
+    The marker is written last, so an install that was killed is done again from nothing.
+    """
+    folder = cache_root() / "peers" / package.replace("==", "-")
     marker, python = folder / "installed", folder / "bin" / "python"
     if marker.is_file():
         return python
     if not (3, 10) <= sys.version_info < (3, 13):
         raise RuntimeError(
-            f"{WHITTLE} needs Python 3.10 to 3.12 and this is {sys.version.split()[0]}; run the "
+            f"{package} needs Python 3.10 to 3.12 and this is {sys.version.split()[0]}; run the "
             "benchmarks with one of those"
         )
     if folder.exists():
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"installing {WHITTLE} into {folder} (once, a few minutes)", file=sys.stderr)
+    print(f"installing {package} into {folder} (once, a few minutes)", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     # torch alone first, so that a build for CPUs is kept where the index has one.
-    if not (_pip_install(python, TORCH) and _pip_install(python, WHITTLE, PYARROW, TORCH)):
-        print(f"pip cannot combine {WHITTLE} with {TORCH}; going on without", file=sys.stderr)
-        if not _pip_install(python, WHITTLE, PYARROW):
+    if not (_pip_install(python, TORCH) and _pip_install(python, package, *more, TORCH)):
+        print(f"pip cannot combine {package} with {TORCH}; going on without", file=sys.stderr)
+        if not _pip_install(python, package, *more):
             raise RuntimeError(
-                f"pip could not install {WHITTLE} (its reason is above); check the network and "
+                f"pip could not install {package} (its reason is above); check the network and "
                 "pip's index settings"
             )
-    # Its compiled part may be for another build of torch than the one that pip chose, and then no
-    # import of whittle works; without it lightning goes on, and nothing here sees an image.
-    uninstall = [str(python), "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision"]
-    subprocess.run(uninstall, stdout=2, check=True)
-    marker.write_text(WHITTLE + "\n")
+    if unwanted:
+        uninstall = [str(python), "-m", "pip", "uninstall", "--yes", "--quiet", unwanted]
+        subprocess.run(uninstall, stdout=2, check=True)
+    marker.write_text(package + "\n")
     return python
 
 

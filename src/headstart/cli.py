@@ -116,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
         "--pretrain.tokens 1000000 --output runs/trained",
         usage="[RECIPE] [--key VALUE ...] [--debug]",
     )
+    add(
+        "cache-teacher",
+        _cache_teacher,
+        "Write what the teacher says of the training text, for the arms with kd.cache.",
+        "headstart cache-teacher recipe.yaml\n"
+        "  torchrun --nproc-per-node 4 -m headstart.cli cache-teacher recipe.yaml",
+        usage="[RECIPE] [--key VALUE ...] [--debug]",
+    )
     evaluate = add(
         "evaluate",
         _evaluate,
@@ -217,6 +225,20 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
     from headstart import pipeline
 
     pipeline.run_pretrain(recipe)
+
+
+def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
+    recipe = _load(overrides)
+    from headstart import pipeline
+    from headstart.distributed import is_main
+
+    for path, manifest in pipeline.run_cache_teacher(recipe).items():
+        if is_main():
+            tokens = manifest["blocks"] * (manifest["block_length"] - 1)
+            num_bytes = manifest["bytes_per_token"]
+            print(
+                f"{path}: {tokens:,} tokens, {num_bytes} bytes each, {tokens * num_bytes:,} in all"
+            )
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from rich.console import Console
 
 from headstart.assets import DEMO, demo_corpus, demo_teacher
@@ -30,7 +29,7 @@ from headstart.data import DataSettings, TokenBlocks, check_source, prepare
 from headstart.device import default_device, load_frozen
 from headstart.distributed import is_main, main_first, process_group, world_size
 from headstart.evaluate import mean_loss
-from headstart.files import write_json, write_whole
+from headstart.files import write_json
 from headstart.pretrain.arms import (
     ArmInputs,
     check_step,
@@ -38,11 +37,15 @@ from headstart.pretrain.arms import (
     tokens_per_step,
     training_arguments,
 )
+from headstart.pretrain.cache import CacheIdentity, TeacherCache, write_cache
+from headstart.pretrain.teacher import Teacher
 from headstart.progress import progress
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.report import headline, load_result, result_table, write_html
 from headstart.report_search import write_search_html
 from headstart.result import SEARCH_COSTS, result_of
+from headstart.run_folder import check_run_folder, open_run
+from headstart.search.fitness import fitting_batch_size
 from headstart.search.plan import SearchPlan, plan_search, plan_table
 from headstart.search.run import load_spec, search, space_of
 from headstart.subnet.extract import (
@@ -162,48 +165,6 @@ def bin_recipes(recipe: Recipe) -> list[Recipe]:
     ]
 
 
-def check_run_folder(recipe: Recipe) -> None:
-    """Find out whether the run folder is free, or holds this very run.
-
-    Raises:
-        ValueError: the folder holds another run, or something that is no run.
-    """
-    folder = Path(recipe.output)
-    kept = folder / "recipe.yaml"
-    if kept.is_file():
-        theirs = yaml.safe_load(kept.read_text())
-        ours = recipe_to_dict(recipe) | {"output": theirs.get("output")}  # a folder may be moved
-        for key, (here, there) in _differences(ours, theirs).items():
-            raise ValueError(
-                f"{folder} holds a run of another recipe ({key} is {there!r} there and {here!r} "
-                "here); choose another --output or delete the folder"
-            )
-    elif folder.exists() and {path.name for path in folder.iterdir()} - {"recipe.yaml.unfinished"}:
-        raise ValueError(
-            f"{folder} is not empty and holds no headstart run; choose another --output"
-        )
-
-
-def open_run(recipe: Recipe) -> Path:
-    """Create the run folder and pin its recipe, once `check_run_folder` has let it pass."""
-    folder = Path(recipe.output)
-    if not (folder / "recipe.yaml").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
-        write_whole(folder / "recipe.yaml", text)
-    return folder
-
-
-def _differences(ours: Any, theirs: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for name in {**ours, **theirs}:
-            inner = f"{key}.{name}" if key else name
-            found |= _differences(ours.get(name), theirs.get(name), inner)
-        return found
-    return {} if ours == theirs else {key: (ours, theirs)}
-
-
 def run_search(recipe: Recipe, extracts: bool = False) -> list[dict[str, Any]]:
     """Prepare the text and search each bin; the outcome is in its `search.json`.
 
@@ -223,7 +184,9 @@ def run_search(recipe: Recipe, extracts: bool = False) -> list[dict[str, Any]]:
             folder, teacher, blocks = _prepared(one)
             if recipe.search.bins and is_main():
                 open_run(recipe)
-            teacher_hash = json.loads((folder / "inputs.json").read_text())["teacher"]
+            if extracts:
+                check_caches(one, blocks)
+            teacher_hash = _hash_in(folder)
             outcomes.append(search(teacher, blocks, one.search, folder, teacher_hash))
             if is_main():
                 write_search_html(outcomes[-1], folder / "search.html")
@@ -249,7 +212,8 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
     student = Path(recipe.student or Path(recipe.output) / "student")
     check(recipe, str(student))
     folder, teacher, blocks = _prepared(recipe)
-    inputs = ArmInputs(student, teacher, blocks, recipe.pretrain, recipe.train)
+    check_caches(recipe, blocks)
+    inputs = ArmInputs(student, teacher, blocks, recipe.pretrain, recipe.train, _hash_in(folder))
     trained = [run_arm(arm, inputs, folder / "arms" / arm.name) for arm in recipe.pretrain.arms]
     kept = folder / "teacher.json"
     if not kept.is_file():
@@ -259,6 +223,63 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
     result = result_of(recipe, folder, inputs, teacher_loss, trained)
     write_json(folder / "result.json", result)
     return run_report(folder)
+
+
+def check_caches(recipe: Recipe, blocks: TokenBlocks) -> None:
+    """Find out whether every arm's teacher cache is the one that it needs.
+
+    Raises:
+        ValueError: one is missing, unfinished, or of another teacher, text or setting.
+    """
+    teacher_hash = _hash_in(Path(recipe.output))
+    for arm in recipe.pretrain.arms:
+        if arm.kd and arm.kd.cache:
+            fingerprint = blocks.manifest["fingerprint"]
+            TeacherCache(arm.kd.cache, CacheIdentity.of(arm.kd, teacher_hash, fingerprint))
+
+
+def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Write the teacher cache of every arm that distils from one.
+
+    Returns:
+        The manifest of each cache, by its path.
+
+    Raises:
+        ValueError: no arm has a cache, or a folder holds another one.
+    """
+    settings = [arm.kd for arm in recipe.pretrain.arms if arm.kd and arm.kd.cache]
+    if not settings:
+        raise ValueError(
+            "no arm of the recipe distils from a cache; set kd.cache, and kd.top_k or kd.samples, "
+            "in pretrain.arms"
+        )
+    with process_group():
+        if recipe.data.source != DEMO:
+            check_source(recipe.data)
+        with main_first():
+            folder = teacher_folder(recipe)
+            blocks = prepare(data_settings(recipe.data), folder)
+        split, teacher_hash = blocks.split("train"), hash_checkpoint(folder)
+        device = default_device()
+        teacher = Teacher(load_frozen(folder, device))
+        bytes_per_number = teacher.model.dtype.itemsize
+        batch_size = fitting_batch_size(
+            teacher.model.config, split.shape[1], device, bytes_per_number
+        )
+        written = {}
+        for kd in settings:
+            identity = CacheIdentity.of(kd, teacher_hash, blocks.manifest["fingerprint"])
+            mine = split.size // world_size()
+            with progress(f"cache {kd.cache}", mine, "tokens") as advance:
+                written[kd.cache] = write_cache(
+                    kd.cache,
+                    identity,
+                    teacher,
+                    split,
+                    batch_size,
+                    on_blocks=lambda count: advance(count * split.shape[1]),
+                )
+        return written
 
 
 def run(recipe: Recipe) -> list[dict[str, Any]]:
@@ -362,6 +383,11 @@ def _prepared(recipe: Recipe) -> tuple[Path, Path, TokenBlocks]:
             open_run(recipe)
             write_json(kept, inputs)
     return folder, teacher, blocks
+
+
+def _hash_in(folder: Path) -> str:
+    """The teacher's hash, from a run folder."""
+    return str(json.loads((folder / "inputs.json").read_text())["teacher"])
 
 
 def _validation_loss(model: Path, blocks: TokenBlocks, num_tokens: int) -> tuple[float, int]:

@@ -64,6 +64,8 @@ def result_of(
             flops = start + point["tokens"] * student_count.training_flops_per_token
             if arm.kd:
                 asked = int(arm.kd.teacher_tokens(point["tokens"]))
+                if arm.kd.cache:  # which is asked once for each token, however often it is read
+                    asked = min(asked, inputs.blocks.split("train").size)
                 flops += asked * teacher_count.inference_flops_per_token
             curve.append({**point, "flops": flops})
         arms.append(

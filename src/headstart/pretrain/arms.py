@@ -13,6 +13,7 @@ import torch
 from headstart.data import BlockDataset, TokenBlocks
 from headstart.device import default_device, has_fast_bf16, load_frozen
 from headstart.files import write_json
+from headstart.pretrain.cache import CachedBlocks, CacheIdentity, TeacherCache
 from headstart.pretrain.losses import DistillationSettings
 from headstart.pretrain.teacher import Teacher
 from headstart.progress import progress
@@ -157,6 +158,7 @@ class ArmInputs:
         blocks: training and validation tokens.
         settings: shared by all arms.
         train: the recipe's `train:` block.
+        teacher_hash: of the teacher's checkpoint, for arms that distil from a cache.
     """
 
     student: Path
@@ -164,6 +166,7 @@ class ArmInputs:
     blocks: TokenBlocks
     settings: PretrainSettings
     train: dict[str, Any] = field(default_factory=dict)
+    teacher_hash: str = ""
 
 
 def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
@@ -179,8 +182,8 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         seconds and the curve, a list of {"tokens", "loss"}, from before training to the end.
 
     Raises:
-        ValueError: the arm distils from a teacher of another vocabulary, or there is less text
-            than one step takes.
+        ValueError: the arm distils from a teacher of another vocabulary or from a cache of another
+            teacher or text, or there is less text than one step takes.
     """
     from transformers import (
         AutoModelForCausalLM,
@@ -217,7 +220,14 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         model = _initial_model(arm, inputs.student, arguments.seed)
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    teacher = Teacher(load_frozen(inputs.teacher, arguments.device)) if arm.kd else None
+    train_dataset: Any = BlockDataset(train_split, num_train_blocks)
+    teacher = None
+    if arm.kd and arm.kd.cache:
+        identity = cache_identity(arm.kd, inputs)
+        train_dataset = CachedBlocks(train_dataset, TeacherCache(arm.kd.cache, identity))
+        arguments.remove_unused_columns = False
+    elif arm.kd:
+        teacher = Teacher(load_frozen(inputs.teacher, arguments.device))
     if teacher and teacher.model.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"arm {arm.name} cannot distil: the teacher has {teacher.model.config.vocab_size} "
@@ -241,7 +251,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             args=arguments,
             processing_class=AutoTokenizer.from_pretrained(inputs.teacher),
             data_collator=default_data_collator,
-            train_dataset=BlockDataset(train_split, num_train_blocks),
+            train_dataset=train_dataset,
             eval_dataset=BlockDataset(validation_split, num_validation_blocks),
             teacher=teacher,
             distillation=arm.kd,
@@ -272,6 +282,11 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_json(finished, result)
     return result
+
+
+def cache_identity(kd: DistillationSettings, inputs: ArmInputs) -> CacheIdentity:
+    """What an arm's teacher cache holds."""
+    return CacheIdentity.of(kd, inputs.teacher_hash, inputs.blocks.manifest["fingerprint"])
 
 
 def _initial_model(arm: Arm, student: Path, seed: int) -> Any:

@@ -35,6 +35,9 @@ class DistillationSettings:
         schedule_tokens: when the end of "linear" is reached, or when "switch" does.
         alpha_end: weight of the cross-entropy from then on.
         beta_end: weight of the divergence from then on; at 0 the teacher is no longer asked.
+        cache: folder or URL of the teacher's outputs, which `headstart cache-teacher` writes; empty
+            to ask the teacher while training.
+        cache_dtype: of the numbers in it, "float16" or "float32".
     """
 
     alpha: float = 0.5
@@ -49,6 +52,8 @@ class DistillationSettings:
     schedule_tokens: int = 0
     alpha_end: float = 1.0
     beta_end: float = 0.0
+    cache: str = ""
+    cache_dtype: Literal["float16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
         for end in ("", "_end"):
@@ -73,6 +78,11 @@ class DistillationSettings:
             raise ValueError(
                 f"kd.divergence {self.divergence} needs all of the teacher's probabilities; remove "
                 "kd.top_k and kd.samples, or use forward_kl"
+            )
+        if self.cache and not self.top_k and not self.samples:
+            raise ValueError(
+                f"kd.cache {self.cache} cannot hold all of the teacher's probabilities; set "
+                "kd.top_k or kd.samples"
             )
         if (self.schedule == "constant") != (self.schedule_tokens == 0):
             raise ValueError(
@@ -253,27 +263,35 @@ def sampled_kl(
 
 def divergence(
     student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    teacher: Float[Tensor, "tokens vocab"] | TopK | Samples,
     settings: DistillationSettings,
 ) -> Float[Tensor, " tokens"]:
-    """The divergence that the settings ask for, of each token, without the factor T^2."""
+    """The divergence that the settings ask for, of each token, without the factor T^2.
+
+    Args:
+        student_logits: of each token.
+        teacher: its logits, or what was kept of them at the settings' temperature.
+        settings: which divergence.
+    """
     temperature = settings.temperature
-    if settings.top_k:
-        kept = top_k(teacher_logits, settings.top_k, temperature)
-        return top_k_kl(student_logits, kept, temperature)
-    if settings.samples:
-        drawn = sample(teacher_logits, settings.samples, temperature, settings.sampling_temperature)
-        return sampled_kl(student_logits, drawn, temperature)
+    if isinstance(teacher, Tensor) and settings.top_k:
+        teacher = top_k(teacher, settings.top_k, temperature)
+    elif isinstance(teacher, Tensor) and settings.samples:
+        teacher = sample(teacher, settings.samples, temperature, settings.sampling_temperature)
+    if isinstance(teacher, TopK):
+        return top_k_kl(student_logits, teacher, temperature)
+    if isinstance(teacher, Samples):
+        return sampled_kl(student_logits, teacher, temperature)
     if settings.divergence == "jensen_shannon":
-        return jensen_shannon(student_logits, teacher_logits, temperature, settings.mixture)
+        return jensen_shannon(student_logits, teacher, temperature, settings.mixture)
     measure = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "symmetric_kl": symmetric_kl}
-    return measure[settings.divergence](student_logits, teacher_logits, temperature)
+    return measure[settings.divergence](student_logits, teacher, temperature)
 
 
 def distillation_loss(
     student_logits: Float[Tensor, "tokens vocab"],
     targets: Int[Tensor, " tokens"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    teacher: Float[Tensor, "tokens vocab"] | TopK | Samples,
     settings: DistillationSettings,
     tokens_seen: float = 0.0,
 ) -> Float[Tensor, " tokens"]:
@@ -284,13 +302,13 @@ def distillation_loss(
     Args:
         student_logits: of each token.
         targets: the tokens of the text.
-        teacher_logits: of each token.
+        teacher: its logits, or what was kept of them.
         settings: divergence and weights.
         tokens_seen: where the schedule of the weights stands.
     """
     alpha, beta = settings.weights(tokens_seen)
     hard = cross_entropy(student_logits, targets)
-    soft = divergence(student_logits, teacher_logits, settings)
+    soft = divergence(student_logits, teacher, settings)
     return alpha * hard + beta * settings.temperature**2 * soft
 
 

@@ -16,8 +16,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from headstart.evaluate import next_token_loss
+from headstart.pretrain.cache import outputs_of_batch
 from headstart.pretrain.chunked import chunked_sum
-from headstart.pretrain.losses import DistillationSettings, distillation_loss
+from headstart.pretrain.losses import DistillationSettings, Samples, TopK, distillation_loss
 from headstart.pretrain.teacher import Teacher
 
 
@@ -28,7 +29,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     whole batch exists. Evaluation is always plain cross-entropy.
 
     Args:
-        teacher: learnt from when `distillation` is set.
+        teacher: learnt from when `distillation` is set; None where batches hold its outputs.
         distillation: weights and divergence; None trains on text alone.
         tokens_per_step: by which the weights' schedule counts.
         evaluation_steps: the optimizer steps after which to evaluate.
@@ -50,7 +51,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         on_step: Callable[[int, str], None] = lambda steps, note: None,
         **arguments: Any,
     ) -> None:
-        assert (teacher is None) == (distillation is None)
+        assert teacher is None or distillation is not None
         super().__init__(**arguments)
         self.teacher, self.distillation = teacher, distillation
         self.tokens_per_step = tokens_per_step
@@ -73,7 +74,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if model.training and self.distillation is not None:
             alpha, beta = self.distillation.weights(self._tokens_seen)
         if beta > 0:
-            total = self._distil(hidden, matrix, blocks)
+            total = self._distil(hidden, matrix, inputs)
         else:
             total = alpha * next_token_loss(hidden, matrix, blocks)
         num_targets = blocks.shape[0] * (blocks.shape[1] - 1)
@@ -133,19 +134,29 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _tokens_seen(self) -> int:
         return int(self.state.global_step * self.tokens_per_step)
 
-    def _distil(self, hidden: Tensor, matrix: Tensor, blocks: Tensor) -> Tensor:
-        teacher, settings = self.teacher, self.distillation
-        assert teacher is not None and settings is not None
+    def _distil(self, hidden: Tensor, matrix: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        settings, blocks = self.distillation, inputs["input_ids"]
+        assert settings is not None
         targets = blocks[:, 1:].flatten()
-        teacher_hidden = teacher.hidden(blocks)[:, :-1].flatten(0, 1)
+        said = self._teacher_outputs(inputs)
 
         def token_loss(logits: Tensor, chunk: slice) -> Tensor:
-            teacher_logits = teacher.logits(teacher_hidden[chunk])
             return distillation_loss(
-                logits, targets[chunk], teacher_logits, settings, self._tokens_seen
+                logits, targets[chunk], said(chunk), settings, self._tokens_seen
             )
 
         return chunked_sum(hidden[:, :-1].flatten(0, 1), matrix, token_loss)
+
+    def _teacher_outputs(
+        self, inputs: dict[str, Tensor]
+    ) -> Callable[[slice], Tensor | TopK | Samples]:
+        """What the teacher says of a slice of a batch's tokens, from the batch if it is there."""
+        teacher = self.teacher
+        if teacher is not None:
+            hidden = teacher.hidden(inputs["input_ids"])[:, :-1].flatten(0, 1)
+            return lambda chunk: teacher.logits(hidden[chunk])
+        kept = outputs_of_batch(inputs)
+        return lambda chunk: type(kept)(*(values[chunk] for values in kept))
 
 
 class EvaluateAt(TrainerCallback):  # type: ignore[misc]
