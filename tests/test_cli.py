@@ -175,14 +175,6 @@ def test_damaged_teacher(
     assert sentence in one_sentence(capsys)
 
 
-def test_several_processes(
-    arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run_with(arguments) == 2
-    assert "without torchrun" in one_sentence(capsys)
-
-
 def test_a_dry_run_loads_nothing_and_leaves_nothing(
     arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,3 +172,54 @@ def test_a_killed_process_goes_on_to_the_same_winner(
     assert main(arguments) == 0
     assert journal.read_bytes().startswith(held[: held.rindex(b"\n") + 1])
     assert outcome(folder) == outcome(whole)
+
+
+def test_two_processes_run_like_one_with_twice_the_batch(
+    teacher_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """All stages, with an arm that distils from the teacher and one from a cache of it."""
+
+    def recipe(batch_size: int, cache: str) -> dict[str, Any]:
+        cached = {"top_k": 128, "cache": str(tmp_path / cache), "cache_dtype": "float32"}
+        return {
+            "teacher": str(teacher_folder),
+            "data": {"source": str(corpus), "block_length": BLOCK_LENGTH},
+            "search": {
+                "bin": {"low": "25K", "high": "35K"},
+                "tokens": 256,
+                "calibration_tokens": 256,
+                "evolution": {"population": 4, "generations": 2, "elites": 2},
+            },
+            "pretrain": {
+                "tokens": 1024,
+                "validation_tokens": 256,
+                "evaluations": 2,
+                "arms": [
+                    {"name": "scratch", "init": "random"},
+                    {"name": "subnet+kd", "kd": {"temperature": 1.0}},
+                    {"name": "cached", "kd": cached},
+                ],
+            },
+            "train": {"per_device_train_batch_size": batch_size, "use_cpu": True},
+        }
+
+    results = []
+    for name, launcher, batch_size in (("one", [], 4), ("two", TORCHRUN, 2)):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps(recipe(batch_size, f"outputs-{name}")))
+        start = [*launcher, "-m", "headstart.cli"]
+        run_python([*start, "cache-teacher", str(path), "--output", str(tmp_path / name)])
+        run_python([*start, "run", str(path), "--output", str(tmp_path / name)])
+        results.append(json.loads((tmp_path / name / "result.json").read_text()))
+        assert (tmp_path / name / "report.html").is_file()
+    one, two = results
+    assert one["budget"] == two["budget"]
+    assert one["student"] == two["student"]
+    for ours, theirs in zip(one["arms"], two["arms"], strict=True):
+        assert [point["tokens"] for point in ours["curve"]] == [
+            point["tokens"] for point in theirs["curve"]
+        ]
+        losses = [[point["loss"] for point in arm["curve"]] for arm in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    shards = [tmp_path / f"outputs-{name}" / "shard-00000.safetensors" for name in ("one", "two")]
+    assert shards[0].read_bytes() == shards[1].read_bytes()

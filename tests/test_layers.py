@@ -19,8 +19,10 @@ LAYERS = [
     {"pretrain.chunked"},
     {"pretrain.losses"},
     {"subnet", "data"},
-    {"corpus", "distributed"},
-    {"assets", "device", "files", "progress"},
+    {"corpus"},
+    {"assets", "files", "progress"},
+    {"distributed"},
+    {"device"},
 ]
 """From the top down; a module may import from lower layers, and inside its own package."""
 REPORT = {"report", "report_page", "report_search"}

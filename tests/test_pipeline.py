@@ -283,14 +283,6 @@ def test_a_plan_needs_no_weights_and_bounds_the_tokens(
     assert 0.8 * plan.flops[0] <= upfront <= 1.2 * plan.flops[1]
 
 
-def test_processes_that_train_are_refused(
-    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="start headstart without torchrun"):
-        run_pretrain(recipe_from_dict(recipe))
-
-
 def points(
     losses: list[float], flops_per_token: float, upfront: float = 0
 ) -> list[dict[str, float]]:

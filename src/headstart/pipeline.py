@@ -138,19 +138,6 @@ def check(recipe: Recipe, student: str = "", extracts: bool = True) -> None:
         )
 
 
-def refuse_processes() -> None:
-    """Training is for one process in this version.
-
-    Raises:
-        ValueError: torchrun has started several.
-    """
-    if world_size() > 1:
-        raise ValueError(
-            "this version trains as one process; start headstart without torchrun, or only "
-            "`headstart search` with it"
-        )
-
-
 def bin_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipe of each bin's own run; the recipe itself where it has a single bin."""
     if not recipe.search.bins:
@@ -208,21 +195,26 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
 
     The student is the recipe's own folder, or the one that a search in this run folder found.
     """
-    refuse_processes()
-    student = Path(recipe.student or Path(recipe.output) / "student")
-    check(recipe, str(student))
-    folder, teacher, blocks = _prepared(recipe)
-    check_caches(recipe, blocks)
-    inputs = ArmInputs(student, teacher, blocks, recipe.pretrain, recipe.train, _hash_in(folder))
-    trained = [run_arm(arm, inputs, folder / "arms" / arm.name) for arm in recipe.pretrain.arms]
-    kept = folder / "teacher.json"
-    if not kept.is_file():
-        loss, _ = _validation_loss(teacher, blocks, recipe.pretrain.validation_tokens)
-        write_json(kept, {"loss": loss})
-    teacher_loss = json.loads(kept.read_text())["loss"]
-    result = result_of(recipe, folder, inputs, teacher_loss, trained)
-    write_json(folder / "result.json", result)
-    return run_report(folder)
+    with process_group():
+        student = Path(recipe.student or Path(recipe.output) / "student")
+        check(recipe, str(student))
+        folder, teacher, blocks = _prepared(recipe)
+        check_caches(recipe, blocks)
+        inputs = ArmInputs(
+            student, teacher, blocks, recipe.pretrain, recipe.train, _hash_in(folder)
+        )
+        trained = [run_arm(arm, inputs, folder / "arms" / arm.name) for arm in recipe.pretrain.arms]
+        with main_first():
+            if is_main():
+                kept = folder / "teacher.json"
+                if not kept.is_file():
+                    loss, _ = _validation_loss(teacher, blocks, recipe.pretrain.validation_tokens)
+                    write_json(kept, {"loss": loss})
+                teacher_loss = json.loads(kept.read_text())["loss"]
+                result = result_of(recipe, folder, inputs, teacher_loss, trained)
+                write_json(folder / "result.json", result)
+                run_report(folder)
+        return load_result(folder)
 
 
 def check_caches(recipe: Recipe, blocks: TokenBlocks) -> None:
@@ -285,20 +277,23 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def run(recipe: Recipe) -> list[dict[str, Any]]:
     """All stages: search, extract, pretrain, report; for each bin, if there are several.
 
+    Under torchrun the processes share the search, and train each arm together.
+
     Returns:
         The result of each bin, in the recipe's order.
     """
-    refuse_processes()
-    if not recipe.student:
-        run_search(recipe, extracts=True)
-    results = []
-    for one in bin_recipes(recipe):
-        folder = Path(one.output)
-        if not one.student and not (folder / "student").exists():
-            provenance = {"teacher_name": one.teacher, "recipe": recipe_to_dict(one)}
-            run_extract(one.teacher, folder / "search.json", folder / "student", provenance)
-        results.append(run_pretrain(one))
-    return results
+    with process_group():
+        if not recipe.student:
+            run_search(recipe, extracts=True)
+        results = []
+        for one in bin_recipes(recipe):
+            folder = Path(one.output)
+            with main_first():
+                if is_main() and not one.student and not (folder / "student").exists():
+                    provenance = {"teacher_name": one.teacher, "recipe": recipe_to_dict(one)}
+                    run_extract(one.teacher, folder / "search.json", folder / "student", provenance)
+            results.append(run_pretrain(one))
+        return results
 
 
 def run_extract(

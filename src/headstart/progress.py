@@ -17,6 +17,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from headstart.distributed import is_main
+
 console = Console(stderr=True)
 
 
@@ -32,7 +34,7 @@ class _RateColumn(ProgressColumn):
 
 @contextmanager
 def progress(description: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
-    """Show a progress bar while the body runs.
+    """Show a progress bar while the body runs; only the main process shows one.
 
     Args:
         description: the stage in a few words.
@@ -51,7 +53,9 @@ def progress(description: str, total: float, unit: str) -> Iterator[Callable[...
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=console, speed_estimate_period=60) as bar:
+    with Progress(
+        *columns, console=console, speed_estimate_period=60, disable=not is_main()
+    ) as bar:
         task = bar.add_task(description, total=total, note="")
 
         def advance(amount: float = 1, note: str | None = None) -> None:
