@@ -72,7 +72,7 @@ def test_readme_commands_exist() -> None:
     assert {"demo", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    commands = set(re.findall(r"(?:^|`)headstart (\w+)", readme, re.MULTILINE))
+    commands = set(re.findall(r"(?:^|`)headstart ([\w-]+)", readme, re.MULTILINE))
     assert commands >= {"run", "demo", "search", "extract", "pretrain", "evaluate", "report"}
     parser = _parser()
     known = next(a.choices for a in parser._actions if a.dest == "command")

@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "headstart"
 
 LAYERS = [
     {"cli"},
+    {"plans"},
     {"pipeline"},
     {"result", "run_folder"},
     {"recipe"},

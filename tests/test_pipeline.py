@@ -23,10 +23,10 @@ from headstart.pipeline import (
     run_cache_teacher,
     run_evaluate,
     run_extract,
-    run_plan,
     run_pretrain,
     run_search,
 )
+from headstart.plans import print_search_plans
 from headstart.recipe import Recipe, recipe_from_dict
 from headstart.result import match_of
 from headstart.subnet.count import count
@@ -275,7 +275,7 @@ def test_a_plan_needs_no_weights_and_bounds_the_tokens(
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(Path(recipe["teacher"]) / "config.json", bare)
-    (plan,) = run_plan(recipe_from_dict({**recipe, "teacher": str(bare)}))
+    (plan,) = print_search_plans(recipe_from_dict({**recipe, "teacher": str(bare)}))
     assert plan.bin == (30_000, 45_000)
     assert plan.num_candidates == len(outcome["candidates"])
     assert plan.tokens[0] <= outcome["search_tokens"] <= plan.tokens[1]

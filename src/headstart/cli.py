@@ -116,6 +116,20 @@ def _parser() -> argparse.ArgumentParser:
         "--pretrain.tokens 1000000 --output runs/trained",
         usage="[RECIPE] [--key VALUE ...] [--debug]",
     )
+    planning = add(
+        "plan",
+        _plan,
+        "Hours, memory and FLOPs that a recipe would take, from configs alone.",
+        "headstart plan recipe.yaml --gpus 8 --peak-tflops 989 --mfu 0.4",
+        usage="[RECIPE] [--gpus N] [--peak-tflops X] [--mfu X] [--key VALUE ...] [--debug]",
+    )
+    planning.add_argument("--gpus", type=int, default=1, help="that train together")
+    planning.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="of one in bfloat16; 989 is an H100"
+    )
+    planning.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak that is reached"
+    )
     add(
         "cache-teacher",
         _cache_teacher,
@@ -192,11 +206,11 @@ def _search(options: argparse.Namespace, overrides: list[str]) -> None:
             raise ValueError(f"{options.resume} holds no run to resume: it has no recipe.yaml")
         overrides = [str(kept), *overrides, "--output", str(options.resume)]
     recipe = _load(overrides)
-    from headstart import pipeline
+    from headstart import pipeline, plans
     from headstart.distributed import is_main
 
     if options.dry_run:
-        pipeline.run_plan(recipe)
+        plans.print_search_plans(recipe)
         return
     outcomes = pipeline.run_search(recipe)
     for one, outcome in zip(pipeline.bin_recipes(recipe), outcomes, strict=True):
@@ -225,6 +239,14 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
     from headstart import pipeline
 
     pipeline.run_pretrain(recipe)
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    recipe = _load(overrides)
+    from headstart.plans import print_plans
+    from headstart.pretrain.plan import Hardware
+
+    print_plans(recipe, Hardware(options.gpus, options.peak_tflops, options.mfu))
 
 
 def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:

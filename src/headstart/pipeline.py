@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -46,7 +46,6 @@ from headstart.report_search import write_search_html
 from headstart.result import SEARCH_COSTS, result_of
 from headstart.run_folder import check_run_folder, open_run
 from headstart.search.fitness import fitting_batch_size
-from headstart.search.plan import SearchPlan, plan_search, plan_table
 from headstart.search.run import load_spec, search, space_of
 from headstart.subnet.extract import (
     checkpoint_files,
@@ -54,11 +53,8 @@ from headstart.subnet.extract import (
     hash_checkpoint,
     resolve_teacher,
 )
-from headstart.subnet.rules import family_of, match_tensor, read_config
+from headstart.subnet.rules import match_tensor, read_config
 from headstart.subnet.spec import student_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 def teacher_folder(recipe: Recipe) -> Path:
@@ -72,27 +68,6 @@ def teacher_folder(recipe: Recipe) -> Path:
     for name in checkpoint_files(folder):
         match_tensor(name, config)
     return folder
-
-
-def teacher_config(recipe: Recipe) -> PreTrainedConfig:
-    """The config of a recipe's teacher, without its weights.
-
-    Raises:
-        ValueError: there is no such folder or model, or no table knows its family.
-    """
-    if recipe.teacher == DEMO or Path(recipe.teacher).is_dir():
-        return read_config(demo_teacher() if recipe.teacher == DEMO else Path(recipe.teacher))
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(recipe.teacher)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"teacher {recipe.teacher!r} is neither a folder nor a model whose config can be "
-            f"fetched from the hub ({str(error).splitlines()[0]})"
-        ) from error
-    family_of(config)
-    return config
 
 
 def data_settings(settings: DataSettings) -> DataSettings:
@@ -178,16 +153,6 @@ def run_search(recipe: Recipe, extracts: bool = False) -> list[dict[str, Any]]:
             if is_main():
                 write_search_html(outcomes[-1], folder / "search.html")
         return outcomes
-
-
-def run_plan(recipe: Recipe) -> list[SearchPlan]:
-    """Print what a search would do and cost, for each bin; reads configs only."""
-    config = teacher_config(recipe)
-    plans = []
-    for one in bin_recipes(recipe):
-        plans.append(plan_search(config, one.search, recipe.data.block_length))
-        Console().print(plan_table(plans[-1], one.search.bin.label()))
-    return plans
 
 
 def run_pretrain(recipe: Recipe) -> dict[str, Any]:

@@ -107,19 +107,15 @@ def write_cache(
     """
     files, root = fsspec.url_to_fs(path)
     vocab = teacher.model.config.vocab_size
-    kept = min(identity.top_k, vocab) or identity.samples
-    id_dtype = np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
-    number_bytes = np.dtype(identity.dtype).itemsize
-    weighted = identity.samples and identity.sampling_temperature != 1
-    bytes_per_token = kept * (id_dtype.itemsize + number_bytes * (2 if weighted else 1))
-    bytes_per_token += number_bytes if identity.top_k else 0
-    bytes_per_block = bytes_per_token * (blocks.shape[1] - 1)
+    id_dtype = _id_dtype(vocab)
+    num_bytes = _bytes_per_token(identity, vocab)
+    bytes_per_block = num_bytes * (blocks.shape[1] - 1)
     manifest = {
         **asdict(identity),
         "blocks": len(blocks),
         "block_length": blocks.shape[1],
         "blocks_per_shard": max(1, shard_bytes // bytes_per_block),
-        "bytes_per_token": bytes_per_token,
+        "bytes_per_token": num_bytes,
     }
     found = _manifest(files, root)
     if found is None:
@@ -153,6 +149,11 @@ def write_cache(
         np.save(index_file, block_hashes(blocks))
         _put(files, f"{root}/blocks.npy", index_file.getvalue())
     return manifest
+
+
+def bytes_per_token(settings: DistillationSettings, vocab_size: int) -> int:
+    """What a cache with these settings takes on disk for each token."""
+    return _bytes_per_token(CacheIdentity.of(settings, "", ""), vocab_size)
 
 
 def block_hashes(blocks: UInt[np.ndarray, "blocks tokens"]) -> UInt64[np.ndarray, " blocks"]:
@@ -293,6 +294,18 @@ def _outputs(
             del drawn["weights"]  # all alike
         rows.append(drawn)
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _id_dtype(vocab_size: int) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _bytes_per_token(identity: CacheIdentity, vocab_size: int) -> int:
+    kept = min(identity.top_k, vocab_size) or identity.samples
+    number_bytes = np.dtype(identity.dtype).itemsize
+    numbers_per_id = 2 if identity.samples and identity.sampling_temperature != 1 else 1
+    tail_bytes = number_bytes if identity.top_k else 0
+    return int(kept * (_id_dtype(vocab_size).itemsize + numbers_per_id * number_bytes) + tail_bytes)
 
 
 def _manifest(files: Any, root: str) -> dict[str, Any] | None:
