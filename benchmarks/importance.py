@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headstart.assets import demo_corpus, demo_teacher
-from headstart.data import DataSettings, prepare
+from headstart.data import DataSettings
+from headstart.prepare import prepare
 from headstart.search.importance import activation_importance
 from peers.environment import ask_whittle, litgpt_checkpoint, num_threads
 

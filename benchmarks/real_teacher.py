@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from headstart.cli import demo_recipe
-from headstart.data import TokenBlocks, prepare
+from headstart.data import TokenBlocks
 from headstart.device import default_device, load_frozen
 from headstart.pipeline import data_settings, teacher_folder
+from headstart.prepare import prepare
 from headstart.recipe import load_recipe
 from headstart.search.bins import Bin
 from headstart.search.candidate import Candidate, Orders

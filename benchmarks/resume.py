@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from headstart.assets import demo_teacher
 from headstart.cli import demo_recipe
-from headstart.data import prepare
 from headstart.pipeline import data_settings
+from headstart.prepare import prepare
 from headstart.pretrain import trainer
 from headstart.pretrain.arms import Arm, ArmInputs, PretrainSettings, run_arm
 from headstart.pretrain.losses import DistillationSettings

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headstart.assets import demo_teacher
 from headstart.cli import demo_recipe
-from headstart.data import prepare
 from headstart.evaluate import mean_loss
 from headstart.pipeline import data_settings
+from headstart.prepare import prepare
 from headstart.recipe import load_recipe
 from headstart.search.evolution import evolve
 from headstart.search.fitness import HeldOutLoss, fitting_batch_size, put_in_order

@@ -5,6 +5,8 @@ import gzip
 import json
 import lzma
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headstart import corpus as corpus_module
-from headstart.data import SPLITS, BlockDataset, DataSettings, check_source, prepare, split_of
+from headstart import tokenise as tokenise_module
+from headstart.data import SPLITS, BlockDataset, DataSettings, MixtureSource, split_of
+from headstart.prepare import check_source, prepare
 
 EOS = 1
 NUM_WORDS = 300
@@ -259,21 +263,130 @@ def test_a_truncated_file_is_made_again(
     assert (folder / name).read_bytes() == whole
 
 
-def test_a_killed_preparation_leaves_nothing(
-    tmp_path: Path, corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "folder"])
+def test_a_killed_preparation_goes_on(
+    name: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole_call, calls = PreTrainedTokenizerFast.__call__, []
+    monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 20)
+    monkeypatch.setattr(tokenise_module, "BATCHES_PER_RECORD", 2)
+    whole_call, texts = PreTrainedTokenizerFast.__call__, []
 
-    def die_in_second_batch(*args: object, **options: object) -> object:
-        calls.append(1)
-        return refuse() if len(calls) == 2 else whole_call(*args, **options)
+    def die_after_120(self: object, batch: list[str], **options: object) -> object:
+        texts.extend(batch)
+        return refuse() if len(texts) > 120 else whole_call(self, batch, **options)
 
-    settings = replace(SETTINGS, source=str(corpus))
+    settings = replace(SETTINGS, source=str(write_source(tmp_path, name)))
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(PreTrainedTokenizerFast, "__call__", die_in_second_batch)
+        patch.setattr(PreTrainedTokenizerFast, "__call__", die_after_120)
         prepare(settings, tokenizer, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert len(prepare(settings, tokenizer, tmp_path / "cache").split("train")) > 0
+    (unfinished,) = (tmp_path / "cache").iterdir()
+    for record in unfinished.glob("unit-*.json"):
+        if not json.loads(record.read_text())["is_done"]:
+            for part in unfinished.glob(f"{record.stem}.*.part"):
+                part.write_bytes(part.read_bytes() + b"junk")  # written after the last record
+    seen: list[str] = []
+
+    def watch(self: object, batch: list[str], **options: object) -> object:
+        seen.extend(batch)
+        return whole_call(self, batch, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watch)
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    assert 80 <= len(seen) < 140, "it began anew"
+    for split in SPLITS:
+        expected = blocks_by_hand(DOCUMENTS, split, settings)
+        np.testing.assert_array_equal(prepared.split(split), expected)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [prepared.folder.name]
+    assert {path.suffix for path in prepared.folder.iterdir()} == {".bin", ".json"}
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path: Path, tokenizer: Path) -> None:
+    settings = replace(SETTINGS, source=str(write_source(tmp_path, "folder")))
+    alone = prepare(settings, tokenizer, tmp_path / "alone")
+    code = (
+        "import sys; from pathlib import Path; from headstart.data import DataSettings\n"
+        "from headstart.distributed import process_group; from headstart.prepare import prepare\n"
+        "with process_group():\n"
+        f"    blocks = prepare({settings!r}, {str(tokenizer)!r}, Path(sys.argv[1]))\n"
+        "    assert (blocks.folder / 'manifest.json').is_file()\n"
+    )
+    (tmp_path / "work.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", str(tmp_path / "work.py")]
+    subprocess.run([*command, str(tmp_path / "shared")], check=True, timeout=300)
+    (shared,) = (tmp_path / "shared").iterdir()
+    assert {path.name for path in shared.iterdir()} == {p.name for p in alone.folder.iterdir()}
+    for path in alone.folder.iterdir():
+        assert (shared / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_mixture_has_the_shares_that_were_asked_for(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(as_jsonl(DOCUMENTS[:150]))
+    (tmp_path / "b.jsonl").write_text(as_jsonl(DOCUMENTS[150:], "body"))
+    sources = (
+        MixtureSource(str(tmp_path / "a.jsonl"), 1.0),
+        MixtureSource(str(tmp_path / "b.jsonl"), 3.0, "body"),
+    )
+    mixed = prepare(replace(SETTINGS, mixture=sources), tokenizer, tmp_path / "cache")
+    parts = [
+        prepare(
+            replace(SETTINGS, source=one.source, text_column=one.text_column or "text"),
+            tokenizer,
+            tmp_path / "cache",
+        )
+        for one in sources
+    ]
+    for name in SPLITS:
+        blocks = mixed.split(name)
+        found = [tuple(block) for block in blocks]
+        assert len(found) == mixed.manifest["splits"][name]["blocks"] == len(blocks)
+        rows = [[tuple(block) for block in part.split(name)] for part in parts]
+        from_second = np.isin(range(len(found)), [i for i, b in enumerate(found) if b in rows[1]])
+        assert from_second.mean() == pytest.approx(0.75, abs=1 / len(found))
+        if name == "train":
+            assert set(found) == set(rows[0]) | set(rows[1])
+            assert max(found.count(block) for block in rows[0]) == 1
+            for stretch in range(0, len(found) - 40, 40):
+                assert 28 <= from_second[stretch : stretch + 40].sum() <= 32
+        else:
+            assert len(set(found)) == len(found)
+        np.testing.assert_array_equal(blocks[2:5], [blocks[2], blocks[3], blocks[4]])
+        assert blocks.size == len(blocks) * SETTINGS.block_length
+    again = prepare(replace(SETTINGS, mixture=sources), tokenizer, tmp_path / "cache")
+    assert again == mixed
+    other = (sources[0], replace(sources[1], weight=2.0))
+    changed = prepare(replace(SETTINGS, mixture=other), tokenizer, tmp_path / "cache")
+    assert changed.fingerprint != mixed.fingerprint
+
+
+def test_reading_stops_at_the_tokens_asked_for(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 10)
+    for name in ("a.jsonl", "folder"):
+        settings = replace(SETTINGS, source=str(write_source(tmp_path, name)), max_tokens=500)
+        prepared = prepare(settings, tokenizer, tmp_path / "cache")
+        counts = prepared.manifest["splits"]
+        assert counts["train"]["tokens"] == 500
+        assert sum(count["documents"] for count in counts.values()) < 80
+        expected = blocks_by_hand(DOCUMENTS, "train", settings)[: 500 // SETTINGS.block_length]
+        np.testing.assert_array_equal(prepared.split("train"), expected)
+
+
+def test_documents_are_apart_where_that_is_asked_for(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(as_jsonl(DOCUMENTS))
+    settings = replace(SETTINGS, source=str(tmp_path / "a.jsonl"), separate_documents=True)
+    blocks = prepare(settings, tokenizer, tmp_path / "cache")
+    joined = prepare(replace(settings, separate_documents=False), tokenizer, tmp_path / "cache")
+    assert blocks.folder == joined.folder
+    assert blocks.fingerprint != joined.fingerprint
+    assert joined.separator is None
+    dataset = BlockDataset(blocks.split("train"), separator=blocks.separator)
+    for item in dataset:
+        position = 0
+        for token, found in zip(item["input_ids"], item["position_ids"], strict=True):
+            assert found == position
+            position = 0 if token == EOS else position + 1
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
@@ -387,6 +500,8 @@ def test_an_unknown_hub_dataset_is_told(monkeypatch: pytest.MonkeyPatch) -> None
             {"search_fraction": 0.5, "validation_fraction": 0.6},
             "add up to 1.1, which leaves nothing to train on: make their sum less than 1",
         ),
+        ({"max_tokens": -1}, "data.max_tokens is -1: give 0 for all, or more"),
+        ({"mixture": (MixtureSource("a.jsonl", 1.0),)}, "names others: remove one of them"),
         ({"block_length": 7}, "data.block_length is 7 tokens: give at least 8"),
         ({"text_column": "body"}, "has no column 'body': set data.text_column to one of text"),
     ],
@@ -410,7 +525,7 @@ def test_settings_out_of_range_are_told(
         ("a.jsonl.gz", gzip.compress(b""), r"a.jsonl.gz holds no text"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl holds int, not text, in its column 'text'"),
         ("a.jsonl", b'{"id": 1, "body": "w1"}\n', r"set data.text_column to one of id, body"),
-        ("a.jsonl", b'{"text": "w1"}\n{"text": \n', r"cannot read .*a.jsonl, line 2: JSON parse"),
+        ("a.jsonl", b'{"text": \n', r"a.jsonl holds no text"),
         ("a.jsonl.gz", b'{"text": "w1"}\n', r"cannot read .*a.jsonl.gz: Not a gzipped file"),
         ("a.parquet", b"no parquet", r"cannot read .*a.parquet: .*; mend or remove it"),
         ("a.txt", b"caf\xe9", r"cannot read .*a.txt: 'utf-8' codec can't decode byte 0xe9"),
@@ -434,17 +549,30 @@ def test_folders_without_data_are_told(tmp_path: Path) -> None:
         check_source(replace(SETTINGS, source=str(tmp_path)))
 
 
-def test_a_late_corrupt_line_is_named_and_nothing_is_kept(tmp_path: Path, tokenizer: Path) -> None:
-    # Longer than one chunk of the reader, so the check of the first document cannot see it.
-    long = [" ".join(DOCUMENTS)] * 700
-    path = tmp_path / "late.jsonl"
-    path.write_text(as_jsonl(long) + '{"text": "w1"\n')
-    assert path.stat().st_size > 10 << 20
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_corrupt_lines_are_counted_or_named(
+    name: str, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = as_jsonl(DOCUMENTS).encode().splitlines()
+    for place, junk in ((40, b'{"text": "w1"'), (90, b"[1]"), (91, b'{"text": "\xff"}')):
+        lines.insert(place, junk)
+    content = b"\n".join(lines) + b"\n"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     settings = replace(SETTINGS, source=str(path))
-    check_source(settings)
-    with pytest.raises(ValueError, match=r"cannot read .*late.jsonl, line 701: "):
-        prepare(settings, tokenizer, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    expected = blocks_by_hand(DOCUMENTS, "train", settings)
+    np.testing.assert_array_equal(prepared.split("train"), expected)
+    assert prepared.manifest["corrupt_lines"] == 3
+    assert f"{name}, line 41: " in prepared.manifest["first_corrupt"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "passed over 3 corrupt lines" in said
+    assert "data.strict" in said
+    strict = replace(settings, strict=True)
+    check_source(strict)
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}, line 41: .*; mend or remove it"):
+        prepare(strict, tokenizer, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [prepared.folder.name]
 
 
 def test_a_split_without_a_block_is_told(tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
@@ -477,11 +605,11 @@ def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:
     table = tmp_path / "c.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines[:3]), table)
     count = corpus_module.count_rows
-    assert [count(corpus_module.Corpus("", (file,))) for file in (plain, packed, table)] == [
+    assert [count(corpus_module.Corpus("", (file,)), [0]) for file in (plain, packed, table)] == [
         7,
         7,
         3,
     ]
-    assert count(corpus_module.Corpus("", (plain, packed, table))) == 17
-    assert count(corpus_module.Corpus("", (tmp_path / "d.txt",))) is None
-    assert count(corpus_module.Corpus("org/name", revision="main")) is None
+    assert count(corpus_module.Corpus("", (plain, packed, table)), range(3)) == 17
+    assert count(corpus_module.Corpus("", (tmp_path / "d.txt",)), [0]) is None
+    assert count(corpus_module.Corpus("org/name", revision="main"), [0]) is None

@@ -19,9 +19,11 @@ LAYERS = [
     {"evaluate"},
     {"pretrain.chunked"},
     {"pretrain.losses"},
-    {"subnet", "data"},
+    {"subnet", "prepare"},
+    {"data"},
+    {"tokenise"},
     {"corpus"},
-    {"assets", "files", "progress"},
+    {"assets", "files", "mixture", "progress"},
     {"distributed"},
     {"device"},
 ]

@@ -7,14 +7,16 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
 import pyarrow.parquet
+from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
 
 from headstart.assets import content_hash
@@ -69,13 +71,15 @@ def find_corpus(source: str) -> Corpus:
     return Corpus(source, tuple(files))
 
 
-def count_rows(corpus: Corpus) -> int | None:
-    """How many rows the files hold, for a progress bar; None where counting is not cheap.
+def count_rows(corpus: Corpus, units: Iterable[int]) -> int | None:
+    """How many rows some units hold, for a progress bar; None where counting is not cheap.
 
     Parquet files say it, and a .jsonl file has one a line; other sources would have to be parsed.
     """
+    if not corpus.files:
+        return None
     try:
-        counts = [_rows_in(file) for file in corpus.files]
+        counts = [_rows_in(corpus.files[unit]) for unit in units]
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException):
         return None  # reading the file will say what is wrong with it
     known = [count for count in counts if count is not None]
@@ -127,13 +131,74 @@ def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(corpus: Corpus, file: Path | None, text_column: str) -> Iterator[dict[str, Any]]:
-    """Stream the rows of one file, or of the hub's dataset when there is no file."""
-    try:
-        if file is None:
-            stream = datasets.load_dataset(
-                corpus.source, revision=corpus.revision, split="train", streaming=True
+class CorruptLine(ValueError):
+    """A line of a .jsonl file that is no JSON object."""
+
+
+def units_of(corpus: Corpus) -> int:
+    """Into how many parts, read one by one, a corpus falls: its files, or the hub's shards."""
+    return len(corpus.files) or int(_hub_stream(corpus).num_shards)
+
+
+def texts_of(
+    corpus: Corpus,
+    unit: int,
+    text_column: str,
+    skip_rows: int = 0,
+    on_corrupt: Callable[[str], None] | None = None,
+) -> Iterator[str]:
+    """The text of every row of one unit, in order; empty where a row holds none.
+
+    Args:
+        corpus: What to read.
+        unit: Which part of it, below `units_of`.
+        text_column: The column that holds the text; a .txt file has none.
+        skip_rows: How many rows to pass over at the start.
+        on_corrupt: Called with "FILE, line N: reason" for each line of a .jsonl file that is no
+            JSON object, whose text is then empty; such a line is an error when None.
+
+    Raises:
+        ValueError: A file is corrupt, lacks the column, or holds something else in it.
+    """
+    file = corpus.files[unit] if corpus.files else None
+    is_plain = file is not None and _builder(file) == "text"
+    column, has_column, names = "text" if is_plain else text_column, skip_rows > 0, list[str]()
+    for row in _rows(corpus, unit, column, skip_rows, on_corrupt):
+        has_column = has_column or column in row
+        names = names or list(row)
+        text = row.get(column) or ""  # an absent text is an empty one
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{file or corpus.source} holds {type(text).__name__}, not text, in its "
+                f"column {column!r}: set data.text_column to a column of text"
             )
+        if is_plain:
+            # The reader leaves odd newlines at a document's ends, and a byte order mark.
+            text = text.strip("\ufeff\n")
+        yield "" if text.isspace() else text
+    if names and not has_column:
+        raise ValueError(
+            f"{file or corpus.source} has no column {column!r}: set data.text_column to "
+            f"one of {', '.join(names)}"
+        )
+
+
+def _rows(
+    corpus: Corpus,
+    unit: int,
+    text_column: str,
+    skip_rows: int,
+    on_corrupt: Callable[[str], None] | None,
+) -> Iterator[dict[str, Any]]:
+    """Stream the rows of one unit."""
+    file = corpus.files[unit] if corpus.files else None
+    try:
+        if file is not None and ".jsonl" in file.name.lower():
+            yield from _json_lines(file, skip_rows, on_corrupt)
+            return
+        if file is None:
+            whole = _hub_stream(corpus)
+            stream = split_dataset_by_node(whole, rank=unit, world_size=whole.num_shards)
         else:
             builder = _builder(file)
             options = {"sample_by": "paragraph"} if builder == "text" else {}
@@ -144,61 +209,43 @@ def _rows(corpus: Corpus, file: Path | None, text_column: str) -> Iterator[dict[
             )
         if text_column in (stream.column_names or ()):
             stream = stream.select_columns([text_column])
-        yield from stream
+        yield from stream.skip(skip_rows) if skip_rows else stream
     except StopIteration:  # what load_dataset raises for a compressed file with nothing in it
         return
+    except CorruptLine:
+        raise
     except Exception as error:
-        where = f"{file or corpus.source}{_bad_line(file)}"
-        raise ValueError(f"cannot read {where}: {first_line(error)}; mend or remove it") from error
+        raise ValueError(
+            f"cannot read {file or corpus.source}: {first_line(error)}; mend or remove it"
+        ) from error
 
 
-def _bad_line(file: Path | None) -> str:
-    """Name the first line of a .jsonl file that is not JSON, which the reader does not."""
-    if file is None or ".jsonl" not in file.name.lower():
-        return ""
+def _json_lines(
+    file: Path, skip_rows: int, on_corrupt: Callable[[str], None] | None
+) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, one for each line; datasets gives up at a corrupt one."""
     opener: Any = OPENERS.get(file.suffix.lower(), open)
-    number = 0
-    try:
-        with opener(file, "rb") as lines:
-            for line in lines:
-                number += 1
-                json.loads(line if line.strip() else "null")
-    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error):
-        return f", line {number}" if number else ""
-    return ""
+    with opener(file, "rb") as lines:
+        for number, line in enumerate(islice(lines, skip_rows, None), skip_rows + 1):
+            row: Any = {}
+            try:
+                row = json.loads(line) if line.strip() else {}
+                reason = "" if isinstance(row, dict) else f"{type(row).__name__} is no JSON object"
+            except (ValueError, RecursionError) as error:
+                reason = first_line(error)
+            if reason and on_corrupt is None:
+                raise CorruptLine(f"cannot read {file}, line {number}: {reason}; mend or remove it")
+            if reason and on_corrupt is not None:
+                on_corrupt(f"{file}, line {number}: {reason}")
+                row = {}
+            yield row
+
+
+def _hub_stream(corpus: Corpus) -> Any:
+    return datasets.load_dataset(
+        corpus.source, revision=corpus.revision, split="train", streaming=True
+    )
 
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def texts_of(corpus: Corpus, text_column: str) -> Iterator[str]:
-    """Every document that holds text.
-
-    Args:
-        corpus: What to read.
-        text_column: The column that holds the text; a .txt file has none.
-
-    Raises:
-        ValueError: A file is corrupt, lacks the column, or holds something else in it.
-    """
-    for file in corpus.files or (None,):
-        is_plain = file is not None and _builder(file) == "text"
-        column = "text" if is_plain else text_column
-        for row in _rows(corpus, file, column):
-            if column not in row:
-                raise ValueError(
-                    f"{file or corpus.source} has no column {column!r}: set data.text_column to "
-                    f"one of {', '.join(row)}"
-                )
-            text = row[column] or ""  # an absent text is an empty one
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{file or corpus.source} holds {type(text).__name__}, not text, in its "
-                    f"column {column!r}: set data.text_column to a column of text"
-                )
-            if is_plain:
-                # The reader leaves odd newlines at a document's ends, and a byte order mark.
-                text = text.strip("\ufeff\n")
-            if text and not text.isspace():
-                yield text

@@ -1,34 +1,39 @@
-"""Text in, token blocks out: read, split, tokenise and pack a corpus once, then memory-map it.
-
-A corpus is read as a stream, so memory stays constant and nothing is copied into the datasets
-cache. What is written is one flat binary file per split and a manifest that says what went in.
-"""
+"""Token blocks: what to read, and the prepared corpus on disk, memory-mapped."""
 
 import hashlib
 import json
-import shutil
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor
 
-from headstart.assets import cache_root, finished_folder
-from headstart.corpus import Corpus, count_rows, find_corpus, first_line, inputs_of, texts_of
+from headstart.mixture import MixedBlocks
 
 SplitName = Literal["train", "search", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "search", "validation")
 
-LAYOUT_VERSION = 1  # part of the fingerprint: raise it when the same inputs give other bytes
-BATCH_DOCUMENTS = 64
-MIN_BLOCK_LENGTH = 8
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """One corpus of a mixture.
+
+    Attributes:
+        source: As `DataSettings.source`.
+        weight: Share of the training tokens that come from it, in any unit.
+        text_column: The column that holds the text; the mixture's own when empty.
+    """
+
+    source: str
+    weight: float
+    text_column: str = ""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"data.mixture gives {self.source} weight {self.weight}: remove it")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,13 @@ class DataSettings:
         search_fraction: Share of the documents that the search measures fitness on: never
             trained on, never reported on.
         seed: Changes which documents fall into which split.
+        mixture: Several corpora instead of `source`. One that its weight asks more of than it
+            holds is repeated, until every block of all of them has come.
+        max_tokens: Training tokens to read of each corpus; 0 for all that it holds.
+        strict: Whether a line of a .jsonl file that is no JSON object is an error; otherwise it is
+            passed over and counted.
+        separate_documents: Whether tokens attend to their own document only, in training and in
+            its evaluations; otherwise to all of their block that comes before them.
     """
 
     source: str = ""
@@ -52,22 +64,40 @@ class DataSettings:
     validation_fraction: float = 0.05
     search_fraction: float = 0.05
     seed: int = 0
+    mixture: tuple[MixtureSource, ...] = ()
+    max_tokens: int = 0
+    strict: bool = False
+    separate_documents: bool = False
 
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """A prepared corpus on disk.
+    """A prepared corpus on disk, or a mixture of several.
 
     Attributes:
-        folder: Holds train.bin, search.bin, validation.bin and manifest.json.
+        folder: Holds manifest.json and train.bin, search.bin and validation.bin; a mixture has
+            .npy files of the order instead.
         manifest: The content of manifest.json. `manifest["splits"][name]` counts documents,
             text_bytes and tokens (both before the ragged tail was dropped) and blocks.
+        separate_documents: As in the settings.
     """
 
     folder: Path
     manifest: dict[str, Any]
+    separate_documents: bool = False
 
-    def split(self, name: SplitName) -> UInt[np.memmap, "num_blocks block_length"]:
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens, and of which of them a token sees."""
+        seen = "-separate" if self.separate_documents else ""
+        return f"{self.manifest['fingerprint']}{seen}"
+
+    @property
+    def separator(self) -> int | None:
+        """The token after which attention begins anew; None where it does not."""
+        return self.manifest["end_token"] if self.separate_documents else None
+
+    def split(self, name: SplitName) -> UInt[np.ndarray, "num_blocks block_length"] | MixedBlocks:
         """Memory-map one split.
 
         Args:
@@ -81,6 +111,13 @@ class TokenBlocks:
         """
         if name not in SPLITS:
             raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
+        if "parts" in self.manifest:
+            folders = [self.folder.parent / part["fingerprint"] for part in self.manifest["parts"]]
+            parts = [finished_blocks(folder) for folder in folders]
+            if None in parts:
+                raise ValueError(f"a corpus of the mixture in {self.folder} is gone: run again")
+            arrays: Any = [part.split(name) for part in parts if part]
+            return MixedBlocks(arrays, np.load(self.folder / f"{name}.npy", mmap_mode="r"))
         shape = (self.manifest["splits"][name]["blocks"], self.manifest["settings"]["block_length"])
         dtype = np.dtype(self.manifest["dtype"])
         return np.memmap(self.folder / f"{name}.bin", dtype=dtype, mode="r", shape=shape)
@@ -97,91 +134,55 @@ class BlockDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     Args:
         blocks: Token ids, such as `TokenBlocks.split` gives.
         num_blocks: Keep the first so many; all when None.
+        separator: The token after which positions begin anew, and attention with them; items then
+            have "position_ids" too.
 
     Raises:
         ValueError: Fewer blocks exist than were asked for.
     """
 
     def __init__(
-        self, blocks: UInt[np.ndarray, "num_blocks block_length"], num_blocks: int | None = None
+        self,
+        blocks: UInt[np.ndarray, "num_blocks block_length"] | MixedBlocks,
+        num_blocks: int | None = None,
+        separator: int | None = None,
     ) -> None:
         if num_blocks is not None and not 0 < num_blocks <= len(blocks):
             raise ValueError(
                 f"num_blocks is {num_blocks} but the split holds {len(blocks)} blocks: "
                 f"ask for 1 to {len(blocks)}, or give more text"
             )
-        self.blocks = blocks[:num_blocks]
+        self.blocks, self.separator = blocks, separator
+        self.num_blocks = len(blocks) if num_blocks is None else num_blocks
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return self.num_blocks
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One block, int64 [block_length]; labels are the ids, as the shift is the loss's job."""
         token_ids = torch.from_numpy(self.blocks[index].astype(np.int64))
-        return {"input_ids": token_ids, "labels": token_ids}
+        item = {"input_ids": token_ids, "labels": token_ids}
+        if self.separator is not None:
+            item["position_ids"] = document_positions(token_ids, self.separator)
+        return item
 
 
-def check_source(settings: DataSettings) -> None:
-    """Find a user's mistakes in seconds, before any model loads.
-
-    Args:
-        settings: What `prepare` will be given.
-
-    Raises:
-        ValueError: A setting is out of range, the source does not exist, holds no readable file or
-            an empty one, or its first document does not read.
-    """
-    _checked_corpus(settings)
-
-
-def prepare(
-    settings: DataSettings, tokenizer: str | Path, cache_folder: Path | None = None
-) -> TokenBlocks:
-    """Tokenise a corpus into blocks of equal length, or find that done already.
-
-    Every document is followed by the tokenizer's end-of-sequence token and belongs to one split,
-    chosen by a hash of its text, so copies of a document land together and a document keeps its
-    place when others come or go. The documents of a split are joined in the order they are read
-    and cut into blocks; the ragged tail is dropped.
+def document_positions(
+    blocks: Int[Tensor, "*batch tokens"], separator: int
+) -> Int[Tensor, "*batch tokens"]:
+    """The place of each token in its document; transformers lets none see another document's.
 
     Args:
-        settings: What to read and how to cut it.
-        tokenizer: Checkpoint folder or hub id whose tokenizer is used.
-        cache_folder: Where prepared corpora are kept, one folder per fingerprint of the inputs'
-            content, the tokenizer and the settings; `cache_root() / "data"` when None.
+        blocks: Token ids.
+        separator: The token that ends a document.
 
-    Returns:
-        The prepared corpus.
-
-    Raises:
-        ValueError: As `check_source`; or a file is corrupt, the tokenizer does not load or has no
-            end-of-sequence token, or a split gets no whole block.
+    >>> document_positions(torch.tensor([7, 8, 1, 9, 1, 1, 5]), separator=1).tolist()
+    [0, 1, 2, 0, 1, 0, 0]
     """
-    corpus = _checked_corpus(settings)
-    inputs = inputs_of(corpus)
-    loaded = _load_tokenizer(tokenizer)
-    tokenizer_hash = _tokenizer_hash(loaded)
-    # Where the same content lies does not change the blocks; what it holds does.
-    relevant = {key: value for key, value in asdict(settings).items() if key != "source"}
-    identity = [LAYOUT_VERSION, inputs, tokenizer_hash, relevant]
-    fingerprint = _short_hash(json.dumps(identity, sort_keys=True))
-    folder = (cache_folder or cache_root() / "data") / fingerprint
-    if finished := _finished(folder):
-        return finished
-    shutil.rmtree(folder, ignore_errors=True)
-    with finished_folder(folder) as unfinished:
-        dtype = np.dtype(np.uint16 if max(loaded.get_vocab().values()) < 1 << 16 else np.uint32)
-        manifest = {
-            "fingerprint": fingerprint,
-            "settings": asdict(settings),
-            "inputs": inputs,
-            "tokenizer": tokenizer_hash,
-            "dtype": dtype.name,
-            "splits": _write_splits(corpus, settings, loaded, dtype, unfinished),
-        }
-        text = json.dumps(manifest, indent=2) + "\n"
-        (unfinished / "manifest.json").write_text(text, encoding="utf-8")
-    return TokenBlocks(folder, manifest)
+    places = torch.arange(blocks.shape[-1], device=blocks.device).expand(blocks.shape)
+    begins = torch.zeros_like(blocks, dtype=torch.bool)
+    begins[..., 1:] = blocks[..., :-1] == separator
+    return places - torch.where(begins, places, 0).cummax(dim=-1).values
 
 
 def split_of(text: str, settings: DataSettings) -> SplitName:
@@ -203,55 +204,7 @@ def split_of(text: str, settings: DataSettings) -> SplitName:
     return "train"
 
 
-def _checked_corpus(settings: DataSettings) -> Corpus:
-    for name in ("validation_fraction", "search_fraction"):
-        fraction = getattr(settings, name)
-        if not 0 < fraction < 1:
-            raise ValueError(f"data.{name} is {fraction}: give a number between 0 and 1")
-    held_out = settings.validation_fraction + settings.search_fraction
-    if held_out >= 1:
-        raise ValueError(
-            f"data.validation_fraction and data.search_fraction add up to {held_out:g}, which "
-            "leaves nothing to train on: make their sum less than 1"
-        )
-    if settings.block_length < MIN_BLOCK_LENGTH:
-        raise ValueError(
-            f"data.block_length is {settings.block_length} tokens: give at least {MIN_BLOCK_LENGTH}"
-        )
-    corpus = find_corpus(settings.source)
-    if next(texts_of(corpus, settings.text_column), None) is None:
-        raise ValueError(f"{settings.source} holds no text: every document is empty")
-    return corpus
-
-
-def _load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(tokenizer))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer loads from {tokenizer} ({first_line(error)}): "
-            "give a checkpoint folder or a hub id that has one"
-        ) from error
-    if loaded.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {tokenizer} has no end-of-sequence token to put between documents: "
-            "set eos_token in its tokenizer_config.json"
-        )
-    return loaded
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash all that decides the tokens, wherever the tokenizer was loaded from."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return _short_hash(f"{type(tokenizer).__name__} {tokenizer.eos_token_id} {rules}")
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _finished(folder: Path) -> TokenBlocks | None:
+def finished_blocks(folder: Path) -> TokenBlocks | None:
     """The prepared corpus in a folder, if its files are as long as its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -264,62 +217,3 @@ def _finished(folder: Path) -> TokenBlocks | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return TokenBlocks(folder, manifest)
-
-
-def _progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[documents]:,} documents, {task.fields[rate]:,.0f} tokens/s"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        speed_estimate_period=3600,
-    )
-
-
-def _write_splits(
-    corpus: Corpus,
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: np.dtype[Any],
-    folder: Path,
-) -> dict[SplitName, dict[str, int]]:
-    """Write <split>.bin of every split and count what went in."""
-    counts = {name: {"documents": 0, "text_bytes": 0, "tokens": 0, "blocks": 0} for name in SPLITS}
-    documents = texts_of(corpus, settings.text_column)
-    with ExitStack() as stack:
-        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in SPLITS}
-        bar = stack.enter_context(_progress_bar())
-        num_rows = count_rows(corpus)
-        task = bar.add_task("tokenise", total=num_rows, documents=0, rate=0.0)
-        while batch := list(islice(documents, BATCH_DOCUMENTS)):
-            encoded = tokenizer(
-                batch,
-                add_special_tokens=False,
-                return_attention_mask=False,
-                verbose=False,  # no warning for a text longer than the model's context
-            )["input_ids"]
-            for text, token_ids in zip(batch, encoded, strict=True):
-                name = split_of(text, settings)
-                count = counts[name]
-                files[name].write(np.array([*token_ids, tokenizer.eos_token_id], dtype).tobytes())
-                count["documents"] += 1
-                count["text_bytes"] += len(text.encode())
-                count["tokens"] += len(token_ids) + 1
-            num_documents = sum(count["documents"] for count in counts.values())
-            num_tokens = sum(count["tokens"] for count in counts.values())
-            rate = num_tokens / (bar.tasks[task].elapsed or 1)
-            bar.update(task, completed=num_documents, documents=num_documents, rate=rate)
-        bar.update(task, completed=num_rows or 1, total=num_rows or 1)
-        for name, count in counts.items():
-            count["blocks"] = count["tokens"] // settings.block_length
-            files[name].truncate(count["blocks"] * settings.block_length * dtype.itemsize)
-    for name, count in counts.items():
-        if count["blocks"] == 0:
-            mend = "" if name == "train" else f", a larger data.{name}_fraction"
-            raise ValueError(
-                f"the {name} split got {count['tokens']} tokens, less than one block of "
-                f"{settings.block_length}: give more text{mend} or a smaller data.block_length"
-            )
-    return counts

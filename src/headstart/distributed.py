@@ -50,6 +50,12 @@ def process_group() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """Let the main process run the body before the others, who then find its files."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headstart.data import document_positions
 from headstart.pretrain.chunked import chunked_sum
 from headstart.pretrain.losses import cross_entropy
 
@@ -37,6 +38,7 @@ def summed_loss(
     blocks: Int[Tensor, "blocks tokens"],
     batch_size: int,
     on_batch: Callable[[int], None] = lambda num_tokens: None,
+    separator: int | None = None,
 ) -> float:
     """Summed next-token cross-entropy in nats, without the full logits tensor.
 
@@ -45,12 +47,15 @@ def summed_loss(
         blocks: token ids; the first of each block is context only.
         batch_size: blocks per forward pass.
         on_batch: called with the tokens of each batch done, for progress.
+        separator: the token that ends a document, where none may see another document's tokens.
     """
     matrix = model.get_output_embeddings().weight
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     batch: Tensor
     for batch in blocks.to(matrix.device).split(batch_size):  # type: ignore[no-untyped-call]
-        hidden = model.base_model(batch, use_cache=False).last_hidden_state
+        positions = None if separator is None else document_positions(batch, separator)
+        outputs = model.base_model(batch, position_ids=positions, use_cache=False)
+        hidden = outputs.last_hidden_state
         total += next_token_loss(hidden, matrix, batch)
         on_batch(batch.numel())
     return total.item()  # the only wait for the device
@@ -61,10 +66,11 @@ def mean_loss(
     blocks: Int[Tensor, "blocks tokens"],
     batch_size: int,
     on_batch: Callable[[int], None] = lambda num_tokens: None,
+    separator: int | None = None,
 ) -> float:
     """Mean next-token cross-entropy in nats per token; arguments as for `summed_loss`."""
     num_targets: int = blocks.shape[0] * (blocks.shape[1] - 1)
-    return summed_loss(model, blocks, batch_size, on_batch) / num_targets
+    return summed_loss(model, blocks, batch_size, on_batch, separator) / num_targets
 
 
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:

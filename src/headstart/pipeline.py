@@ -25,11 +25,12 @@ import torch
 from rich.console import Console
 
 from headstart.assets import DEMO, demo_corpus, demo_teacher
-from headstart.data import DataSettings, TokenBlocks, check_source, prepare
+from headstart.data import DataSettings, TokenBlocks
 from headstart.device import default_device, load_frozen
 from headstart.distributed import is_main, main_first, process_group, world_size
 from headstart.evaluate import mean_loss
 from headstart.files import write_json
+from headstart.prepare import check_source, prepare
 from headstart.pretrain.arms import (
     ArmInputs,
     check_step,
@@ -72,7 +73,20 @@ def teacher_folder(recipe: Recipe) -> Path:
 
 def data_settings(settings: DataSettings) -> DataSettings:
     """A recipe's data settings with the demo corpus as a file."""
-    return replace(settings, source=str(demo_corpus())) if settings.source == DEMO else settings
+    if settings.source != DEMO and DEMO not in [part.source for part in settings.mixture]:
+        return settings
+    corpus = str(demo_corpus())
+    mixture = (replace(p, source=corpus) if p.source == DEMO else p for p in settings.mixture)
+    source = corpus if settings.source == DEMO else settings.source
+    return replace(settings, source=source, mixture=tuple(mixture))
+
+
+def check_text(settings: DataSettings) -> None:
+    """Find mistakes in what is said of the text; the demo's own is downloaded later."""
+    if settings.mixture or settings.source != DEMO:
+        with main_first():
+            settings = data_settings(settings)
+        check_source(settings)
 
 
 def check(recipe: Recipe, student: str = "", extracts: bool = True) -> None:
@@ -88,8 +102,7 @@ def check(recipe: Recipe, student: str = "", extracts: bool = True) -> None:
     """
     for arm in recipe.pretrain.arms:
         training_arguments(recipe.train, arm, Path(recipe.output))
-    if recipe.data.source != DEMO:
-        check_source(recipe.data)
+    check_text(recipe.data)
     with main_first():
         config = read_config(teacher_folder(recipe))
     if not student:
@@ -191,8 +204,7 @@ def check_caches(recipe: Recipe, blocks: TokenBlocks) -> None:
     teacher_hash = _hash_in(Path(recipe.output))
     for arm in recipe.pretrain.arms:
         if arm.kd and arm.kd.cache:
-            fingerprint = blocks.manifest["fingerprint"]
-            TeacherCache(arm.kd.cache, CacheIdentity.of(arm.kd, teacher_hash, fingerprint))
+            TeacherCache(arm.kd.cache, CacheIdentity.of(arm.kd, teacher_hash, blocks.fingerprint))
 
 
 def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -211,11 +223,11 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "in pretrain.arms"
         )
     with process_group():
-        if recipe.data.source != DEMO:
-            check_source(recipe.data)
+        check_text(recipe.data)
         with main_first():
             folder = teacher_folder(recipe)
-            blocks = prepare(data_settings(recipe.data), folder)
+            data = data_settings(recipe.data)
+        blocks = prepare(data, folder)
         split, teacher_hash = blocks.split("train"), hash_checkpoint(folder)
         device = default_device()
         teacher = Teacher(load_frozen(folder, device))
@@ -225,7 +237,7 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
         )
         written = {}
         for kd in settings:
-            identity = CacheIdentity.of(kd, teacher_hash, blocks.manifest["fingerprint"])
+            identity = CacheIdentity.of(kd, teacher_hash, blocks.fingerprint)
             mine = split.size // world_size()
             with progress(f"cache {kd.cache}", mine, "tokens") as advance:
                 written[kd.cache] = write_cache(
@@ -234,6 +246,7 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
                     teacher,
                     split,
                     batch_size,
+                    separator=blocks.separator,
                     on_blocks=lambda count: advance(count * split.shape[1]),
                 )
         return written
@@ -288,8 +301,7 @@ def run_evaluate(model: str, settings: DataSettings, num_tokens: int) -> dict[st
     """
     from headstart.evaluate import bits_per_byte
 
-    if settings.source != DEMO:
-        check_source(settings)
+    check_text(settings)
     folder = demo_teacher() if model == DEMO else resolve_teacher(model)
     read_config(folder)  # refuses a family whose logits might be more than a product
     blocks = prepare(data_settings(settings), folder)
@@ -323,10 +335,11 @@ def _prepared(recipe: Recipe) -> tuple[Path, Path, TokenBlocks]:
     check_run_folder(recipe)
     teacher = teacher_folder(recipe)
     with main_first():
-        blocks = prepare(data_settings(recipe.data), teacher)
+        data = data_settings(recipe.data)
+    blocks = prepare(data, teacher)
     arguments = training_arguments(recipe.train, recipe.pretrain.arms[0], Path(recipe.output))
     check_step(tokens_per_step(arguments, recipe.data.block_length), blocks)
-    inputs = {"data": blocks.manifest["fingerprint"], "teacher": hash_checkpoint(teacher)}
+    inputs = {"data": blocks.fingerprint, "teacher": hash_checkpoint(teacher)}
     if recipe.student:
         inputs["student"] = hash_checkpoint(Path(recipe.student))
     folder = Path(recipe.output)
@@ -354,4 +367,5 @@ def _validation_loss(model: Path, blocks: TokenBlocks, num_tokens: int) -> tuple
     tokens = blocks.first("validation", num_tokens)
     with progress("evaluate", tokens.numel(), "tokens") as advance:
         loaded = load_frozen(model, default_device())
-        return mean_loss(loaded, tokens, 8, advance), tokens.numel()
+        loss = mean_loss(loaded, tokens, 8, advance, blocks.separator)
+        return loss, tokens.numel()

@@ -32,13 +32,19 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:,.1f} {self.unit}/s" if speed else f"– {self.unit}/s")
 
 
+class _CountColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        total = "" if task.total is None else f"/{task.total:,.0f}"
+        return Text(f"{task.completed:,.0f}{total}")
+
+
 @contextmanager
-def progress(description: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
+def progress(description: str, total: float | None, unit: str) -> Iterator[Callable[..., None]]:
     """Show a progress bar while the body runs; only the main process shows one.
 
     Args:
         description: the stage in a few words.
-        total: how many units there are.
+        total: how many units there are; None where nobody knows.
         unit: plural name of what is counted, for the rate.
 
     Yields:
@@ -48,7 +54,7 @@ def progress(description: str, total: float, unit: str) -> Iterator[Callable[...
     columns = (
         TextColumn("{task.description}", table_column=whole),
         BarColumn(bar_width=10),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}", table_column=whole),
+        _CountColumn(table_column=whole),
         _RateColumn(unit, table_column=whole),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),

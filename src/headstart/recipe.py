@@ -114,6 +114,10 @@ def _build(value: Any, kind: Any, key: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{key} is {value!r}; write keys and values below it")
         return value
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{key} is {value!r}; write true or false")
     options = arguments or (kind,)
     if value is None and type(None) in options:
         return None

@@ -220,7 +220,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         model = _initial_model(arm, inputs.student, arguments.seed)
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    train_dataset: Any = BlockDataset(train_split, num_train_blocks)
+    train_dataset: Any = BlockDataset(train_split, num_train_blocks, inputs.blocks.separator)
     teacher = None
     if arm.kd and arm.kd.cache:
         identity = cache_identity(arm.kd, inputs)
@@ -252,7 +252,9 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             processing_class=AutoTokenizer.from_pretrained(inputs.teacher),
             data_collator=default_data_collator,
             train_dataset=train_dataset,
-            eval_dataset=BlockDataset(validation_split, num_validation_blocks),
+            eval_dataset=BlockDataset(
+                validation_split, num_validation_blocks, inputs.blocks.separator
+            ),
             teacher=teacher,
             distillation=arm.kd,
             tokens_per_step=step_tokens,
@@ -286,7 +288,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
 
 def cache_identity(kd: DistillationSettings, inputs: ArmInputs) -> CacheIdentity:
     """What an arm's teacher cache holds."""
-    return CacheIdentity.of(kd, inputs.teacher_hash, inputs.blocks.manifest["fingerprint"])
+    return CacheIdentity.of(kd, inputs.teacher_hash, inputs.blocks.fingerprint)
 
 
 def _initial_model(arm: Arm, student: Path, seed: int) -> Any:

@@ -28,8 +28,9 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from headstart.data import BlockDataset
+from headstart.data import BlockDataset, document_positions
 from headstart.distributed import gather, is_main, rank, world_size
+from headstart.mixture import MixedBlocks
 from headstart.pretrain.losses import DistillationSettings, Samples, TopK, sample, top_k
 from headstart.pretrain.teacher import Teacher
 
@@ -81,9 +82,10 @@ def write_cache(
     path: str,
     identity: CacheIdentity,
     teacher: Teacher,
-    blocks: UInt[np.ndarray, "blocks tokens"],
+    blocks: UInt[np.ndarray, "blocks tokens"] | MixedBlocks,
     batch_size: int,
     shard_bytes: int = SHARD_BYTES,
+    separator: int | None = None,
     on_blocks: Callable[[int], None] = lambda num_blocks: None,
 ) -> dict[str, Any]:
     """Ask a teacher about every block; a cache that was broken off goes on after its last shard.
@@ -97,6 +99,7 @@ def write_cache(
         blocks: the training split.
         batch_size: blocks in a forward pass.
         shard_bytes: size of a shard; a block more, at most.
+        separator: the token that ends a document, where none may see another document's tokens.
         on_blocks: called with the blocks that each batch added, those found on disk included.
 
     Returns:
@@ -137,7 +140,7 @@ def write_cache(
             torch.manual_seed(index)
             for start in range(0, len(part), batch_size):
                 batch = part[start : start + batch_size]
-                for name, values in _outputs(teacher, batch, identity).items():
+                for name, values in _outputs(teacher, batch, identity, separator).items():
                     dtype = id_dtype if name == "ids" else np.dtype(identity.dtype)
                     columns.setdefault(name, []).append(values.cpu().numpy().astype(dtype))
                 on_blocks(len(batch))
@@ -156,7 +159,9 @@ def bytes_per_token(settings: DistillationSettings, vocab_size: int) -> int:
     return _bytes_per_token(CacheIdentity.of(settings, "", ""), vocab_size)
 
 
-def block_hashes(blocks: UInt[np.ndarray, "blocks tokens"]) -> UInt64[np.ndarray, " blocks"]:
+def block_hashes(
+    blocks: UInt[np.ndarray, "blocks tokens"] | MixedBlocks,
+) -> UInt64[np.ndarray, " blocks"]:
     """64 bits for the tokens of each block, whatever integers they are stored as."""
     digests = (
         hashlib.blake2b(np.ascontiguousarray(block, dtype="<u4").tobytes(), digest_size=8).digest()
@@ -277,12 +282,18 @@ def outputs_of_batch(inputs: dict[str, Tensor]) -> TopK | Samples:
 
 
 def _outputs(
-    teacher: Teacher, blocks: UInt[np.ndarray, "batch tokens"], identity: CacheIdentity
+    teacher: Teacher,
+    blocks: UInt[np.ndarray, "batch tokens"],
+    identity: CacheIdentity,
+    separator: int | None,
 ) -> dict[str, Tensor]:
     """What is kept of a batch, one row for each block and all of its tokens but the last."""
     tokens: Int[Tensor, "batch tokens"] = torch.from_numpy(blocks.astype(np.int64))
     rows: list[dict[str, Tensor]] = []
-    for hidden in teacher.hidden(tokens.to(teacher.model.device))[:, :-1]:
+    positions = None
+    if separator is not None:
+        positions = document_positions(tokens, separator).to(teacher.model.device)
+    for hidden in teacher.hidden(tokens.to(teacher.model.device), positions)[:, :-1]:
         logits = teacher.logits(hidden)
         if identity.top_k:
             rows.append(top_k(logits, identity.top_k, identity.temperature)._asdict())

@@ -20,9 +20,14 @@ class Teacher:
     model: PreTrainedModel
 
     @torch.no_grad()
-    def hidden(self, blocks: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens embed"]:
-        """Final hidden states of a batch."""
-        hidden: Tensor = self.model.base_model(blocks, use_cache=False).last_hidden_state
+    def hidden(
+        self,
+        blocks: Int[Tensor, "batch tokens"],
+        positions: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens embed"]:
+        """Final hidden states of a batch; positions that begin anew begin a new document."""
+        outputs = self.model.base_model(blocks, position_ids=positions, use_cache=False)
+        hidden: Tensor = outputs.last_hidden_state
         return hidden
 
     @torch.no_grad()

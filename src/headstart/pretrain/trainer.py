@@ -69,7 +69,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         blocks = inputs["input_ids"]
-        hidden, matrix = self._hidden_and_matrix(model, blocks)
+        hidden, matrix = self._hidden_and_matrix(model, inputs)
         alpha, beta = (1.0, 0.0)
         if model.training and self.distillation is not None:
             alpha, beta = self.distillation.weights(self._tokens_seen)
@@ -101,9 +101,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.model.eval()
         losses = []
         for inputs in dataloader:
-            blocks = self._prepare_inputs(inputs)["input_ids"]
+            batch = self._prepare_inputs(inputs)
+            blocks = batch["input_ids"]
             with torch.no_grad(), self.compute_loss_context_manager():
-                hidden, matrix = self._hidden_and_matrix(self.model, blocks)
+                hidden, matrix = self._hidden_and_matrix(self.model, batch)
                 totals = [
                     next_token_loss(hidden[[i]], matrix, blocks[[i]]) for i in range(len(blocks))
                 ]
@@ -120,12 +121,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
-    def _hidden_and_matrix(self, model: nn.Module, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    def _hidden_and_matrix(
+        self, model: nn.Module, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Final hidden states, and the matrix that turns them into logits."""
         # Through the wrapped model, so that DDP sees the call; one position's logits are
         # the fewest that it can be asked for.
         outputs = model(
-            input_ids=blocks, output_hidden_states=True, logits_to_keep=1, use_cache=False
+            input_ids=inputs["input_ids"],
+            position_ids=inputs.get("position_ids"),
+            output_hidden_states=True,
+            logits_to_keep=1,
+            use_cache=False,
         )
         matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
         return outputs.hidden_states[-1], matrix
@@ -153,7 +160,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """What the teacher says of a slice of a batch's tokens, from the batch if it is there."""
         teacher = self.teacher
         if teacher is not None:
-            hidden = teacher.hidden(inputs["input_ids"])[:, :-1].flatten(0, 1)
+            said = teacher.hidden(inputs["input_ids"], inputs.get("position_ids"))
+            hidden = said[:, :-1].flatten(0, 1)
             return lambda chunk: teacher.logits(hidden[chunk])
         kept = outputs_of_batch(inputs)
         return lambda chunk: type(kept)(*(values[chunk] for values in kept))
