@@ -344,3 +344,32 @@ def test_a_run_from_a_cached_teacher(recipe: dict[str, Any], tmp_path: Path) -> 
 def test_a_cache_that_no_arm_asks_for_is_refused(recipe: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"no arm .* set kd.cache"):
         run_cache_teacher(recipe_from_dict(recipe))
+
+
+def test_a_baseline_is_measured_and_matched(recipe, tmp_path):
+    """The teacher, as a baseline, has the teacher's loss; another tokenizer is refused."""
+    copy = tmp_path / "copy"
+    shutil.copytree(recipe["teacher"], copy)
+    recipe["pretrain"] |= {"baselines": [str(copy)], "seeds": [0, 1], "tokens": 600}
+    (result,) = run(recipe_from_dict(recipe))
+    (baseline,) = result["baselines"]
+    assert baseline["name"] == str(copy)
+    assert baseline["loss"] == pytest.approx(result["teacher"]["loss"])
+    assert baseline["parameters"] == result["teacher"]["parameters"]
+    for arm in result["arms"]:
+        assert len(arm["seeds"]) == 2 and arm["loss_spread"] > 0
+        below = [point for point in arm["curve"] if point["loss"] <= baseline["loss"]]
+        assert (arm["baseline_tokens"][0] is not None) == bool(below)
+        ledger = arm["flops"]
+        paid = sum(ledger[part] for part in ("calibration", "search", "training", "teacher"))
+        assert paid == pytest.approx(arm["curve"][-1]["flops"])
+        assert ledger["evaluation"] > 0
+    page = (Path(recipe["output"]) / "report.html").read_text()
+    assert "which is reached by" in page and "±" in page
+
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe["output"] = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="has another tokenizer than the teacher"):
+        run(recipe_from_dict(recipe))

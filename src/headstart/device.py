@@ -19,6 +19,31 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+    "L4": 121.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+    "V100": 125.0,
+    "T4": 65.0,
+}
+"""Of one GPU in dense half-precision products, by a part of its name; from makers' data sheets."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The most FLOPs a second that a device can do, or None where nobody has written it down."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 here: on GPUs that have it, and on CPUs whose
     matrix instructions take it. Other CPUs emulate it several times slower than float32."""

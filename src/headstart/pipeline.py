@@ -30,19 +30,19 @@ from headstart.device import default_device, load_frozen
 from headstart.distributed import is_main, main_first, process_group, world_size
 from headstart.evaluate import mean_loss
 from headstart.files import write_json
-from headstart.prepare import check_source, prepare
+from headstart.prepare import check_source, prepare, tokenizer_hash
 from headstart.pretrain.arms import (
     ArmInputs,
     check_step,
-    run_arm,
     tokens_per_step,
     training_arguments,
 )
 from headstart.pretrain.cache import CacheIdentity, TeacherCache, write_cache
 from headstart.pretrain.teacher import Teacher
+from headstart.pretrain.variants import run_variants
 from headstart.progress import progress
 from headstart.recipe import Recipe, recipe_to_dict
-from headstart.report import headline, load_result, result_table, write_html
+from headstart.report import baseline_sentences, headline, load_result, result_table, write_html
 from headstart.report_search import write_search_html
 from headstart.result import SEARCH_COSTS, result_of
 from headstart.run_folder import check_run_folder, open_run
@@ -181,18 +181,48 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
         inputs = ArmInputs(
             student, teacher, blocks, recipe.pretrain, recipe.train, _hash_in(folder)
         )
-        trained = [run_arm(arm, inputs, folder / "arms" / arm.name) for arm in recipe.pretrain.arms]
+        _check_baselines(recipe, blocks)
+        trained = [
+            run_variants(arm, inputs, folder / "arms" / arm.name) for arm in recipe.pretrain.arms
+        ]
         with main_first():
             if is_main():
-                kept = folder / "teacher.json"
+                kept = folder / "compared.json"
                 if not kept.is_file():
-                    loss, _ = _validation_loss(teacher, blocks, recipe.pretrain.validation_tokens)
-                    write_json(kept, {"loss": loss})
-                teacher_loss = json.loads(kept.read_text())["loss"]
-                result = result_of(recipe, folder, inputs, teacher_loss, trained)
+                    compared = (("teacher", teacher), *_baselines(recipe))
+                    losses = [
+                        {"name": name, **_evaluated(one, blocks, recipe.pretrain.validation_tokens)}
+                        for name, one in compared
+                    ]
+                    write_json(kept, losses)
+                of_teacher, *of_baselines = json.loads(kept.read_text())
+                result = result_of(
+                    recipe, folder, inputs, of_teacher["loss"], of_baselines, trained
+                )
                 write_json(folder / "result.json", result)
                 run_report(folder)
         return load_result(folder)
+
+
+def _baselines(recipe: Recipe) -> list[tuple[str, Path]]:
+    return [(name, resolve_teacher(name)) for name in recipe.pretrain.baselines]
+
+
+def _check_baselines(recipe: Recipe, blocks: TokenBlocks) -> None:
+    """Find out whether losses of the baselines can be compared with those of the arms.
+
+    Raises:
+        ValueError: one is of a family that cannot be read, or has another tokenizer.
+    """
+    with main_first():
+        for name, folder in _baselines(recipe):
+            read_config(folder)
+            if tokenizer_hash(folder) != blocks.manifest["tokenizer"]:
+                raise ValueError(
+                    f"the baseline {name} has another tokenizer than the teacher, so their losses "
+                    "per token do not compare; choose one with the teacher's, or compare bits per "
+                    "byte with `headstart evaluate`"
+                )
 
 
 def check_caches(recipe: Recipe, blocks: TokenBlocks) -> None:
@@ -305,13 +335,14 @@ def run_evaluate(model: str, settings: DataSettings, num_tokens: int) -> dict[st
     folder = demo_teacher() if model == DEMO else resolve_teacher(model)
     read_config(folder)  # refuses a family whose logits might be more than a product
     blocks = prepare(data_settings(settings), folder)
-    loss, tokens = _validation_loss(folder, blocks, num_tokens)
+    evaluated = _evaluated(folder, blocks, num_tokens)
+    loss = evaluated["loss"]
     split = blocks.manifest["splits"]["validation"]
     return {
         "loss": loss,
         "perplexity": float(torch.tensor(loss).exp()),
         "bits_per_byte": bits_per_byte(loss, split["tokens"], split["text_bytes"]),
-        "tokens": tokens,
+        "tokens": evaluated["tokens"],
     }
 
 
@@ -322,6 +353,8 @@ def run_report(folder: Path) -> dict[str, Any]:
     output = Console()
     output.print(result_table(result))
     output.print(headline(result))
+    for sentence in baseline_sentences(result):
+        output.print(sentence)
     output.print(f"report: {folder / 'report.html'}")
     return result
 
@@ -363,9 +396,13 @@ def _hash_in(folder: Path) -> str:
     return str(json.loads((folder / "inputs.json").read_text())["teacher"])
 
 
-def _validation_loss(model: Path, blocks: TokenBlocks, num_tokens: int) -> tuple[float, int]:
+def _evaluated(model: Path, blocks: TokenBlocks, num_tokens: int) -> dict[str, Any]:
     tokens = blocks.first("validation", num_tokens)
     with progress("evaluate", tokens.numel(), "tokens") as advance:
         loaded = load_frozen(model, default_device())
         loss = mean_loss(loaded, tokens, 8, advance, blocks.separator)
-        return loss, tokens.numel()
+        return {
+            "loss": loss,
+            "tokens": tokens.numel(),
+            "parameters": loaded.num_parameters(),
+        }

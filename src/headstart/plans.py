@@ -12,6 +12,7 @@ from headstart.assets import DEMO, demo_teacher
 from headstart.pipeline import bin_recipes
 from headstart.pretrain.arms import tokens_per_step, training_arguments
 from headstart.pretrain.plan import ArmPlan, Batch, Hardware, arms_table, plan_arm
+from headstart.pretrain.variants import variants_of
 from headstart.recipe import Recipe
 from headstart.search.plan import SearchPlan, plan_search, plan_table
 from headstart.search.run import space_of
@@ -42,7 +43,18 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
         per_layer = {k: tuple(v) if isinstance(v, list) else v for k, v in shape.items()}
         sizes = sizes_of(config) | per_layer
         plans.append(
-            [plan_arm(arm, tokens, config, sizes, batch, hardware) for arm in one.pretrain.arms]
+            [
+                plan_arm(
+                    arm,
+                    tokens,
+                    config,
+                    sizes,
+                    batch,
+                    hardware,
+                    len(variants_of(arm, one.pretrain.seeds)),
+                )
+                for arm in one.pretrain.arms
+            ]
         )
         named = ", ".join(f"{axis} {size}" for axis, size in shape.items())
         Console().print(arms_table(plans[-1], hardware, f"a student with {named}"))

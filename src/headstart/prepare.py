@@ -232,6 +232,7 @@ def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -
         "fingerprint": fingerprint,
         "settings": first["settings"],
         "parts": mixed,
+        "tokenizer": first["tokenizer"],
         "end_token": first["end_token"],
         "dtype": first["dtype"],
         "splits": splits,
@@ -285,6 +286,11 @@ def _load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
             "set eos_token in its tokenizer_config.json"
         )
     return loaded
+
+
+def tokenizer_hash(tokenizer: str | Path) -> str:
+    """What the manifest of prepared text says of its tokenizer; errors as in `prepare`."""
+    return _tokenizer_hash(_load_tokenizer(tokenizer))
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

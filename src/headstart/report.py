@@ -118,6 +118,8 @@ def result_rows(result: Result) -> list[tuple[str, ...]]:
 
 def _row(arm: Result, compared: bool) -> tuple[str, ...]:
     loss_final = f"{arm['loss_final']:.3f}"
+    if arm.get("loss_spread") is not None:
+        loss_final += f" ± {arm['loss_spread']:.3f}"
     tokens = fewer_tokens = flops = fewer_flops = NOTHING
     if compared and arm["name"] != SCRATCH:
         loss_final += f" ({arm['loss_difference']:+.3f})".replace("-", "−")
@@ -210,6 +212,23 @@ def _match_sentence(result: Result) -> str:
     return f"{name} reaches {loss} after {matching}: {factor_text(factor)} fewer."
 
 
+def baseline_sentences(result: Result) -> list[str]:
+    """Which arms reach the loss of each baseline, and when."""
+    sentences = []
+    for index, baseline in enumerate(result.get("baselines", [])):
+        reached = [
+            f"{arm['name']} after {round(arm['baseline_tokens'][index]):,} tokens"
+            if arm["baseline_tokens"][index] is not None
+            else f"{arm['name']} not within {arm['tokens']:,}"
+            for arm in result["arms"]
+        ]
+        sentences.append(
+            f"{baseline['name']} ({count_text(baseline['parameters'])} parameters) has "
+            f"{baseline['loss']:.3f} nats, which is reached by: {', '.join(reached)}."
+        )
+    return sentences
+
+
 def _cost_sentence(result: Result) -> str:
     best = best_arm(result)
     factor = best["flops_factor"]
@@ -267,7 +286,23 @@ def _results(result: Result) -> str:
     note = "Losses are in nats per token on the validation split"
     if result["target_loss"] is not None:
         note += "; in brackets, the difference to scratch at equal tokens"
-    return section("Results", table(COLUMNS, rows, "results") + f'<p class="note">{note}.</p>\n')
+    if any(arm.get("loss_spread") is not None for arm in result["arms"]):
+        note += "; ± is the standard deviation over seeds, of which curves and losses are the mean"
+    notes = [f"{note}.", *map(html.escape, baseline_sentences(result))]
+    notes += [html.escape(sentence) for sentence in _sweep_sentences(result)]
+    body = "".join(f'<p class="note">{one}</p>\n' for one in notes)
+    return section("Results", table(COLUMNS, rows, "results") + body)
+
+
+def _sweep_sentences(result: Result) -> list[str]:
+    """The last loss at every learning rate of the arms that had several."""
+    sentences = []
+    for arm in result["arms"]:
+        rates = [
+            f"{one['loss_final']:.3f} at {one['learning_rate']:g}" for one in arm.get("sweep", [])
+        ]
+        sentences += [f"{arm['name']} ended at {', '.join(rates)}."] * (len(rates) > 1)
+    return sentences
 
 
 def _definitions(tokens: int) -> str:
@@ -359,8 +394,20 @@ def _costs(result: Result) -> str:
         for arm in result["arms"]
         if arm["curve"]
     ]
-    note = "The last rows are the arms’ totals, with what was paid before training."
-    return section("Costs", table((), rows, "facts") + f'<p class="note">{note}</p>\n')
+    note = (
+        "The last rows are the arms’ totals, with what was paid before training. Below, their "
+        "parts; evaluation is shown and not charged, since it serves the comparison alone."
+    )
+    body = table((), rows, "facts") + f'<p class="note">{note}</p>\n'
+    parts = ("calibration", "search", "training", "teacher", "evaluation")
+    ledger = [
+        [arm_label(arm["name"], colours), *(flops_text(arm["flops"][part]) for part in parts)]
+        for arm in result["arms"]
+        if "flops" in arm
+    ]
+    if ledger:
+        body += table(("FLOPs", *parts), ledger)
+    return section("Costs", body)
 
 
 def _settings(result: Result) -> str:

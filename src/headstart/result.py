@@ -24,6 +24,8 @@ from headstart.subnet.count import count
 from headstart.subnet.rules import read_config, sizes_of
 
 SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
+VARIANT_KEYS = ("learning_rate", "folder", "sweep", "seeds", "loss_spread", "best")
+"""What an arm's entry takes over from its training."""
 SEARCH_KEYS = (
     "space", "order", "layer_order", "fitness", "measure", "bin", "spec", "candidates", "winner",
     "front",
@@ -36,6 +38,7 @@ def result_of(
     folder: Path,
     inputs: ArmInputs,
     teacher_loss: float,
+    baselines: list[dict[str, Any]],
     trained: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The content of `result.json`; docs/result.md documents it.
@@ -45,7 +48,8 @@ def result_of(
         folder: the run folder, with `search.json` if there was a search.
         inputs: student, teacher and text of the arms.
         teacher_loss: on the validation split, in nats per token.
-        trained: what `run_arm` returned for each arm.
+        baselines: name, parameters and loss of each.
+        trained: what `run_variants` returned for each arm.
     """
     configs = read_config(inputs.teacher), read_config(inputs.student)
     block_length = recipe.data.block_length
@@ -58,8 +62,9 @@ def result_of(
     upfront_flops = costs["calibration_flops"] + costs["search_flops"]
     arms = []
     for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True):
-        start = upfront_flops if arm.init == "subnet" else 0
-        curve = []
+        is_charged = arm.init == "subnet"
+        start = upfront_flops if is_charged else 0
+        curve, asked = [], 0
         for point in run_result["curve"]:
             flops = start + point["tokens"] * student_count.training_flops_per_token
             if arm.kd:
@@ -68,9 +73,19 @@ def result_of(
                     asked = min(asked, inputs.blocks.split("train").size)
                 flops += asked * teacher_count.inference_flops_per_token
             curve.append({**point, "flops": flops})
+        read = len(curve) * run_result["validation_tokens"]
+        ledger = {
+            "calibration": costs["calibration_flops"] if is_charged else 0,
+            "search": costs["search_flops"] if is_charged else 0,
+            "training": run_result["tokens"] * student_count.training_flops_per_token,
+            "teacher": asked * teacher_count.inference_flops_per_token,
+            "evaluation": read * student_count.inference_flops_per_token,
+        }
         arms.append(
             {
                 **asdict(arm),
+                **{key: run_result[key] for key in VARIANT_KEYS},
+                "flops": ledger,
                 "parameters": student_count.parameters,
                 "tokens": run_result["tokens"],
                 "seconds": run_result["seconds"],
@@ -82,6 +97,16 @@ def result_of(
     scratch = next((entry for entry in arms if entry["name"] == SCRATCH), None)
     for entry in arms:
         entry |= match_of(entry["curve"], scratch["curve"] if scratch else None)
+        for seed in entry["seeds"]:
+            points = seed.pop("curve")
+            tokens, losses = ([point[key] for point in points] for key in ("tokens", "loss"))
+            seed["loss_final"] = losses[-1]
+            target = scratch and scratch["loss_final"]
+            seed["tokens_to_match"] = target and tokens_to_match(tokens, losses, target)
+        tokens, losses = ([point[key] for point in entry["curve"]] for key in ("tokens", "loss"))
+        entry["baseline_tokens"] = [
+            tokens_to_match(tokens, losses, baseline["loss"]) for baseline in baselines
+        ]
     return {
         "format": FORMAT,
         "name": folder.name,
@@ -113,6 +138,7 @@ def result_of(
             **costs,
             "teacher_flops_per_token": teacher_count.inference_flops_per_token,
         },
+        "baselines": baselines,
         "target_loss": scratch["loss_final"] if scratch else None,
         "arms": arms,
         "search": outcome and {key: outcome[key] for key in SEARCH_KEYS},

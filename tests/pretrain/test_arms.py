@@ -88,6 +88,45 @@ def test_a_finished_arm_is_read_not_trained(uninterrupted, inputs, monkeypatch):
     assert run_arm(DISTILLED, inputs, folder) == result
 
 
+def test_the_best_weights_are_kept_beside_the_last(inputs, tmp_path):
+    """At this rate the loss falls first and rises then."""
+    arm = Arm("wild", learning_rate=0.3, train={"lr_scheduler_type": "constant"})
+    start = replace(inputs, settings=replace(inputs.settings, evaluations=10))
+    result = run_arm(arm, start, tmp_path)
+    losses = [point["loss"] for point in result["curve"]]
+    gentle = run_arm(replace(arm, learning_rate=1e-3), start, tmp_path / "gentle")
+    folders = {name: list((tmp_path / name).glob("best-*")) for name in ("", "gentle")}
+    assert gentle["best"] == gentle["curve"][-1] and not folders["gentle"]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert result["best"] == result["curve"][best]
+    if best:
+        model = AutoModelForCausalLM.from_pretrained(folders[""][0]).eval()
+        validation = torch.from_numpy(inputs.blocks.split("validation")[:5].astype("int64"))
+        assert mean_loss(model, validation, 2) == pytest.approx(losses[best], rel=1e-5)
+    assert len(folders[""]) == (best not in (0, len(losses) - 1))
+
+
+def test_an_arms_own_train_keys_win(inputs, tmp_path):
+    arm = Arm("small", train={"per_device_train_batch_size": 2})
+    assert run_arm(arm, inputs, tmp_path)["tokens_per_step"] == 2 * 16
+
+
+def test_muon_trains_and_goes_on_as_if_never_stopped(inputs, tmp_path, monkeypatch):
+    arm = Arm("muon", optimizer="muon", learning_rate=1e-2)
+    whole = run_arm(arm, inputs, tmp_path / "whole")
+    assert whole["curve"][-1]["loss"] < whole["curve"][0]["loss"]
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ReportStep, "on_step_end", on_step_end)
+        run_arm(arm, inputs, tmp_path / "killed")
+    result = run_arm(arm, inputs, tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", result, (tmp_path / "whole", whole), rtol=0, atol=1e-6)
+
+
 class Killed(BaseException):
     pass
 

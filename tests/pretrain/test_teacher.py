@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from headstart.data import document_positions
 from headstart.pretrain.teacher import Teacher
 
 BLOCKS = torch.arange(24).reshape(2, 12)
@@ -26,3 +27,15 @@ def test_last_hidden_state_of_the_whole_model_is_the_base_models(teacher):
         base = teacher.base_model(BLOCKS, use_cache=False).last_hidden_state
     torch.testing.assert_close(whole.hidden_states[-1], base, rtol=0, atol=0)
     assert whole.logits.shape[1] == 1
+
+
+def test_documents_apart_are_what_they_would_be_alone(teacher):
+    """Also where they begin in the middle of a block."""
+    separator = 7
+    block = torch.tensor([[3, 9, 20, separator, 41, 5, separator, 8, 33, 2]])
+    hidden = Teacher(teacher).hidden(block, document_positions(block, separator))
+    for start, end in ((0, 4), (4, 7), (7, 10)):
+        alone = Teacher(teacher).hidden(block[:, start:end])
+        torch.testing.assert_close(hidden[:, start:end], alone, rtol=1e-5, atol=1e-5)
+    joined = Teacher(teacher).hidden(block)
+    assert (joined[:, 4:] - hidden[:, 4:]).abs().max() > 1e-3

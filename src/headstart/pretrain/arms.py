@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +12,15 @@ from typing import Any, Literal
 import torch
 
 from headstart.data import BlockDataset, TokenBlocks
-from headstart.device import default_device, has_fast_bf16, load_frozen
+from headstart.device import default_device, has_fast_bf16, load_frozen, peak_flops
 from headstart.files import write_json
 from headstart.pretrain.cache import CachedBlocks, CacheIdentity, TeacherCache
 from headstart.pretrain.losses import DistillationSettings
+from headstart.pretrain.optimizer import muon_with_adamw
 from headstart.pretrain.teacher import Teacher
 from headstart.progress import progress
+from headstart.subnet.count import count
+from headstart.subnet.rules import read_config
 
 
 @dataclass(frozen=True)
@@ -27,21 +31,29 @@ class Arm:
         name: in the report, and of its folder; "scratch" is what the others are compared with.
         init: "random" weights, or those of the extracted "subnet".
         learning_rate: the peak of the schedule.
+        learning_rates: several to train with, each in a run of its own; the one that ends lowest
+            is compared with the other arms.
+        optimizer: "muon" for hidden matrices, with AdamW for the rest; empty for `train.optim`.
+        train: passed to TrainingArguments for this arm, over the recipe's `train`.
         kd: distillation from the teacher, or none.
     """
 
     name: str
     init: Literal["random", "subnet"] = "subnet"
     learning_rate: float = 1e-3
+    learning_rates: tuple[float, ...] = ()
+    optimizer: Literal["", "muon"] = ""
+    train: dict[str, Any] = field(default_factory=dict)
     kd: DistillationSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"arm name {self.name!r} cannot be a folder's name; choose another")
-        if self.learning_rate <= 0:
-            raise ValueError(
-                f"arm {self.name} has learning_rate {self.learning_rate}; it must be above 0"
-            )
+        for rate in (self.learning_rate, *self.learning_rates):
+            if rate <= 0:
+                raise ValueError(f"arm {self.name} has learning_rate {rate}; it must be above 0")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise ValueError(f"arm {self.name} has one of its learning_rates twice; remove it")
 
 
 @dataclass(frozen=True)
@@ -53,12 +65,21 @@ class PretrainSettings:
         validation_tokens: of the validation split, used by every evaluation; all that it holds if
             that is less.
         evaluations: how many, denser at the start, besides the one before training.
+        seeds: of weights and of the order of the text; with several, each arm is trained with each
+            and their mean is reported. `train.seed` alone when empty.
+        baselines: models, as folders or hub ids, with the teacher's tokenizer, whose loss on the
+            validation split the arms are measured against.
+        peak_tflops: of one device in the precision of training, for the share that is reached; 0
+            for what its maker says, where known.
         arms: in the order in which they run.
     """
 
     tokens: int = 10_000_000
     validation_tokens: int = 65_536
     evaluations: int = 20
+    seeds: tuple[int, ...] = ()
+    baselines: tuple[str, ...] = ()
+    peak_tflops: float = 0.0
     arms: tuple[Arm, ...] = (
         Arm("scratch", init="random"),
         Arm("subnet"),
@@ -69,6 +90,10 @@ class PretrainSettings:
         for name in ("tokens", "validation_tokens", "evaluations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pretrain.{name} is {getattr(self, name)}; use at least 1")
+        if self.peak_tflops < 0:
+            raise ValueError(f"pretrain.peak_tflops is {self.peak_tflops}; it may not be negative")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"pretrain.seeds {list(self.seeds)} has one twice; remove it")
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names):
             raise ValueError(
@@ -89,13 +114,15 @@ RESERVED_ARGUMENTS = {
 
 
 def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps: int = 1) -> Any:
-    """TrainingArguments of one arm: the recipe's `train:` block, verbatim, over our defaults.
+    """TrainingArguments of one arm: the recipe's `train:` block and the arm's own over it,
+    verbatim, over our defaults.
 
     Raises:
         ValueError: a key is one that headstart sets, or TrainingArguments refuses it.
     """
     from transformers import TrainingArguments
 
+    train = {**train, **arm.train}
     for key in train:
         if key in RESERVED_ARGUMENTS:
             raise ValueError(f"train.{key} is set by {RESERVED_ARGUMENTS[key]}; set that instead")
@@ -179,7 +206,8 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
 
     Returns:
         The content of `arm.json`: tokens, tokens_per_step, validation_tokens (those used),
-        seconds and the curve, a list of {"tokens", "loss"}, from before training to the end.
+        seconds, the curve, a list of {"tokens", "loss"}, from before training to the end, and its
+        best point, whose weights are in `best-STEP/` unless it is the last.
 
     Raises:
         ValueError: the arm distils from a teacher of another vocabulary or from a cache of another
@@ -228,6 +256,11 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         arguments.remove_unused_columns = False
     elif arm.kd:
         teacher = Teacher(load_frozen(inputs.teacher, arguments.device))
+        if arguments.torch_compile:
+            teacher.model.base_model.compile(
+                backend=arguments.torch_compile_backend or "inductor",
+                mode=arguments.torch_compile_mode,
+            )
     if teacher and teacher.model.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"arm {arm.name} cannot distil: the teacher has {teacher.model.config.vocab_size} "
@@ -260,6 +293,9 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             tokens_per_step=step_tokens,
             evaluation_steps=set(evaluation_steps(num_steps, settings.evaluations)),
             earlier_seconds=seconds_until(checkpoint),
+            flops_per_token=_flops_per_token(arm, inputs),
+            peak_flops=1e12 * settings.peak_tflops or peak_flops(arguments.device),
+            optimizer_cls_and_kwargs=_optimizer(arm, arguments),
             on_step=on_step,
         )
         if checkpoint is None or done < num_steps:
@@ -272,11 +308,17 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         if "eval_loss" in entry
     }
     trainer.save_model(str(folder / "model"))
+    best_step = min(curve, key=lambda step: curve[step])
+    if trainer.is_world_process_zero():
+        for best in folder.glob("best-*"):
+            if best.name != f"best-{best_step}" or best_step == num_steps:
+                shutil.rmtree(best)  # `model/` is as good
     result = {
         "tokens": num_steps * step_tokens,
         "tokens_per_step": step_tokens,
         "validation_tokens": num_validation_blocks * block_length,
         "seconds": trainer.seconds,
+        "best": {"tokens": best_step * step_tokens, "loss": curve[best_step]},
         "curve": [
             {"tokens": step * step_tokens, "loss": loss} for step, loss in sorted(curve.items())
         ],
@@ -289,6 +331,31 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
 def cache_identity(kd: DistillationSettings, inputs: ArmInputs) -> CacheIdentity:
     """What an arm's teacher cache holds."""
     return CacheIdentity.of(kd, inputs.teacher_hash, inputs.blocks.fingerprint)
+
+
+def _optimizer(arm: Arm, arguments: Any) -> tuple[Any, dict[str, Any]] | None:
+    """A factory of the arm's optimizer as the Trainer takes it, or None for its own."""
+    if not arm.optimizer:
+        return None
+    if arguments.fsdp:
+        raise ValueError(f"arm {arm.name}: muon needs whole matrices; leave out fsdp or optimizer")
+    settings = {
+        "learning_rate": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "epsilon": arguments.adam_epsilon,
+    }
+    return lambda: muon_with_adamw, settings
+
+
+def _flops_per_token(arm: Arm, inputs: ArmInputs) -> float:
+    """Of a training step: the student's, and the teacher's if it is asked."""
+    block_length = inputs.blocks.split("train").shape[1]
+    flops = count(read_config(inputs.student), block_length).training_flops_per_token
+    if arm.kd and not arm.kd.cache:
+        teacher = count(read_config(inputs.teacher), block_length)
+        flops += teacher.inference_flops_per_token
+    return flops
 
 
 def _initial_model(arm: Arm, student: Path, seed: int) -> Any:

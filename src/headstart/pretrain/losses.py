@@ -306,10 +306,20 @@ def distillation_loss(
         settings: divergence and weights.
         tokens_seen: where the schedule of the weights stands.
     """
+    hard, soft = loss_parts(student_logits, targets, teacher, settings)
     alpha, beta = settings.weights(tokens_seen)
+    return alpha * hard + beta * soft
+
+
+def loss_parts(
+    student_logits: Float[Tensor, "tokens vocab"],
+    targets: Int[Tensor, " tokens"],
+    teacher: Float[Tensor, "tokens vocab"] | TopK | Samples,
+    settings: DistillationSettings,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """The cross-entropy of each token, and `T^2 * divergence(teacher, student)`."""
     hard = cross_entropy(student_logits, targets)
-    soft = divergence(student_logits, teacher, settings)
-    return alpha * hard + beta * settings.temperature**2 * soft
+    return hard, settings.temperature**2 * divergence(student_logits, teacher, settings)
 
 
 def _log_probabilities(

@@ -98,6 +98,7 @@ def plan_arm(
     student_sizes: Sizes,
     batch: Batch,
     hardware: Hardware,
+    runs: int = 1,
 ) -> ArmPlan:
     """Plan one arm.
 
@@ -108,6 +109,7 @@ def plan_arm(
         student_sizes: axis -> size; a tuple gives a size for each layer.
         batch: of one GPU.
         hardware: all GPUs.
+        runs: how many times it is trained, for its seeds and learning rates.
     """
     layouts, teacher_sizes = layouts_of(teacher), sizes_of(teacher)
     student_flops, teacher_flops = (
@@ -115,7 +117,7 @@ def plan_arm(
         for sizes in (student_sizes, teacher_sizes)
     )
     asked = int(arm.kd.teacher_tokens(tokens)) if arm.kd else 0
-    flops = (3 * tokens * student_flops, asked * teacher_flops)
+    flops = (3 * runs * tokens * student_flops, runs * asked * teacher_flops)
     is_cached = bool(arm.kd and arm.kd.cache)
     batch_tokens, vocab = batch.blocks * batch.block_length, student_sizes["vocab"]
     num_logits = batch_tokens * vocab * (2 if arm.kd else 1)
@@ -126,7 +128,7 @@ def plan_arm(
     if arm.kd and is_cached:
         cached_bytes = tokens * bytes_per_token(arm.kd, vocab)
     return ArmPlan(
-        arm.name,
+        arm.name if runs == 1 else f"{arm.name} ({runs} runs)",
         tokens,
         *flops,
         sum(flops) / (hardware.gpus * hardware.peak_tflops * 1e12 * hardware.mfu) / 3600,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -18,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from headstart.evaluate import next_token_loss
 from headstart.pretrain.cache import outputs_of_batch
 from headstart.pretrain.chunked import chunked_sum
-from headstart.pretrain.losses import DistillationSettings, Samples, TopK, distillation_loss
+from headstart.pretrain.losses import DistillationSettings, Samples, TopK, loss_parts
 from headstart.pretrain.teacher import Teacher
 
 
@@ -34,6 +35,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         tokens_per_step: by which the weights' schedule counts.
         evaluation_steps: the optimizer steps after which to evaluate.
         earlier_seconds: that the run had trained before it was resumed.
+        flops_per_token: of a training step, for the share of `peak_flops` that is reached.
+        peak_flops: a second, of one device; None where unknown.
         on_step: called after each optimizer step with (steps done, note).
         **arguments: of transformers.Trainer.
     """
@@ -48,6 +51,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         tokens_per_step: int,
         evaluation_steps: set[int],
         earlier_seconds: float = 0.0,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
         on_step: Callable[[int, str], None] = lambda steps, note: None,
         **arguments: Any,
     ) -> None:
@@ -56,6 +61,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.teacher, self.distillation = teacher, distillation
         self.tokens_per_step = tokens_per_step
         self.started = time.perf_counter() - earlier_seconds
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        """Of cross-entropy, weighted divergence and tokens, since they were last logged."""
+        self.logged_step, self.logged_at = -1, 0.0
+        self.pause_seconds = 0.0
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(EvaluateAt(evaluation_steps))
@@ -76,8 +86,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if beta > 0:
             total = self._distil(hidden, matrix, inputs)
         else:
-            total = alpha * next_token_loss(hidden, matrix, blocks)
+            hard = next_token_loss(hidden, matrix, blocks)
+            self._add_up(model, hard)
+            total = alpha * hard
         num_targets = blocks.shape[0] * (blocks.shape[1] - 1)
+        if model.training:
+            self.sums[2] += num_targets
         if num_items_in_batch is None:
             loss = total / num_targets
         else:
@@ -98,6 +112,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
         The Trainer's own loop counts some blocks twice where they do not divide among processes.
         """
+        start = time.perf_counter()
         self.model.eval()
         losses = []
         for inputs in dataloader:
@@ -111,11 +126,68 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             losses.append(self.accelerator.gather_for_metrics(torch.stack(totals)))
         per_block = torch.cat(losses).double() / (blocks.shape[1] - 1)
         metrics = {f"{metric_key_prefix}_loss": per_block.mean().item()}
+        self.pause_seconds += time.perf_counter() - start
         return EvalLoopOutput(None, None, metrics, len(per_block))
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and keep the weights if no evaluation has been better, the first one excepted.
+
+        They are in `best-STEP`, an ordinary checkpoint folder without the optimizer's state.
+        """
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        history = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        if self.state.global_step and metrics["eval_loss"] < min(history[:-1], default=0.0):
+            start = time.perf_counter()
+            folder = Path(self.args.output_dir)
+            unfinished = folder / f"unfinished-best-{self.state.global_step}"
+            self.save_model(str(unfinished), _internal_call=True)
+            if self.is_world_process_zero():
+                earlier = list(folder.glob("best-*"))
+                kept = folder / f"best-{self.state.global_step}"
+                if kept not in earlier:  # else killed just after it, and trained to it again
+                    unfinished.rename(kept)
+                for path in {unfinished, *earlier} - {kept}:
+                    shutil.rmtree(path, ignore_errors=True)
+            self.pause_seconds += time.perf_counter() - start
+        return metrics
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the seconds trained so far, which a resumed run reads from its checkpoint."""
+        """Log, with speed and parts of the loss, and with the seconds trained so far, which a
+        resumed run reads from its checkpoint."""
+        if "loss" in logs:
+            logs = {**logs, **self._parts(), **self._speed()}
         super().log({**logs, "seconds": self.seconds}, *args, **kwargs)
+
+    def _parts(self) -> dict[str, float]:
+        sums = self.accelerator.reduce(self.sums, reduction="sum")
+        hard, soft, tokens = sums.tolist()
+        self.sums.zero_()
+        if self.distillation is None or not tokens:
+            return {}
+        return {"ce": hard / tokens, "kd": soft / tokens}
+
+    def _speed(self) -> dict[str, float]:
+        """Tokens a second since the last call, and the share of the hardware's peak they took."""
+        now = time.perf_counter()
+        steps = self.state.global_step - self.logged_step
+        seconds = now - self.logged_at - self.pause_seconds
+        is_first = self.logged_step < 0
+        self.logged_step, self.logged_at, self.pause_seconds = self.state.global_step, now, 0.0
+        if is_first or seconds <= 0:
+            return {}
+        rate = steps * self.tokens_per_step / seconds
+        speed = {"tokens_per_second": rate}
+        if self.peak_flops:
+            peak = self.peak_flops * self.accelerator.num_processes
+            speed["mfu"] = rate * self.flops_per_token / peak
+        return speed
+
+    def _add_up(self, model: nn.Module, hard: Tensor, soft: Tensor | None = None) -> None:
+        """Remember the parts of a training loss, on the device, so that nothing waits for it."""
+        if model.training and self.distillation is not None:
+            self.sums[0] += hard.detach().sum()
+            if soft is not None:
+                self.sums[1] += soft.detach().sum()
 
     @property
     def seconds(self) -> float:
@@ -135,6 +207,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             use_cache=False,
         )
         matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        if isinstance(matrix, DTensor):  # FSDP holds a part of it
+            matrix = _gathered(matrix)
         return outputs.hidden_states[-1], matrix
 
     @property
@@ -147,10 +221,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         targets = blocks[:, 1:].flatten()
         said = self._teacher_outputs(inputs)
 
+        alpha, beta = settings.weights(self._tokens_seen)
+
         def token_loss(logits: Tensor, chunk: slice) -> Tensor:
-            return distillation_loss(
-                logits, targets[chunk], said(chunk), settings, self._tokens_seen
-            )
+            hard, soft = loss_parts(logits, targets[chunk], said(chunk), settings)
+            self._add_up(self.model, hard, soft)
+            return alpha * hard + beta * soft
 
         return chunked_sum(hidden[:, :-1].flatten(0, 1), matrix, token_loss)
 
@@ -167,6 +243,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return lambda chunk: type(kept)(*(values[chunk] for values in kept))
 
 
+def _gathered(matrix: DTensor) -> Tensor:
+    """All of a matrix that FSDP has shared out, with the gradients that FSDP itself would give."""
+    whole: Tensor = matrix.full_tensor(grad_placements=[Partial()])
+    processes = matrix.device_mesh.size()
+    if whole.requires_grad:  # the mean over processes, which Partial sums
+        whole.register_hook(lambda gradient: gradient / processes)  # type: ignore[no-untyped-call]
+    return whole
+
+
 class EvaluateAt(TrainerCallback):  # type: ignore[misc]
     """Evaluates after chosen steps; TrainingArguments knows only even spacing."""
 
@@ -177,6 +262,16 @@ class EvaluateAt(TrainerCallback):  # type: ignore[misc]
         control.should_evaluate = state.global_step in self.steps
 
 
+NOTES = {
+    "eval_loss": "validation {:.3f}",
+    "loss": "train {:.3f}",
+    "ce": "ce {:.3f}",
+    "kd": "kd {:.3f}",
+    "mfu": "MFU {:.0%}",
+}
+"""What the progress bar says of each thing that is logged."""
+
+
 class ReportStep(TrainerCallback):  # type: ignore[misc]
     """Passes steps done and the latest losses on to a progress bar."""
 
@@ -185,9 +280,9 @@ class ReportStep(TrainerCallback):  # type: ignore[misc]
         self.losses: dict[str, str] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        for key, name in (("loss", "train"), ("eval_loss", "validation")):
+        for key, form in NOTES.items():
             if key in (logs or {}):
-                self.losses[name] = f"{name} {logs[key]:.3f}"
+                self.losses[key] = form.format(logs[key])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_step(state.global_step, " ".join(self.losses.values()))
