@@ -33,6 +33,7 @@ from headstart.files import write_json
 from headstart.prepare import check_source, prepare, tokenizer_hash
 from headstart.pretrain.arms import (
     ArmInputs,
+    check_sharding,
     check_step,
     tokens_per_step,
     training_arguments,
@@ -101,7 +102,7 @@ def check(recipe: Recipe, student: str = "", extracts: bool = True) -> None:
         ValueError: the first mistake found, with its mend.
     """
     for arm in recipe.pretrain.arms:
-        training_arguments(recipe.train, arm, Path(recipe.output))
+        check_sharding(training_arguments(recipe.train, arm, Path(recipe.output)))
     check_text(recipe.data)
     with main_first():
         config = read_config(teacher_folder(recipe))

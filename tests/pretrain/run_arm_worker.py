@@ -7,12 +7,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
 from headstart import device
 from headstart.pretrain import arms, trainer
 
 
+def let_cpus_shard() -> None:
+    """torch's FSDP2 works on CPUs; accelerate turns it on for processes of other kinds only."""
+    whole = PartialState.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        whole(self, *args, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
 def main(call: Path) -> None:
     arm, inputs, folder, kill_after = pickle.loads(call.read_bytes())
+    if inputs.train.get("fsdp"):
+        let_cpus_shard()
     for module in (arms, device):
         module.has_fast_bf16 = lambda device: False
 

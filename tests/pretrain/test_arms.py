@@ -192,6 +192,25 @@ def test_two_processes_train_as_one_with_twice_the_batch(inputs, uninterrupted, 
     assert_same_run(folder, result, uninterrupted, rtol=0, atol=1e-5)
 
 
+def test_sharded_processes_train_as_one_and_go_on(inputs, uninterrupted, tmp_path):
+    """FSDP2 over two CPU processes, killed on the way."""
+    folder = tmp_path / "arm"
+    sharding = {"per_device_train_batch_size": 2, "fsdp": True}
+    halved = replace(inputs, train={**inputs.train, **sharding})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert start_worker(launcher, tmp_path, DISTILLED, halved, folder, 5) != 0
+    assert (folder / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file(), "it was not sharded"
+    assert start_worker(launcher, tmp_path, DISTILLED, halved, folder, None) == 0
+    result = json.loads((folder / "arm.json").read_text())
+    assert_same_run(folder, result, uninterrupted, rtol=0, atol=1e-5)
+
+
+def test_sharding_that_would_not_happen_is_refused(inputs, tmp_path):
+    arguments = training_arguments({**inputs.train, "fsdp": True}, SUBNET, tmp_path)
+    with pytest.raises(ValueError, match=r"train\.fsdp needs several GPUs: accelerate passes over"):
+        arms.check_sharding(arguments)
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The training batches, as they come."""

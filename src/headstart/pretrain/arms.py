@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 
 from headstart.data import BlockDataset, TokenBlocks
 from headstart.device import default_device, has_fast_bf16, load_frozen, peak_flops
@@ -153,6 +154,16 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         return TrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"train: {str(error).splitlines()[0]}") from error
+
+
+def check_sharding(arguments: Any) -> None:
+    """Raise a ValueError if FSDP is asked for where accelerate would silently do without."""
+    kind = arguments.distributed_state.distributed_type
+    if arguments.fsdp and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            "train.fsdp needs several GPUs: accelerate passes over it on CPUs and in a single "
+            "process, which would hold the whole model; remove it or start with torchrun"
+        )
 
 
 def tokens_per_step(arguments: Any, block_length: int) -> int:

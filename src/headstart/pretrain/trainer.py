@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -151,6 +151,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.pause_seconds += time.perf_counter() - start
         return metrics
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save without the second copy of a tied matrix that FSDP's gathered weights have."""
+        if state_dict is not None and self.model.config.tie_word_embeddings:
+            tied = self.accelerator.unwrap_model(self.model)._tied_weights_keys or {}
+            state_dict = {name: state_dict[name] for name in state_dict if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with speed and parts of the loss, and with the seconds trained so far, which a
         resumed run reads from its checkpoint."""
@@ -207,8 +214,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             use_cache=False,
         )
         matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
-        if isinstance(matrix, DTensor):  # FSDP holds a part of it
-            matrix = _gathered(matrix)
+        # FSDP2 keeps the root's parameters whole from its forward pass to its backward pass.
+        assert not isinstance(matrix, DTensor)
         return outputs.hidden_states[-1], matrix
 
     @property
@@ -241,15 +248,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             return lambda chunk: teacher.logits(hidden[chunk])
         kept = outputs_of_batch(inputs)
         return lambda chunk: type(kept)(*(values[chunk] for values in kept))
-
-
-def _gathered(matrix: DTensor) -> Tensor:
-    """All of a matrix that FSDP has shared out, with the gradients that FSDP itself would give."""
-    whole: Tensor = matrix.full_tensor(grad_placements=[Partial()])
-    processes = matrix.device_mesh.size()
-    if whole.requires_grad:  # the mean over processes, which Partial sums
-        whole.register_hook(lambda gradient: gradient / processes)  # type: ignore[no-untyped-call]
-    return whole
 
 
 class EvaluateAt(TrainerCallback):  # type: ignore[misc]
