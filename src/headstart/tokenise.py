@@ -1,9 +1,10 @@
 """Documents in, one flat file of token ids per split out: in constant memory, on all cores, and
 going on where a killed process stopped.
 
-The corpus falls into units, which are its files or the shards of a dataset on the hub. Each process
-takes every so-manieth unit; the tokenizer's own threads share the texts of one. The tokens of all
-units are joined in the corpus' order, so any number of processes writes the same bytes.
+The corpus falls into units, which are its files or the shards of a dataset on the hub. Process r of
+w takes units r, r + w, r + 2w and so on; the tokenizer's own threads share the texts of one. The
+tokens of all units are joined in the corpus' order, so any number of processes writes the same
+bytes.
 """
 
 from __future__ import annotations
@@ -259,5 +260,7 @@ def _join(states: list[UnitState], work: Tokenisation, folder: Path) -> None:
 
 def remove_parts(folder: Path) -> None:
     """Delete the units' files, which nothing needs once the whole is kept."""
-    for path in folder.glob("unit-*"):
-        path.unlink()
+    # A record without its tokens would be believed; tokens without a record are not.
+    for kind in ("json", "part"):
+        for path in folder.glob(f"unit-*.{kind}"):
+            path.unlink()

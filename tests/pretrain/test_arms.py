@@ -131,6 +131,20 @@ class Killed(BaseException):
     pass
 
 
+def test_going_on_with_other_steps_is_refused(inputs, tmp_path, monkeypatch):
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ReportStep, "on_step_end", on_step_end)
+        run_arm(SUBNET, inputs, tmp_path)
+    # As twice the processes would take.
+    doubled = replace(inputs, train={**inputs.train, "per_device_train_batch_size": 8})
+    with pytest.raises(ValueError, match=r"was begun with 10 steps and would go on with 5: start"):
+        run_arm(SUBNET, doubled, tmp_path)
+
+
 @pytest.mark.parametrize("step", [1, 5, 8])
 def test_a_broken_off_arm_goes_on(inputs, uninterrupted, tmp_path, monkeypatch, step):
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

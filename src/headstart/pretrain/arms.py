@@ -221,7 +221,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         best point, whose weights are in `best-STEP/` unless it is the last.
 
     Raises:
-        ValueError: the arm distils from a teacher of another vocabulary or from a cache of another
+        ValueError: the run was begun with another number of processes; the arm distils from a teacher of another vocabulary or from a cache of another
             teacher or text, or there is less text than one step takes.
     """
     from transformers import (
@@ -254,6 +254,13 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     checkpoint = last_whole_checkpoint(folder)
     done = int(checkpoint.name[11:]) if checkpoint else 0
     arguments.eval_on_start = checkpoint is None
+    if checkpoint:
+        before = json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"]
+        if before != num_steps:
+            raise ValueError(
+                f"{folder} was begun with {before} steps and would go on with {num_steps}: start "
+                "as many processes as before, or choose another --output"
+            )
 
     if done < num_steps:
         model = _initial_model(arm, inputs.student, arguments.seed)
