@@ -14,8 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart import device
-from headstart.data import DataSettings, TokenBlocks, prepare
+from headstart.data import DataSettings, TokenBlocks
 from headstart.evaluate import mean_loss
+from headstart.prepare import prepare
 from headstart.search import run as module
 from headstart.search.bins import BinSettings
 from headstart.search.candidate import Candidate

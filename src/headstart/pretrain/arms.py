@@ -221,8 +221,9 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         best point, whose weights are in `best-STEP/` unless it is the last.
 
     Raises:
-        ValueError: the run was begun with another number of processes; the arm distils from a teacher of another vocabulary or from a cache of another
-            teacher or text, or there is less text than one step takes.
+        ValueError: the run was begun with another number of processes; the arm distils from a
+            teacher of another vocabulary or from a cache of another teacher or text; or there is
+            less text than one step takes.
     """
     from transformers import (
         AutoModelForCausalLM,
