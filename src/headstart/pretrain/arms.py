@@ -329,7 +329,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     trainer.save_model(str(folder / "model"))
     best_step = min(curve, key=lambda step: curve[step])
     if trainer.is_world_process_zero():
-        for best in folder.glob("best-*"):
+        for best in folder.glob("*best-*"):
             if best.name != f"best-{best_step}" or best_step == num_steps:
                 shutil.rmtree(best)  # `model/` is as good
     result = {

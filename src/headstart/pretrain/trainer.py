@@ -62,7 +62,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.tokens_per_step = tokens_per_step
         self.started = time.perf_counter() - earlier_seconds
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        self.sums = torch.zeros(3, device=self.args.device)
         """Of cross-entropy, weighted divergence and tokens, since they were last logged."""
         self.logged_step, self.logged_at = -1, 0.0
         self.pause_seconds = 0.0
