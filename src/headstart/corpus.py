@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,7 @@ def _json_lines(
             yield row
 
 
+@lru_cache(maxsize=1)
 def _hub_stream(corpus: Corpus) -> Any:
     return datasets.load_dataset(
         corpus.source, revision=corpus.revision, split="train", streaming=True

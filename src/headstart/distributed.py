@@ -59,13 +59,13 @@ def barrier() -> None:
 @contextmanager
 def main_first() -> Iterator[None]:
     """Let the main process run the body before the others, who then find its files."""
-    if world_size() > 1 and not is_main():
-        distributed.barrier()
+    if not is_main():
+        barrier()
     try:
         yield
     finally:
-        if world_size() > 1 and is_main():
-            distributed.barrier()
+        if is_main():
+            barrier()
 
 
 def gather(value: Value) -> list[Value]:

@@ -76,7 +76,8 @@ def data_settings(settings: DataSettings) -> DataSettings:
     """A recipe's data settings with the demo corpus as a file."""
     if settings.source != DEMO and DEMO not in [part.source for part in settings.mixture]:
         return settings
-    corpus = str(demo_corpus())
+    with main_first():
+        corpus = str(demo_corpus())
     mixture = (replace(p, source=corpus) if p.source == DEMO else p for p in settings.mixture)
     source = corpus if settings.source == DEMO else settings.source
     return replace(settings, source=source, mixture=tuple(mixture))
@@ -85,9 +86,7 @@ def data_settings(settings: DataSettings) -> DataSettings:
 def check_text(settings: DataSettings) -> None:
     """Find mistakes in what is said of the text; the demo's own is downloaded later."""
     if settings.mixture or settings.source != DEMO:
-        with main_first():
-            settings = data_settings(settings)
-        check_source(settings)
+        check_source(data_settings(settings))
 
 
 def check(recipe: Recipe, student: str = "", extracts: bool = True) -> None:
@@ -257,8 +256,7 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
         check_text(recipe.data)
         with main_first():
             folder = teacher_folder(recipe)
-            data = data_settings(recipe.data)
-        blocks = prepare(data, folder)
+        blocks = prepare(data_settings(recipe.data), folder)
         split, teacher_hash = blocks.split("train"), hash_checkpoint(folder)
         device = default_device()
         teacher = Teacher(load_frozen(folder, device))
@@ -368,11 +366,10 @@ def _prepared(recipe: Recipe) -> tuple[Path, Path, TokenBlocks]:
     """
     check_run_folder(recipe)
     teacher = teacher_folder(recipe)
-    with main_first():
-        data = data_settings(recipe.data)
-    blocks = prepare(data, teacher)
-    arguments = training_arguments(recipe.train, recipe.pretrain.arms[0], Path(recipe.output))
-    check_step(tokens_per_step(arguments, recipe.data.block_length), blocks)
+    blocks = prepare(data_settings(recipe.data), teacher)
+    for arm in recipe.pretrain.arms:
+        arguments = training_arguments(recipe.train, arm, Path(recipe.output))
+        check_step(tokens_per_step(arguments, recipe.data.block_length), blocks)
     inputs = {"data": blocks.fingerprint, "teacher": hash_checkpoint(teacher)}
     if recipe.student:
         inputs["student"] = hash_checkpoint(Path(recipe.student))

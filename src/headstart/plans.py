@@ -10,12 +10,13 @@ from rich.console import Console
 
 from headstart.assets import DEMO, demo_teacher
 from headstart.pipeline import bin_recipes
-from headstart.pretrain.arms import tokens_per_step, training_arguments
+from headstart.pretrain.arms import Arm, tokens_per_step, training_arguments
 from headstart.pretrain.plan import ArmPlan, Batch, Hardware, arms_table, plan_arm
 from headstart.pretrain.variants import variants_of
 from headstart.recipe import Recipe
 from headstart.search.plan import SearchPlan, plan_search, plan_table
 from headstart.search.run import space_of
+from headstart.subnet.axes import Sizes
 from headstart.subnet.rules import family_of, read_config, sizes_of
 
 if TYPE_CHECKING:
@@ -31,10 +32,6 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
         The plan of each arm, for each bin.
     """
     config, block_length = teacher_config(recipe), recipe.data.block_length
-    arguments = training_arguments(recipe.train, recipe.pretrain.arms[0], Path(recipe.output))
-    batch = Batch(arguments.train_batch_size, block_length, arguments.gradient_checkpointing)
-    step_tokens = tokens_per_step(arguments, block_length) * hardware.gpus
-    tokens = math.ceil(recipe.pretrain.tokens / step_tokens) * step_tokens
     print_search_plans(recipe)
     plans = []
     for one in bin_recipes(recipe):
@@ -42,23 +39,23 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
         shape = nearest.sizes()
         per_layer = {k: tuple(v) if isinstance(v, list) else v for k, v in shape.items()}
         sizes = sizes_of(config) | per_layer
-        plans.append(
-            [
-                plan_arm(
-                    arm,
-                    tokens,
-                    config,
-                    sizes,
-                    batch,
-                    hardware,
-                    len(variants_of(arm, one.pretrain.seeds)),
-                )
-                for arm in one.pretrain.arms
-            ]
-        )
+        plans.append([_plan_of(arm, one, config, sizes, hardware) for arm in one.pretrain.arms])
         named = ", ".join(f"{axis} {size}" for axis, size in shape.items())
         Console().print(arms_table(plans[-1], hardware, f"a student with {named}"))
     return plans
+
+
+def _plan_of(
+    arm: Arm, recipe: Recipe, teacher: PreTrainedConfig, sizes: Sizes, hardware: Hardware
+) -> ArmPlan:
+    """The plan of one arm, with its own batch, and all of its runs."""
+    arguments = training_arguments(recipe.train, arm, Path(recipe.output))
+    block_length = recipe.data.block_length
+    batch = Batch(arguments.train_batch_size, block_length, arguments.gradient_checkpointing)
+    step_tokens = tokens_per_step(arguments, block_length) * hardware.gpus
+    tokens = math.ceil(recipe.pretrain.tokens / step_tokens) * step_tokens
+    runs = len(variants_of(arm, recipe.pretrain.seeds))
+    return plan_arm(arm, tokens, teacher, sizes, batch, hardware, runs)
 
 
 def print_search_plans(recipe: Recipe) -> list[SearchPlan]:

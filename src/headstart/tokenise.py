@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from headstart.corpus import Corpus, count_rows, texts_of, units_of
-from headstart.distributed import barrier, rank, world_size
+from headstart.distributed import barrier, is_main, rank, world_size
 from headstart.files import write_json
 from headstart.progress import console, progress
 
@@ -102,20 +102,16 @@ def tokenise(corpus: Corpus, work: Tokenisation, folder: Path) -> dict[str, Any]
     num_units = units_of(corpus)
     mine = range(rank(), num_units, world_size())
     with progress("tokenise", count_rows(corpus, mine), "documents") as advance:
-        for unit in mine:
-            if not _is_enough(folder, unit, work):
-                _tokenise_unit(corpus, unit, work, folder, advance)
+        for unit, state in _needed(folder, num_units, work):
+            if unit in mine:
+                _tokenise_unit(corpus, unit, state, work, folder, advance)
     barrier()
-    states = []
-    for unit in range(num_units):
-        if _is_enough(folder, unit, work):
-            break
-        states.append(_state(folder, unit, work))
-    if rank() == 0:
+    states = [state for _, state in _needed(folder, num_units, work)]
+    if is_main():
         _join(states, work, folder)
     barrier()
     corrupt = [state for state in states if state.corrupt_lines]
-    if corrupt and rank() == 0:
+    if corrupt and is_main():
         console.print(
             f"passed over {sum(state.corrupt_lines for state in corrupt):,} corrupt lines, the "
             f"first in {corrupt[0].first_corrupt}; data.strict makes them an error",
@@ -129,9 +125,13 @@ def tokenise(corpus: Corpus, work: Tokenisation, folder: Path) -> dict[str, Any]
 
 
 def _tokenise_unit(
-    corpus: Corpus, unit: int, work: Tokenisation, folder: Path, advance: Callable[..., None]
+    corpus: Corpus,
+    unit: int,
+    state: UnitState,
+    work: Tokenisation,
+    folder: Path,
+    advance: Callable[..., None],
 ) -> None:
-    state = _state(folder, unit, work)
     if state.is_done:
         advance(state.rows)
         return
@@ -234,13 +234,17 @@ def _state(folder: Path, unit: int, work: Tokenisation) -> UnitState:
         return UnitState({n: {"documents": 0, "text_bytes": 0, "tokens": 0} for n in work.splits})
 
 
-def _is_enough(folder: Path, unit: int, work: Tokenisation) -> bool:
-    """Whether the units before this one are finished and hold `max_tokens` already."""
-    if not work.max_tokens:
-        return False
-    before = [_state(folder, earlier, work) for earlier in range(unit)]
-    tokens = sum(state.counts[work.splits[0]]["tokens"] for state in before)
-    return tokens >= work.max_tokens and all(state.is_done for state in before)
+def _needed(folder: Path, num_units: int, work: Tokenisation) -> Iterator[tuple[int, UnitState]]:
+    """The units, in order, with their states as they are now, until finished ones before them hold
+    `max_tokens` already."""
+    tokens, all_done = 0, True
+    for unit in range(num_units):
+        if work.max_tokens and all_done and tokens >= work.max_tokens:
+            return
+        state = _state(folder, unit, work)
+        yield unit, state
+        tokens += state.counts[work.splits[0]]["tokens"]
+        all_done = all_done and state.is_done
 
 
 def _summed(states: list[UnitState], name: str) -> dict[str, int]:

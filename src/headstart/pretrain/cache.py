@@ -29,7 +29,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from headstart.data import BlockDataset, document_positions
-from headstart.distributed import gather, is_main, rank, world_size
+from headstart.distributed import barrier, is_main, rank, world_size
 from headstart.mixture import MixedBlocks
 from headstart.pretrain.losses import DistillationSettings, Samples, TopK, sample, top_k
 from headstart.pretrain.teacher import Teacher
@@ -146,7 +146,7 @@ def write_cache(
                 on_blocks(len(batch))
         arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
         _put(files, shard, save({**arrays, "blocks": block_hashes(part)}))
-    gather(None)  # all shards are there
+    barrier()  # all shards are there
     if is_main():
         index_file = io.BytesIO()
         np.save(index_file, block_hashes(blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -294,6 +295,7 @@ def distillation_loss(
     teacher: Float[Tensor, "tokens vocab"] | TopK | Samples,
     settings: DistillationSettings,
     tokens_seen: float = 0.0,
+    on_parts: Callable[[Tensor, Tensor], None] = lambda hard, soft: None,
 ) -> Float[Tensor, " tokens"]:
     """`alpha * CE + beta * T^2 * divergence(teacher, student)` of each token.
 
@@ -305,21 +307,13 @@ def distillation_loss(
         teacher: its logits, or what was kept of them.
         settings: divergence and weights.
         tokens_seen: where the schedule of the weights stands.
+        on_parts: called with the cross-entropy and with `T^2 * divergence` of each token.
     """
-    hard, soft = loss_parts(student_logits, targets, teacher, settings)
     alpha, beta = settings.weights(tokens_seen)
-    return alpha * hard + beta * soft
-
-
-def loss_parts(
-    student_logits: Float[Tensor, "tokens vocab"],
-    targets: Int[Tensor, " tokens"],
-    teacher: Float[Tensor, "tokens vocab"] | TopK | Samples,
-    settings: DistillationSettings,
-) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """The cross-entropy of each token, and `T^2 * divergence(teacher, student)`."""
     hard = cross_entropy(student_logits, targets)
-    return hard, settings.temperature**2 * divergence(student_logits, teacher, settings)
+    soft = settings.temperature**2 * divergence(student_logits, teacher, settings)
+    on_parts(hard, soft)
+    return alpha * hard + beta * soft
 
 
 def _log_probabilities(

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from headstart.evaluate import next_token_loss
 from headstart.pretrain.cache import outputs_of_batch
 from headstart.pretrain.chunked import chunked_sum
-from headstart.pretrain.losses import DistillationSettings, Samples, TopK, loss_parts
+from headstart.pretrain.losses import DistillationSettings, Samples, TopK, distillation_loss
 from headstart.pretrain.teacher import Teacher
 
 
@@ -87,10 +87,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             total = self._distil(hidden, matrix, inputs)
         else:
             hard = next_token_loss(hidden, matrix, blocks)
-            self._add_up(model, hard)
+            if model.training and self.distillation is not None:
+                self._add_up(hard)
             total = alpha * hard
         num_targets = blocks.shape[0] * (blocks.shape[1] - 1)
-        if model.training:
+        if model.training and self.distillation is not None:
             self.sums[2] += num_targets
         if num_items_in_batch is None:
             loss = total / num_targets
@@ -166,11 +167,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super().log({**logs, "seconds": self.seconds}, *args, **kwargs)
 
     def _parts(self) -> dict[str, float]:
-        sums = self.accelerator.reduce(self.sums, reduction="sum")
-        hard, soft, tokens = sums.tolist()
-        self.sums.zero_()
-        if self.distillation is None or not tokens:
+        if self.distillation is None:
             return {}
+        hard, soft, tokens = self.accelerator.reduce(self.sums, reduction="sum").tolist()
+        self.sums.zero_()
         return {"ce": hard / tokens, "kd": soft / tokens}
 
     def _speed(self) -> dict[str, float]:
@@ -189,12 +189,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             speed["mfu"] = rate * self.flops_per_token / peak
         return speed
 
-    def _add_up(self, model: nn.Module, hard: Tensor, soft: Tensor | None = None) -> None:
+    def _add_up(self, hard: Tensor, soft: Tensor | None = None) -> None:
         """Remember the parts of a training loss, on the device, so that nothing waits for it."""
-        if model.training and self.distillation is not None:
-            self.sums[0] += hard.detach().sum()
-            if soft is not None:
-                self.sums[1] += soft.detach().sum()
+        self.sums[0] += hard.detach().sum()
+        if soft is not None:
+            self.sums[1] += soft.detach().sum()
 
     @property
     def seconds(self) -> float:
@@ -228,12 +227,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         targets = blocks[:, 1:].flatten()
         said = self._teacher_outputs(inputs)
 
-        alpha, beta = settings.weights(self._tokens_seen)
-
         def token_loss(logits: Tensor, chunk: slice) -> Tensor:
-            hard, soft = loss_parts(logits, targets[chunk], said(chunk), settings)
-            self._add_up(self.model, hard, soft)
-            return alpha * hard + beta * soft
+            return distillation_loss(
+                logits, targets[chunk], said(chunk), settings, self._tokens_seen, self._add_up
+            )
 
         return chunked_sum(hidden[:, :-1].flatten(0, 1), matrix, token_loss)
 
