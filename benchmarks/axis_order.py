@@ -12,7 +12,7 @@ import random
 import statistics
 from typing import get_args
 
-from headstart.evaluate import mean_loss
+from headstart.held_out import mean_loss
 from headstart.search.candidate import Orders
 from headstart.search.importance import UnitImportance, measure_importance
 from headstart.search.space import Space

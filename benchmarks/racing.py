@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from headstart.evaluate import summed_loss
+from headstart.held_out import summed_loss
 from headstart.search.candidate import Candidate
 from headstart.search.evolution import EvolutionSettings, evolve, ranked
 from headstart.search.fitness import HeldOutLoss

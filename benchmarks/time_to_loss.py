@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headstart.assets import demo_teacher
 from headstart.cli import demo_recipe
-from headstart.evaluate import mean_loss
+from headstart.held_out import mean_loss
 from headstart.pipeline import data_settings
 from headstart.prepare import prepare
 from headstart.recipe import load_recipe

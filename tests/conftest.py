@@ -12,13 +12,27 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
+
+from headstart import device
+from headstart.pretrain import arms
+from headstart.search import plan
 
 torch.set_num_threads(1)  # on models this small, threads only wait for one another
 
@@ -38,20 +52,61 @@ TEACHERS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def _llama(**settings: Any) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        head_dim=16,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=0,
-        **settings,
+DESCENDANTS: dict[str, Callable[[], PreTrainedModel]] = {
+    "mistral-untied": lambda: MistralForCausalLM(
+        _shaped(MistralConfig, tie_word_embeddings=False, sliding_window=7)
+    ),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(_shaped(Qwen2Config, tie_word_embeddings=True)),
+    "qwen2-untied": lambda: Qwen2ForCausalLM(
+        _shaped(
+            Qwen2Config,
+            tie_word_embeddings=False,
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=2,
+        )
+    ),
+    "qwen3-tied": lambda: Qwen3ForCausalLM(_shaped(Qwen3Config, tie_word_embeddings=True)),
+    "qwen3-untied-biases": lambda: Qwen3ForCausalLM(
+        _shaped(Qwen3Config, tie_word_embeddings=False, attention_bias=True)
+    ),
+    "gemma3_text-tied": lambda: _gemma3(tie_word_embeddings=True),
+    "gemma3_text-untied": lambda: _gemma3(tie_word_embeddings=False),
+    "olmo2-tied": lambda: Olmo2ForCausalLM(_shaped(Olmo2Config, tie_word_embeddings=True)),
+    "olmo2-untied-biases": lambda: Olmo2ForCausalLM(
+        _shaped(Olmo2Config, tie_word_embeddings=False, attention_bias=True)
+    ),
+}
+"""Families that differ from Llama in parts; the others are in `TEACHERS`."""
+
+
+def _shaped(kind: Any, **settings: Any) -> Any:
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    return kind(**shape | settings)
+
+
+def _gemma3(**settings: Any) -> PreTrainedModel:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = _shaped(
+        Gemma3TextConfig, layer_types=kinds, sliding_window=6, query_pre_attn_scalar=24, **settings
     )
-    return LlamaForCausalLM(config)
+    return Gemma3ForCausalLM(config)
+
+
+def _llama(**settings: Any) -> PreTrainedModel:
+    return LlamaForCausalLM(_shaped(LlamaConfig, **settings))
 
 
 def _gpt_neox(**settings: Any) -> PreTrainedModel:
@@ -75,7 +130,7 @@ def random_teacher(kind: str, seed: int = 0) -> PreTrainedModel:
     Freshly made norms are ones and biases zeros, which would hide a wrong slice.
     """
     torch.manual_seed(seed)
-    model = TEACHERS[kind]()
+    model = (TEACHERS | DESCENDANTS)[kind]()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 0.3 if parameter.ndim == 1 else 0.15
@@ -83,6 +138,13 @@ def random_teacher(kind: str, seed: int = 0) -> PreTrainedModel:
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact comparisons need float32, also where bfloat16 is fast."""
+    for module in (arms, device, plan):
+        monkeypatch.setattr(module, "has_fast_bf16", lambda device: False)
 
 
 @pytest.fixture(params=TEACHERS)

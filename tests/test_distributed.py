@@ -20,6 +20,7 @@ from headstart.cli import main
 from headstart.device import default_device
 from headstart.distributed import gather, is_main, main_first, process_group, rank, world_size
 
+CLI = str(Path(__file__).parent / "float32_cli.py")
 WORKER = Path(__file__).parent / "search" / "ranks_worker.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 BLOCK_LENGTH = 32
@@ -116,7 +117,7 @@ def whole(arguments: list[str], tmp_path: Path) -> Path:
 
 def test_two_processes_search_like_one(arguments: list[str], whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
-    command = [*TORCHRUN, "-m", "headstart.cli", *arguments, "--output", str(folder)]
+    command = [*TORCHRUN, CLI, *arguments, "--output", str(folder)]
     run_python(command)
     assert outcome(folder) == outcome(whole)
     assert (folder / "search.html").is_file()
@@ -135,7 +136,7 @@ def test_two_processes_go_on_with_what_one_has_begun(
     lines = journal.read_text().splitlines(keepends=True)
     kept = "".join(lines[:num_lines])
     journal.write_text(kept + lines[num_lines][:50])
-    run_python([*TORCHRUN, "-m", "headstart.cli", "search", "--resume", str(resumed)])
+    run_python([*TORCHRUN, CLI, "search", "--resume", str(resumed)])
     assert journal.read_text().startswith(kept)
     assert outcome(resumed) == outcome(whole)
 
@@ -152,7 +153,7 @@ def test_a_killed_process_goes_on_to_the_same_winner(
     print("killed after", moments)  # shown if the test fails
     for moment in (0, *moments, num_scores - 2):
         process = subprocess.Popen(
-            [sys.executable, "-m", "headstart.cli", *arguments],
+            [sys.executable, CLI, *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -207,7 +208,7 @@ def test_two_processes_run_like_one_with_twice_the_batch(
     for name, launcher, batch_size in (("one", [], 4), ("two", TORCHRUN, 2)):
         path = tmp_path / f"{name}.yaml"
         path.write_text(json.dumps(recipe(batch_size, f"outputs-{name}")))
-        start = [*launcher, "-m", "headstart.cli"]
+        start = [*launcher, CLI]
         run_python([*start, "cache-teacher", str(path), "--output", str(tmp_path / name)])
         run_python([*start, "run", str(path), "--output", str(tmp_path / name)])
         results.append(json.loads((tmp_path / name / "result.json").read_text()))

@@ -10,13 +10,13 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "headstart"
 
 LAYERS = [
-    {"cli"},
+    {"cli", "api"},
     {"plans"},
     {"pipeline"},
     {"result", "run_folder"},
     {"recipe"},
     {"search", "pretrain", "report", "report_page", "report_search"},
-    {"evaluate"},
+    {"held_out", "zero_shot"},
     {"pretrain.chunked"},
     {"pretrain.losses"},
     {"subnet", "prepare"},

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from headstart.pipeline import (
     run,
@@ -33,6 +34,7 @@ from headstart.subnet.count import count
 from headstart.subnet.rules import sizes_of
 
 BLOCK_LENGTH = 32
+CLI = str(Path(__file__).parent / "float32_cli.py")
 
 
 @pytest.fixture
@@ -225,7 +227,7 @@ def test_killed_in_every_stage_goes_on_to_the_same_answer(
     ]
     for reached in stages:
         process = subprocess.Popen(
-            [sys.executable, "-m", "headstart.cli", "run", str(path)],
+            [sys.executable, CLI, "run", str(path)],
             env=os.environ,
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -258,14 +260,18 @@ def test_several_bins_have_a_run_each(recipe: dict[str, Any]) -> None:
         run_search(recipe_from_dict(recipe))
 
 
-def test_layerwise_spaces_can_be_searched_but_not_yet_run(recipe: dict[str, Any]) -> None:
+def test_layerwise_spaces_can_be_searched_and_run(recipe: dict[str, Any]) -> None:
     recipe["search"]["space"] = "fine-layerwise"
-    with pytest.raises(ValueError, match="whose students no stock checkpoint can hold"):
-        run(recipe_from_dict(recipe))
-    (outcome,) = run_search(recipe_from_dict(recipe))
-    assert (
-        len(outcome["spec"]["mlp"]) == outcome["candidates"][outcome["winner"]]["sizes"]["layers"]
-    )
+    (result,) = run(recipe_from_dict(recipe))
+    student = Path(recipe["output"]) / "student"
+    outcome = json.loads((student.parent / "search.json").read_text())
+    winner = outcome["candidates"][outcome["winner"]]
+    assert len(outcome["spec"]["mlp"]) == winner["sizes"]["layers"]
+    assert result["student"]["sizes"]["mlp"] == winner["sizes"]["mlp"]
+    assert result["student"]["parameters"] == winner["parameters"]
+    for arm in ("scratch", "subnet"):
+        model = AutoModelForCausalLM.from_pretrained(student.parent / "arms" / arm / "model")
+        assert model.num_parameters() == winner["parameters"]
 
 
 def test_a_plan_needs_no_weights_and_bounds_the_tokens(

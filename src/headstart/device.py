@@ -53,10 +53,17 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(instructions)
 
 
-def load_frozen(folder: Path, device: torch.device) -> PreTrainedModel:
-    """A model for inference only: eval mode, no gradients, bfloat16 where that is fast."""
+def load_frozen(folder: Path, device: torch.device, stays: bool = False) -> PreTrainedModel:
+    """A model for inference only: eval mode, no gradients, bfloat16 where that is fast.
+
+    Args:
+        folder: of its checkpoint.
+        device: where it will run.
+        stays: leave it in the CPU's memory, for the caller to move.
+    """
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model if stays else model.to(device)

@@ -28,8 +28,8 @@ from headstart.assets import DEMO, demo_corpus, demo_teacher
 from headstart.data import DataSettings, TokenBlocks
 from headstart.device import default_device, load_frozen
 from headstart.distributed import is_main, main_first, process_group, world_size
-from headstart.evaluate import mean_loss
 from headstart.files import write_json
+from headstart.held_out import mean_loss
 from headstart.prepare import check_source, prepare, tokenizer_hash
 from headstart.pretrain.arms import (
     ArmInputs,
@@ -89,13 +89,12 @@ def check_text(settings: DataSettings) -> None:
         check_source(data_settings(settings))
 
 
-def check(recipe: Recipe, student: str = "", extracts: bool = True) -> None:
+def check(recipe: Recipe, student: str = "") -> None:
     """Find a user's mistakes before any weights are loaded.
 
     Args:
         recipe: what is asked.
         student: folder of an extracted student, or empty where a search will find one.
-        extracts: whether what the search finds will be cut out as a stock checkpoint.
 
     Raises:
         ValueError: the first mistake found, with its mend.
@@ -108,11 +107,6 @@ def check(recipe: Recipe, student: str = "", extracts: bool = True) -> None:
     if not student:
         for one in bin_recipes(recipe):
             space_of(config, one.search, recipe.data.block_length)
-        if extracts and not recipe.search.space.endswith("uniform"):
-            raise ValueError(
-                f"search.space is {recipe.search.space!r}, whose students no stock checkpoint can "
-                "hold; use `headstart search` alone, or a uniform space"
-            )
         return
     if not (Path(student) / "subnet.json").is_file():
         raise ValueError(
@@ -145,13 +139,13 @@ def run_search(recipe: Recipe, extracts: bool = False) -> list[dict[str, Any]]:
 
     Args:
         recipe: what is asked.
-        extracts: whether what is found will be cut out as a stock checkpoint.
+        extracts: whether what is found will be cut out and trained.
 
     Returns:
         The outcome of each bin, in the recipe's order.
     """
     with process_group():
-        check(recipe, recipe.student, extracts)
+        check(recipe, recipe.student)
         if recipe.search.bins:
             check_run_folder(recipe)
         outcomes = []
@@ -328,7 +322,7 @@ def run_evaluate(model: str, settings: DataSettings, num_tokens: int) -> dict[st
     Returns:
         "loss" in nats per token, "perplexity", "bits_per_byte" and "tokens".
     """
-    from headstart.evaluate import bits_per_byte
+    from headstart.held_out import bits_per_byte
 
     check_text(settings)
     folder = demo_teacher() if model == DEMO else resolve_teacher(model)

@@ -15,7 +15,7 @@ import torch
 
 import headstart
 from headstart.assets import DEMO, TEACHER
-from headstart.evaluate import tokens_to_match
+from headstart.held_out import tokens_to_match
 from headstart.pretrain.arms import ArmInputs
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.report import FORMAT, SCRATCH

@@ -1,4 +1,4 @@
-"""A small student and blocks of counting tokens, in float32 on every machine."""
+"""A small student and blocks of counting tokens."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from headstart import device
 from headstart.data import TokenBlocks
-from headstart.pretrain import arms
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exact comparisons need float32, also where bfloat16 is fast."""
-    for module in (arms, device):
-        monkeypatch.setattr(module, "has_fast_bf16", lambda device: False)
 
 
 @pytest.fixture(scope="session")

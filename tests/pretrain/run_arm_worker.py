@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from headstart import device
+from headstart.distributed import process_group
 from headstart.pretrain import arms, trainer
 
 
@@ -26,10 +27,26 @@ def let_cpus_shard() -> None:
     PartialState.__init__ = init
 
 
+def check_shares() -> None:
+    """End in an error unless each process keeps half of the teacher's layers."""
+    whole = arms.load_teacher
+
+    def load(*args: Any) -> Any:
+        teacher = whole(*args)
+        for name, parameter in teacher.model.base_model.named_parameters():
+            share = parameter.to_local().numel() / parameter.numel()
+            assert share <= 0.6, f"{name} is not sharded"
+        return teacher
+
+    arms.load_teacher = load
+
+
 def main(call: Path) -> None:
     arm, inputs, folder, kill_after = pickle.loads(call.read_bytes())
     if inputs.train.get("fsdp"):
         let_cpus_shard()
+    if arm.kd and arm.kd.shard_teacher:
+        check_shares()
     for module in (arms, device):
         module.has_fast_bf16 = lambda device: False
 
@@ -38,7 +55,8 @@ def main(call: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     trainer.ReportStep.on_step_end = kill
-    arms.run_arm(arm, inputs, folder)
+    with process_group():
+        arms.run_arm(arm, inputs, folder)
 
 
 if __name__ == "__main__":

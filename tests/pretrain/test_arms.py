@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from headstart.evaluate import mean_loss
+from headstart.held_out import mean_loss
 from headstart.pretrain import arms
 from headstart.pretrain.arms import Arm, ArmInputs, PretrainSettings, run_arm, training_arguments
 from headstart.pretrain.losses import DistillationSettings
@@ -219,6 +219,16 @@ def test_sharded_processes_train_as_one_and_go_on(inputs, uninterrupted, tmp_pat
     assert_same_run(folder, result, uninterrupted, rtol=0, atol=1e-5)
 
 
+def test_a_sharded_teacher_says_what_a_whole_one_says(inputs, uninterrupted, tmp_path):
+    folder = tmp_path / "arm"
+    halved = replace(inputs, train={**inputs.train, "per_device_train_batch_size": 2})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    sharded = replace(DISTILLED, kd=DistillationSettings(shard_teacher=True))
+    assert start_worker(launcher, tmp_path, sharded, halved, folder, None) == 0
+    result = json.loads((folder / "arm.json").read_text())
+    assert_same_run(folder, result, uninterrupted, rtol=0, atol=1e-5)
+
+
 def test_sharding_that_would_not_happen_is_refused(inputs, tmp_path):
     arguments = training_arguments({**inputs.train, "fsdp": True}, SUBNET, tmp_path)
     with pytest.raises(ValueError, match=r"train\.fsdp needs several GPUs: accelerate passes over"):
@@ -320,8 +330,9 @@ def test_train_keys_that_are_unknown_give_one_sentence(tmp_path, train):
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_is_used_where_it_is_fast_unless_the_recipe_says(tmp_path, monkeypatch, fast):
     monkeypatch.setattr(arms, "has_fast_bf16", lambda device: fast)
-    assert training_arguments({"use_cpu": True}, SUBNET, tmp_path).bf16 is fast
-    assert not training_arguments({"use_cpu": True, "bf16": False}, SUBNET, tmp_path).bf16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert training_arguments({}, SUBNET, tmp_path).bf16 is fast
+    assert not training_arguments({"bf16": False}, SUBNET, tmp_path).bf16
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_an_arm_trains_from_the_cache_as_from_the_teacher(
     path = str(tmp_path / "cache")
     cached = replace(kd, cache=path, cache_dtype="float32")
     write_cache(path, arms.cache_identity(cached, inputs), teacher, train, 8, SHARD_BYTES)
-    monkeypatch.setattr(arms, "load_frozen", lambda *a: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(arms, "load_teacher", lambda *a: pytest.fail("the teacher was loaded"))
     offline = run_arm(Arm("a", kd=cached), inputs, tmp_path / "offline")
     losses = [[point["loss"] for point in run["curve"]] for run in (online, offline)]
     assert len(losses[0]) == 5

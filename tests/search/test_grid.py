@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import random_teacher
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
-import headstart.search.grid
+from headstart.search import grid as grid_module
 from headstart.search.bins import Bin
 from headstart.search.candidate import Candidate, Orders
 from headstart.search.grid import GridSettings, Rows, head_values, ladders_of, rows_in_bin
@@ -195,7 +195,7 @@ def test_a_table_that_would_be_too_long_is_thinned(kind, measure, monkeypatch):
     *_, everything = bins_of([min(found) for found in amounts.values()], measure)
     whole = rows_in_bin(config, TINY_GRID, everything, False)
     for max_rows in (1, 7, 40):
-        monkeypatch.setattr(headstart.search.grid, "MAX_ROWS", max_rows)
+        monkeypatch.setattr(grid_module, "MAX_ROWS", max_rows)
         thinned = rows_in_bin(config, TINY_GRID, everything, False)
         assert 0 < len(thinned.groups) < len(whole.groups)
         assert set(shapes_of(thinned)) < set(shapes_of(whole))
@@ -208,8 +208,8 @@ def test_a_thinned_table_misses_no_bin(kind, measure, monkeypatch):
     bins = list(bins_of([min(found) for found in amounts.values()], measure))
     whole = [rows_in_bin(config, TINY_GRID, bin, False) for bin in bins]
     for max_rows in (1, 7, 40):
-        monkeypatch.setattr(headstart.search.grid, "MAX_ROWS", max_rows)
-        monkeypatch.setattr(headstart.search.grid, "PIECE_ROWS", 3 * max_rows)
+        monkeypatch.setattr(grid_module, "MAX_ROWS", max_rows)
+        monkeypatch.setattr(grid_module, "PIECE_ROWS", 3 * max_rows)
         for bin, rows in zip(bins, whole, strict=True):
             thinned = rows_in_bin(config, TINY_GRID, bin, False)
             assert set(shapes_of(thinned)) <= set(shapes_of(rows))

@@ -13,9 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from headstart import device
 from headstart.data import DataSettings, TokenBlocks
-from headstart.evaluate import mean_loss
+from headstart.held_out import mean_loss
 from headstart.prepare import prepare
 from headstart.search import run as module
 from headstart.search.bins import BinSettings
@@ -52,9 +51,8 @@ def blocks(
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own, and float32 also where bfloat16 is fast."""
+    """A cache of its own."""
     monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
 
 
 def journal_of(folder: Path) -> list[dict[str, Any]]:

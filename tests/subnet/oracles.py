@@ -85,7 +85,7 @@ def masked_parent(model: PreTrainedModel, spec: SubnetSpec) -> PreTrainedModel:
     head_dim = sizes_of(model.config)["head_dim"]
     channels = [] if spec.head_dim is None else _dropped(head_dim, spec.head_dim)
     for number, layer in enumerate(model.base_model.layers):
-        if model.config.model_type == "llama":
+        if model.config.model_type != "gpt_neox":
             attention, mlp = layer.self_attn.o_proj, layer.mlp.down_proj
             readers = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]
         else:
@@ -117,42 +117,73 @@ def reference_logits(model: PreTrainedModel, tokens: Tensor, spec: SubnetSpec) -
     zeros, so its pairs turn by the teacher's frequencies and its scores are divided by the root of
     the teacher's head size.
     """
-    forward = {"llama": _llama_logits, "gpt_neox": _gpt_neox_logits}[model.config.model_type]
+    is_neox = model.config.model_type == "gpt_neox"
+    forward = _gpt_neox_logits if is_neox else _decoder_logits
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     return forward(model.config, weights, tokens, spec)
 
 
-def _llama_logits(config, weights, tokens, spec):
-    keep = _mask(config.hidden_size, spec.embed)
+def _decoder_logits(config, weights, tokens, spec):
+    """Llama and its descendants, told apart by which tensors there are and by the config."""
+    keep, head_dim = _mask(config.hidden_size, spec.embed), config.head_dim
+    channels = _mask(head_dim, spec.head_dim or range(head_dim))
+    is_gemma = config.model_type == "gemma3_text"
 
-    def norm(x, name):
-        mean_square = x.square().sum(-1, keepdim=True) / keep.sum()
-        return x / (mean_square + config.rms_norm_eps).sqrt() * weights[f"{name}.weight"] * keep
+    def norm(x, name, mask=keep):
+        if f"{name}.weight" not in weights:
+            return x
+        mean_square = (x * mask).square().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+        weight = weights[f"{name}.weight"] + is_gemma
+        return x / (mean_square + config.rms_norm_eps).sqrt() * weight * mask
 
     def linear(x, name):
         return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    channels = _mask(config.head_dim, spec.head_dim or range(config.head_dim))
-
-    def heads(x, name):
-        x = linear(x, name).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) * channels
+    def heads(x, name, kept, norm_name):
+        x = linear(x, name)
+        of_groups = kept.repeat_interleave(x.shape[-1] // head_dim // len(kept))
+        mask = of_groups[:, None] * channels
+        if config.model_type == "olmo2":
+            x = norm(x, norm_name, mask.flatten())  # over all heads
+        x = x.unflatten(-1, (-1, head_dim))
+        if config.model_type != "olmo2":
+            x = norm(x, norm_name, channels)  # over each head, if there is one
+        x = x.transpose(1, 2) * channels
         return x.repeat_interleave(config.num_attention_heads // x.shape[1], dim=1)
 
     x = weights["model.embed_tokens.weight"][tokens] * keep
+    if is_gemma:
+        x = x * config.hidden_size**0.5
     for layer, groups, neurons in zip(spec.layers, spec.kv_groups, spec.mlp, strict=True):
         name = f"model.layers.{layer}"
-        read = norm(x, f"{name}.input_layernorm")
-        query, key, value = (heads(read, f"{name}.self_attn.{a}_proj") for a in "qkv")
-        theta = config.rope_parameters["rope_theta"]
-        mixed = _attend(_rotate(query, theta), _rotate(key, theta), value)
+        kind = config.layer_types[layer] if getattr(config, "layer_types", None) else ""
+        window = getattr(config, "sliding_window", None) if kind != "full_attention" else None
+        rope = config.rope_parameters.get(kind, config.rope_parameters)
         kept = _mask(config.num_key_value_heads, groups)
+        read = norm(x, f"{name}.input_layernorm")
+        query, key = (
+            heads(read, f"{name}.self_attn.{a}_proj", kept, f"{name}.self_attn.{a}_norm")
+            for a in "qk"
+        )
+        value = heads(read, f"{name}.self_attn.v_proj", kept, "")
+        theta = rope["rope_theta"]
+        scale = config.query_pre_attn_scalar**-0.5 if is_gemma else None
+        mixed = _attend(_rotate(query, theta), _rotate(key, theta), value, scale, window)
         kept = kept.repeat_interleave(config.num_attention_heads // len(kept))
         mixed = (mixed * kept[:, None, None]).transpose(1, 2).flatten(2)
-        x = x + linear(mixed, f"{name}.self_attn.o_proj") * keep
-        read = norm(x, f"{name}.post_attention_layernorm")
-        neuron = F.silu(linear(read, f"{name}.mlp.gate_proj")) * linear(read, f"{name}.mlp.up_proj")
+        mixed = linear(mixed, f"{name}.self_attn.o_proj") * keep
+        norms_after = f"{name}.post_feedforward_layernorm.weight" in weights
+        if norms_after:
+            mixed = norm(mixed, f"{name}.post_attention_layernorm")
+        x = x + mixed
+        before = "pre_feedforward_layernorm" if norms_after else "post_attention_layernorm"
+        read = norm(x, f"{name}.{before}")
+        gate = linear(read, f"{name}.mlp.gate_proj")
+        gate = F.gelu(gate, approximate="tanh") if is_gemma else F.silu(gate)
+        neuron = gate * linear(read, f"{name}.mlp.up_proj")
         neuron = neuron * _mask(config.intermediate_size, neurons)
-        x = x + linear(neuron, f"{name}.mlp.down_proj") * keep
+        neuron = linear(neuron, f"{name}.mlp.down_proj") * keep
+        x = x + norm(neuron, f"{name}.post_feedforward_layernorm")
     return linear(norm(x, "model.norm"), "lm_head")
 
 
@@ -211,7 +242,15 @@ def _rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(-1) @ value
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Each token sees itself and those before it, at most a window of them together."""
+    scores = query @ key.transpose(-1, -2) * (scale or 1 / math.sqrt(query.shape[-1]))
+    age = torch.arange(query.shape[-2])[:, None] - torch.arange(query.shape[-2])
+    unseen = (age < 0) | (age >= (window or len(age)))
+    return scores.masked_fill(unseen, -math.inf).softmax(-1) @ value

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import TEACHERS, random_teacher
+from tests.conftest import DESCENDANTS, TEACHERS, random_teacher
 from tests.subnet.oracles import (
     assert_same_tensors,
     masked_parent,
@@ -104,6 +104,51 @@ def test_a_narrower_student_is_the_reference_over_kept_channels(kind, cut, token
     torch.testing.assert_close(logits(student, tokens).double(), expected, atol=1e-5, rtol=0)
     written = AutoModelForCausalLM.from_pretrained(extract(saved(model), spec, tmp_path / "out"))
     assert torch.equal(logits(written, tokens), logits(student, tokens))
+
+
+@pytest.mark.parametrize("kind", DESCENDANTS)
+def test_llamas_descendants_are_their_references(kind, tokens):
+    """Whole, cut along each axis, and along all of them with layers of different sizes."""
+    model = random_teacher(kind)
+    cuts = [{}, {"layers": 2}, {"mlp": 7}, {"kv_groups": 1}, {"embed": 36}, {"head_dim": 8}]
+    specs = [random_spec(model, **cut) for cut in cuts if cut.keys() <= axes_that_narrow(model)]
+    specs.append(random_layerwise_spec(model, 0, layers=3, embed=30))
+    for spec in specs:
+        expected = reference_logits(model, tokens, spec)
+        student = in_memory(model, spec)
+        torch.testing.assert_close(logits(student, tokens).double(), expected, atol=5e-5, rtol=0)
+
+
+def axes_that_narrow(model):
+    heads_narrow = "rope_type" in model.config.rope_parameters
+    return {"layers", "mlp", "kv_groups", "embed"} | ({"head_dim"} if heads_narrow else set())
+
+
+@pytest.mark.parametrize("kind", DESCENDANTS)
+def test_a_descendant_on_disk_is_the_one_in_memory(kind, tokens, saved, tmp_path):
+    model = random_teacher(kind)
+    whole = SubnetSpec.identity(sizes_of(model.config))
+    same = AutoModelForCausalLM.from_pretrained(extract(saved(model), whole, tmp_path / "same"))
+    assert_same_tensors(same.state_dict(), model.state_dict())
+    assert torch.equal(logits(same, tokens), logits(model, tokens))
+    spec = random_spec(model, layers=3, embed=36, kv_groups=2, mlp=40)
+    out = extract(tmp_path / "teacher", spec, tmp_path / "out")
+    assert not (out / "modeling.py").exists()
+    written = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(logits(written, tokens), logits(in_memory(model, spec), tokens))
+    greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        written.generate(tokens, **greedy), written.generate(tokens, **greedy, use_cache=False)
+    )
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text-tied"])
+def test_heads_stay_whole_where_layers_turn_differently(kind):
+    model = random_teacher(kind)
+    assert head_sizes(model.config) == [16]
+    spec = replace(SubnetSpec.identity(sizes_of(model.config)), head_dim=(0, 8))
+    with pytest.raises(ValueError, match="kinds of layers turn by different frequencies"):
+        in_memory(model, spec)
 
 
 @pytest.mark.parametrize("seed", range(2))

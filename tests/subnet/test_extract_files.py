@@ -245,7 +245,7 @@ def test_a_teacher_that_is_nowhere_is_named(name, refused, monkeypatch):
 def test_an_unknown_family_is_told_the_known_ones(saved, refused):
     folder = saved(random_teacher("llama-tied-gqa"))
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    refused(folder, r"'gpt2' is not .* \(gpt_neox, llama\)")
+    refused(folder, r"'gpt2' is not .* \(gemma3_text, gpt_neox, llama, ")
 
 
 def test_an_existing_folder_is_left_untouched(teacher_folder, tmp_path):

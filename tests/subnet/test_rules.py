@@ -41,7 +41,7 @@ def test_sizes_are_read_through_the_table():
 
 
 def test_an_unknown_family_is_told_the_known_ones():
-    with pytest.raises(ValueError, match=r"'gpt2' is not .* \(gpt_neox, llama\)"):
+    with pytest.raises(ValueError, match=r"'gpt2' is not .* \(gemma3_text, gpt_neox, llama, "):
         sizes_of(GPT2Config())
 
 

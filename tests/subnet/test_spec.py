@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,14 @@ from tests.conftest import random_teacher
 from tests.subnet.oracles import random_spec
 from transformers import GPTNeoXConfig, LlamaConfig
 
-from headstart.subnet.rules import sizes_of
+from headstart.subnet.rules import is_layerwise, sizes_of
 from headstart.subnet.spec import (
     SubnetSpec,
     check_spec,
     format_indices,
     parse_indices,
     stock_constraints,
+    stock_obstacle,
     student_config,
 )
 
@@ -122,12 +124,17 @@ def test_a_spec_that_does_not_fit_says_why(change, message):
 
 
 @pytest.mark.parametrize(("axis", "units"), [("kv_groups", (0, 1)), ("mlp", (0, 1))])
-def test_sizes_that_differ_between_layers_are_counted_but_not_written(axis, units):
+def test_sizes_that_differ_between_layers_make_a_layerwise_config(axis, units):
     config = random_teacher("llama-untied-gqa").config
     spec = replace(SPEC, **{axis: (units, (0,))})
     assert spec.sizes(SIZES)[axis] == (2, 1)
-    with pytest.raises(ValueError, match=f"keeps 1 to 2 {axis} in different layers.* uniform"):
-        student_config(config, spec)
+    obstacle = stock_obstacle(config, spec.sizes(sizes_of(config)))
+    assert obstacle.startswith(f"layers have 1 to 2 {axis}, and a stock llama checkpoint")
+    student = student_config(config, spec)
+    assert is_layerwise(student) and student.is_heterogeneous
+    assert sizes_of(student) == spec.sizes(sizes_of(config))
+    with pytest.raises(ValueError, match="the teacher is a layer-wise student"):
+        student_config(student, spec)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +157,13 @@ def test_a_spec_is_checked_against_a_model(change, message):
 def test_a_gpt_neox_student_ties_width_to_heads():
     model = random_teacher("gpt_neox-untied")
     spec = random_spec(model, embed=40, kv_groups=3)
-    with pytest.raises(ValueError, match=r"embed = \(kv_groups head_dim\), and 40 is not 48"):
-        student_config(model.config, spec)
+    obstacle = stock_obstacle(model.config, spec.sizes(sizes_of(model.config)))
+    assert obstacle.endswith("needs embed = (kv_groups head_dim), and 40 is not 48")
+    assert is_layerwise(student_config(model.config, spec))
     assert student_config(model.config, random_spec(model, embed=48, kv_groups=3)).hidden_size == 48
-    with pytest.raises(ValueError, match=r"embed = \(kv_groups head_dim\), and 48 is not 24"):
+    assert is_layerwise(
         student_config(model.config, random_spec(model, embed=48, kv_groups=3, head_dim=8))
+    )
     narrow = student_config(model.config, random_spec(model, embed=24, kv_groups=3, head_dim=8))
     assert (narrow.hidden_size, narrow.num_attention_heads) == (24, 3)
 
@@ -162,8 +171,9 @@ def test_a_gpt_neox_student_ties_width_to_heads():
 def test_a_llama_student_divides_width_by_heads():
     model = random_teacher("llama-untied-gqa")
     spec = random_spec(model, embed=42, kv_groups=2)
-    with pytest.raises(ValueError, match=r"hidden_size to be a multiple .* 42 is not one of 4"):
-        student_config(model.config, spec)
+    obstacle = stock_obstacle(model.config, spec.sizes(sizes_of(model.config)))
+    assert re.search("hidden_size to be a multiple .* 42 is not one of 4", obstacle)
+    assert is_layerwise(student_config(model.config, spec))
     assert student_config(model.config, random_spec(model, embed=44, kv_groups=2)).hidden_size == 44
 
 

@@ -13,12 +13,12 @@ import torch
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 
 from headstart.data import BlockDataset, TokenBlocks
-from headstart.device import default_device, has_fast_bf16, load_frozen, peak_flops
+from headstart.device import default_device, has_fast_bf16, peak_flops
 from headstart.files import write_json
 from headstart.pretrain.cache import CachedBlocks, CacheIdentity, TeacherCache
 from headstart.pretrain.losses import DistillationSettings
 from headstart.pretrain.optimizer import muon_with_adamw
-from headstart.pretrain.teacher import Teacher
+from headstart.pretrain.teacher import load_teacher
 from headstart.progress import progress
 from headstart.subnet.count import count
 from headstart.subnet.rules import read_config
@@ -130,6 +130,8 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         default = getattr(TrainingArguments, key, None)
         if type(default) in (int, float) and isinstance(train[key], str):
             raise ValueError(f"train.{key} is {train[key]!r}; write a number")
+    device = default_device()
+    has_bf16 = has_fast_bf16(device)
     arguments = {
         "per_device_eval_batch_size": 8,
         "lr_scheduler_type": "cosine",
@@ -139,7 +141,8 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         "save_strategy": "steps",
         "save_steps": 0.2,
         "save_total_limit": 1,
-        "bf16": has_fast_bf16(default_device()),
+        "bf16": has_bf16,
+        "use_cpu": has_bf16 and device.type == "cpu",  # or the Trainer would refuse bf16 there
         "report_to": "tensorboard",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
@@ -274,11 +277,10 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         train_dataset = CachedBlocks(train_dataset, TeacherCache(arm.kd.cache, identity))
         arguments.remove_unused_columns = False
     elif arm.kd:
-        teacher = Teacher(load_frozen(inputs.teacher, arguments.device))
+        teacher = load_teacher(inputs.teacher, arguments.device, arm.kd.shard_teacher)
         if arguments.torch_compile:
-            teacher.model.base_model.compile(
-                backend=arguments.torch_compile_backend or "inductor",
-                mode=arguments.torch_compile_mode,
+            teacher.compile(
+                arguments.torch_compile_backend or "inductor", arguments.torch_compile_mode
             )
     if teacher and teacher.model.config.vocab_size != model.config.vocab_size:
         raise ValueError(

@@ -39,6 +39,7 @@ class DistillationSettings:
         cache: folder or URL of the teacher's outputs, which `headstart cache-teacher` writes; empty
             to ask the teacher while training.
         cache_dtype: of the numbers in it, "float16" or "float32".
+        shard_teacher: spread the teacher's weights over all processes instead of copying them.
     """
 
     alpha: float = 0.5
@@ -55,6 +56,7 @@ class DistillationSettings:
     beta_end: float = 0.0
     cache: str = ""
     cache_dtype: Literal["float16", "float32"] = "float16"
+    shard_teacher: bool = False
 
     def __post_init__(self) -> None:
         for end in ("", "_end"):
@@ -74,6 +76,10 @@ class DistillationSettings:
         if self.top_k and self.samples:
             raise ValueError(
                 f"kd.top_k {self.top_k} and kd.samples {self.samples} are both set; keep one"
+            )
+        if self.cache and self.shard_teacher:
+            raise ValueError(
+                f"kd.cache {self.cache} needs no teacher while training; remove kd.shard_teacher"
             )
         if (self.top_k or self.samples) and self.divergence != "forward_kl":
             raise ValueError(

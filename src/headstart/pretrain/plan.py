@@ -29,7 +29,7 @@ class Hardware:
     """What would train.
 
     Attributes:
-        gpus: all of them, each with a copy of student and teacher.
+        gpus: all of them, each with a copy of the student, and of the teacher unless it is sharded.
         peak_tflops: of one GPU in bfloat16; 989 is an H100's data sheet without sparsity.
         mfu: share of the peak that training reaches, model FLOPs utilisation.
     """
@@ -123,7 +123,8 @@ def plan_arm(
     num_logits = batch_tokens * vocab * (2 if arm.kd else 1)
     state_bytes = TRAINED_BYTES_PER_PARAMETER * parameters(layouts, student_sizes)
     if arm.kd and not is_cached:
-        state_bytes += TEACHER_BYTES_PER_PARAMETER * parameters(layouts, teacher_sizes)
+        shares = hardware.gpus if arm.kd.shard_teacher else 1
+        state_bytes += TEACHER_BYTES_PER_PARAMETER * parameters(layouts, teacher_sizes) // shares
     cached_bytes = 0
     if arm.kd and is_cached:
         cached_bytes = tokens * bytes_per_token(arm.kd, vocab)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from headstart.device import load_frozen
+from headstart.distributed import world_size
+from headstart.subnet.rules import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +25,10 @@ class Teacher:
     """A frozen model whose logits are asked for one chunk of tokens at a time."""
 
     model: PreTrainedModel
+
+    def compile(self, backend: str = "inductor", mode: str | None = None) -> None:
+        """Compile its layers by torch.compile."""
+        self.model.base_model.compile(backend=backend, mode=mode)
 
     @torch.no_grad()
     def hidden(
@@ -35,3 +46,23 @@ class Teacher:
         """Logits of some of those hidden states."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
+
+
+def load_teacher(folder: Path, device: torch.device, sharded: bool = False) -> Teacher:
+    """Load a teacher, whole or spread over all processes.
+
+    Args:
+        folder: of its checkpoint.
+        device: of this process.
+        sharded: keep only this process' share of the weights, and gather each layer while it runs
+            (FSDP2). The output matrix stays whole. Every process must then ask at the same time.
+    """
+    if not sharded or world_size() == 1:
+        return Teacher(load_frozen(folder, device))
+    # Sharded layer by layer from the CPU's memory, so that no device ever holds all of it.
+    model = load_frozen(folder, device, stays=True)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for layer in model.get_submodule(family_of(model.config).layer.removesuffix(".{i}")):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True)
+    return Teacher(model.to(device))

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from headstart.evaluate import next_token_loss
+from headstart.held_out import next_token_loss
 from headstart.pretrain.cache import outputs_of_batch
 from headstart.pretrain.chunked import chunked_sum
 from headstart.pretrain.losses import DistillationSettings, Samples, TopK, distillation_loss

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headstart.distributed import gather, rank, world_size
-from headstart.evaluate import mean_loss, next_token_loss
+from headstart.held_out import mean_loss, next_token_loss
 from headstart.search.fitness import HeldOutLoss
 from headstart.search.journal import Evaluated, Journal
 

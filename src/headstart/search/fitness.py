@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
-from headstart.evaluate import summed_loss
+from headstart.held_out import summed_loss
 from headstart.pretrain.chunked import chunked_sum
 from headstart.pretrain.losses import forward_kl
 from headstart.search.candidate import Candidate, Orders
@@ -147,7 +147,7 @@ def fitting_batch_size(
     if device.type != "cuda":
         return max(1, CPU_TOKENS_PER_BATCH // block_length)
     sizes = sizes_of(config)
-    numbers_per_token = ACTIVATIONS_PER_TOKEN * sizes["embed"] + 4 * sizes["mlp"]
+    numbers_per_token: int = ACTIVATIONS_PER_TOKEN * sizes["embed"] + 4 * sizes["mlp"]
     free_bytes, _ = torch.cuda.mem_get_info(device)
     num_tokens = free_bytes // 2 // (numbers_per_token * bytes_per_number)
     return max(1, min(num_tokens, MAX_TOKENS_PER_BATCH) // block_length)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headstart.evaluate import next_token_loss
+from headstart.held_out import next_token_loss
 from headstart.subnet.axes import GLOBAL_AXES, Dimension, Sizes, parse_layout, shape_of
 from headstart.subnet.rules import family_of, layouts_of, sizes_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,14 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 import headstart
 from headstart.subnet.axes import parse_layout, slice_tensor
 from headstart.subnet.families import DROPPED
 from headstart.subnet.rotary import kept_pairs
-from headstart.subnet.rules import family_of, layouts_of, match_tensor, read_config, sizes_of
-from headstart.subnet.spec import SubnetSpec, check_spec, student_config
+from headstart.subnet.rules import (
+    Rule,
+    family_of,
+    is_layerwise,
+    layouts_of,
+    match_tensor,
+    read_config,
+    sizes_of,
+)
+from headstart.subnet.spec import SubnetSpec, student_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -107,11 +115,12 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's tensors one at a time, shard by shard, memory-mapped."""
     files = checkpoint_files(folder)
-    for file in sorted(set(files.values())):
+    for name, file in sorted(files.items(), key=lambda named: named[1]):
+        # Opened for each, since what was read of an open shard stays mapped.
         with open_shard(file) as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a dict)
-                if files.get(name) == file:
-                    yield name, shard.get_tensor(name)
+            tensor = shard.get_tensor(name)
+        yield name, tensor
+        del tensor
 
 
 def slice_tensors(
@@ -140,6 +149,8 @@ def slice_tensors(
         part = None
         if rule.layout != DROPPED and layer is None:
             part = slice_tensor(tensor, rule.layout, sizes, {"embed": spec.embed})
+            if family.scaled_embedding and rule.pattern in family.scaled_embedding:
+                part = _as_loud(part, rule, config, len(spec.embed))
         elif rule.layout != DROPPED and layer in positions:
             position = positions[layer]
             name = name.replace(f".{layer}.", f".{position}.", 1)
@@ -172,6 +183,23 @@ def _rescaled_queries(queries: Tensor, layout: str, head_dim: int, kept: int) ->
     return by_part.view(queries.shape)
 
 
+def _as_loud(part: Tensor, rule: Rule, config: PreTrainedConfig, kept: int) -> Tensor:
+    """An embedding, or the last norm, of a model that multiplies embeddings by the root of width.
+
+    The narrower student multiplies by less, so its embeddings are made larger; where they are the
+    output matrix too, the last norm is made smaller by as much.
+    """
+    family = family_of(config)
+    assert family.scaled_embedding
+    scale: float = (sizes_of(config)["embed"] / kept) ** 0.5
+    if scale == 1:
+        return part
+    embedding, _ = family.scaled_embedding
+    if rule.pattern == embedding:
+        return part * scale
+    return (1 + part) / scale - 1 if config.tie_word_embeddings else part
+
+
 def build_student(
     state: Mapping[str, Tensor], config: PreTrainedConfig, spec: SubnetSpec
 ) -> PreTrainedModel:
@@ -186,63 +214,67 @@ def build_student(
 
     Returns:
         A model in eval mode on the teacher's device, whose parameters ask for no gradients; those
-        whose kept units lie side by side are views of the teacher's. Its config is the student's
-        where a stock one exists, else the teacher's with the student's number of layers.
+        whose kept units lie side by side are views of the teacher's. Its config has the teacher's
+        rotary parameters, also where heads are narrower.
 
     Raises:
         ValueError: the spec does not fit the teacher.
     """
+    family = family_of(config)
+    state_device = next(iter(state.values())).device
+    sliced = slice_tensors(state.items(), config, spec)
+    model = assemble(student_config(config, spec, with_rope=False), sliced, family.aliases)
+    if spec.head_dim is not None:
+        _set_frequencies(model, config, kept_pairs(config, spec.head_dim))
+    return place_buffers(model, state_device).eval().requires_grad_(False)
+
+
+def assemble(
+    config: PreTrainedConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    aliases: Mapping[str, str],
+) -> PreTrainedModel:
+    """A model of a config around tensors that are there already, without making others first.
+
+    Args:
+        config: of the model.
+        tensors: (name, tensor) pairs, all that it has.
+        aliases: name of a pair -> name in the model, where the two differ.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    check_spec(config, spec)
-    family = family_of(config)
-    try:
-        output_config = student_config(config, spec)
-    except ValueError:  # no stock shape; the modules below are resized one by one
-        output_config = type(config).from_dict(
-            {**config.to_dict(), "num_hidden_layers": len(spec.layers)}
-        )
-    with torch.device("meta"), no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(output_config)
-    for name, tensor in slice_tensors(state.items(), config, spec):
-        _attach(model, family.aliases.get(name, name), tensor)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    for name, tensor in tensors:
+        _attach(model, aliases.get(name, name), tensor)
     model.tie_weights()
-    _set_up_heads(model, config, spec, next(iter(state.values())).device)
     assert not any(parameter.is_meta for parameter in model.parameters())
-    return model.eval()
+    return model
+
+
+def place_buffers(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model's buffers to where its parameters are."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model
 
 
 def _attach(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor of any shape in a parameter's place, and tell its module the new size."""
+    """Put a tensor in a parameter's place."""
     module_name, _, parameter = name.rpartition(".")
     module = model.get_submodule(module_name)
-    setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
-    if parameter != "weight":
-        return
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = tensor.shape
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = tensor.shape
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(tensor.shape)
+    assert getattr(module, parameter).shape == tensor.shape, name
+    setattr(module, parameter, nn.Parameter(tensor))
 
 
-def _set_up_heads(
-    model: PreTrainedModel, config: PreTrainedConfig, spec: SubnetSpec, device: torch.device
-) -> None:
-    """Give each layer its head size, and the model the rotary frequencies of the kept pairs."""
-    family, head_dim = family_of(config), spec.sizes(sizes_of(config))["head_dim"]
-    for layer in range(len(spec.layers)):
-        attention: Any = model.get_submodule(family.attention.format(i=layer))
-        setattr(attention, family.head_size, head_dim)
-        attention.scaling = head_dim**-0.5
-    rotary: Any = type(model.base_model.rotary_emb)(config).to(device)
-    if spec.head_dim is not None:
-        pairs = torch.tensor(kept_pairs(config, spec.head_dim), device=device)
-        rotary.inv_freq = rotary.inv_freq[pairs]
-        rotary.original_inv_freq = rotary.original_inv_freq[pairs]
-    model.base_model.rotary_emb = rotary
+def _set_frequencies(model: PreTrainedModel, config: PreTrainedConfig, pairs: list[int]) -> None:
+    """Let a model turn by the frequencies of some of the teacher's pairs, whichever they are."""
+    rotary: Any = type(model.base_model.rotary_emb)(config)
+    model.base_model.rotary_emb.inv_freq = rotary.inv_freq[pairs]
+    model.base_model.rotary_emb.original_inv_freq = rotary.original_inv_freq[pairs]
 
 
 def extract(
@@ -254,7 +286,8 @@ def extract(
 ) -> Path:
     """Cut a sub-network out of a checkpoint and write it as an ordinary Hugging Face folder.
 
-    One teacher tensor is in memory at a time; the folder appears whole or not at all.
+    Where the family's stock code cannot express the shape, the folder carries `modeling.py`. One
+    teacher tensor is in memory at a time; the folder appears whole or not at all.
 
     Args:
         teacher: a folder with safetensors, or a hub id.
@@ -281,7 +314,11 @@ def extract(
 
     tensors = map(reported, read_tensors(folder))  # a loop would hold on to its last tensor
     sliced = dict(map(_alone, slice_tensors(tensors, config, spec)))
-    output_config.architectures = config.architectures
+    if is_layerwise(output_config):  # whose loading knows no other names than the model's own
+        aliases = family_of(config).aliases
+        sliced = {aliases.get(name, name): tensor for name, tensor in sliced.items()}
+    else:
+        output_config.architectures = config.architectures
     output_config.dtype = next(iter(sliced.values())).dtype
 
     unfinished = out_folder.with_name(out_folder.name + ".unfinished")
@@ -314,7 +351,7 @@ def _alone(named_tensor: tuple[str, Tensor]) -> tuple[str, Tensor]:
 
 def hash_checkpoint(folder: Path) -> str:
     """A hash of a checkpoint's config and weights, read in pieces of 1 MiB."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxhash.xxh3_128()  # as fast as the disk
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(file.name.encode())
         with file.open("rb") as stream:

@@ -23,73 +23,163 @@ class Family:
         config: (config key, layout) pairs; the key's value is the product of the layout's axes. A
             key that stands twice ties two products together: only sub-networks in which they
             agree can be written as a stock checkpoint.
-        divides: (divisor, dividend) pairs of config keys which the stock code insists on.
         layer: module name pattern of a layer, whose input and output score the depth axis.
         importance_sites: axis -> linear modules whose input has that axis as its units.
-        attention: module name pattern of a layer's attention.
-        head_size: the attribute in which that module keeps its head size.
-        queries: tensors that make queries: all of them, or the first of what the tensor fuses.
+        queries: tensors to which scores are proportional: all of them, or the first of what the
+            tensor fuses; none where scores are not divided by the root of the head size.
+        divides: (divisor, dividend) pairs of config keys which the stock code insists on.
+        scaled_embedding: the embedding that the stock code multiplies by the root of its width, and
+            the last norm, whose weight is added to one; None where it takes embeddings as they are.
         aliases: name in a file -> name in the model, where the two differ.
     """
 
     name: str
     tensors: Mapping[str, str]
     config: tuple[tuple[str, str], ...]
-    divides: tuple[tuple[str, str], ...]
     layer: str
     importance_sites: Mapping[str, tuple[str, ...]]
-    attention: str
-    head_size: str
     queries: tuple[str, ...]
+    divides: tuple[tuple[str, str], ...] = ()
+    scaled_embedding: tuple[str, str] | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
+DECODER = {
+    "model.embed_tokens.weight": "vocab embed",
+    "model.layers.{i}.self_attn.q_proj.weight": "(kv_groups q_per_kv head_dim) embed",
+    "model.layers.{i}.self_attn.k_proj.weight": "(kv_groups head_dim) embed",
+    "model.layers.{i}.self_attn.v_proj.weight": "(kv_groups head_dim) embed",
+    "model.layers.{i}.self_attn.o_proj.weight": "embed (kv_groups q_per_kv head_dim)",
+    "model.layers.{i}.post_attention_layernorm.weight": "embed",
+    "model.layers.{i}.mlp.gate_proj.weight": "mlp embed",
+    "model.layers.{i}.mlp.up_proj.weight": "mlp embed",
+    "model.layers.{i}.mlp.down_proj.weight": "embed mlp",
+    "model.norm.weight": "embed",
+    "lm_head.weight": "vocab embed unless tie_word_embeddings",
+    "model.layers.{i}.self_attn.rotary_emb.inv_freq": DROPPED,
+}
+"""What Llama and its descendants share."""
+
+INPUT_NORM = {"model.layers.{i}.input_layernorm.weight": "embed"}
+
+ATTENTION_BIASES = {
+    "model.layers.{i}.self_attn.q_proj.bias": "(kv_groups q_per_kv head_dim) if attention_bias",
+    "model.layers.{i}.self_attn.k_proj.bias": "(kv_groups head_dim) if attention_bias",
+    "model.layers.{i}.self_attn.v_proj.bias": "(kv_groups head_dim) if attention_bias",
+    "model.layers.{i}.self_attn.o_proj.bias": "embed if attention_bias",
+}
+
+HEAD_NORMS = {
+    "model.layers.{i}.self_attn.q_norm.weight": "head_dim",
+    "model.layers.{i}.self_attn.k_norm.weight": "head_dim",
+}
+"""Each head's queries and keys normalised by themselves."""
+
+DECODER_CONFIG = (
+    ("vocab_size", "vocab"),
+    ("num_hidden_layers", "layers"),
+    ("hidden_size", "embed"),
+    ("num_key_value_heads", "kv_groups"),
+    ("num_attention_heads", "(kv_groups q_per_kv)"),
+    ("head_dim", "head_dim"),
+    ("intermediate_size", "mlp"),
+)
+
+DECODER_SITES = {
+    "embed": ("model.layers.{i}.self_attn.q_proj", "model.layers.{i}.mlp.gate_proj"),
+    "kv_groups": ("model.layers.{i}.self_attn.o_proj",),
+    "mlp": ("model.layers.{i}.mlp.down_proj",),
+}
+
+HEADS_DIVIDE_WIDTH = (("num_attention_heads", "hidden_size"),)
+
 LLAMA = Family(
     name="llama",
-    tensors={
-        "model.embed_tokens.weight": "vocab embed",
-        "model.layers.{i}.input_layernorm.weight": "embed",
-        "model.layers.{i}.self_attn.q_proj.weight": "(kv_groups q_per_kv head_dim) embed",
-        "model.layers.{i}.self_attn.q_proj.bias": "(kv_groups q_per_kv head_dim) if attention_bias",
-        "model.layers.{i}.self_attn.k_proj.weight": "(kv_groups head_dim) embed",
-        "model.layers.{i}.self_attn.k_proj.bias": "(kv_groups head_dim) if attention_bias",
-        "model.layers.{i}.self_attn.v_proj.weight": "(kv_groups head_dim) embed",
-        "model.layers.{i}.self_attn.v_proj.bias": "(kv_groups head_dim) if attention_bias",
-        "model.layers.{i}.self_attn.o_proj.weight": "embed (kv_groups q_per_kv head_dim)",
-        "model.layers.{i}.self_attn.o_proj.bias": "embed if attention_bias",
-        "model.layers.{i}.post_attention_layernorm.weight": "embed",
-        "model.layers.{i}.mlp.gate_proj.weight": "mlp embed",
+    tensors=DECODER
+    | INPUT_NORM
+    | ATTENTION_BIASES
+    | {
         "model.layers.{i}.mlp.gate_proj.bias": "mlp if mlp_bias",
-        "model.layers.{i}.mlp.up_proj.weight": "mlp embed",
         "model.layers.{i}.mlp.up_proj.bias": "mlp if mlp_bias",
-        "model.layers.{i}.mlp.down_proj.weight": "embed mlp",
         "model.layers.{i}.mlp.down_proj.bias": "embed if mlp_bias",
-        "model.norm.weight": "embed",
-        "lm_head.weight": "vocab embed unless tie_word_embeddings",
-        "model.layers.{i}.self_attn.rotary_emb.inv_freq": DROPPED,
     },
-    config=(
-        ("vocab_size", "vocab"),
-        ("num_hidden_layers", "layers"),
-        ("hidden_size", "embed"),
-        ("num_key_value_heads", "kv_groups"),
-        ("num_attention_heads", "(kv_groups q_per_kv)"),
-        ("head_dim", "head_dim"),
-        ("intermediate_size", "mlp"),
-    ),
-    divides=(("num_attention_heads", "hidden_size"),),
+    config=DECODER_CONFIG,
+    divides=HEADS_DIVIDE_WIDTH,
     layer="model.layers.{i}",
-    importance_sites={
-        "embed": ("model.layers.{i}.self_attn.q_proj", "model.layers.{i}.mlp.gate_proj"),
-        "kv_groups": ("model.layers.{i}.self_attn.o_proj",),
-        "mlp": ("model.layers.{i}.mlp.down_proj",),
-    },
-    attention="model.layers.{i}.self_attn",
-    head_size="head_dim",
+    importance_sites=DECODER_SITES,
     queries=(
         "model.layers.{i}.self_attn.q_proj.weight",
         "model.layers.{i}.self_attn.q_proj.bias",
     ),
+)
+
+MISTRAL = Family(
+    name="mistral",
+    tensors=DECODER | INPUT_NORM,
+    config=DECODER_CONFIG,
+    layer="model.layers.{i}",
+    importance_sites=DECODER_SITES,
+    queries=("model.layers.{i}.self_attn.q_proj.weight",),
+)
+
+QWEN2 = Family(
+    name="qwen2",
+    tensors=DECODER
+    | INPUT_NORM
+    | {
+        "model.layers.{i}.self_attn.q_proj.bias": "(kv_groups q_per_kv head_dim)",
+        "model.layers.{i}.self_attn.k_proj.bias": "(kv_groups head_dim)",
+        "model.layers.{i}.self_attn.v_proj.bias": "(kv_groups head_dim)",
+    },
+    config=DECODER_CONFIG,
+    layer="model.layers.{i}",
+    importance_sites=DECODER_SITES,
+    queries=(
+        "model.layers.{i}.self_attn.q_proj.weight",
+        "model.layers.{i}.self_attn.q_proj.bias",
+    ),
+)
+
+QWEN3 = Family(
+    name="qwen3",
+    tensors=DECODER | INPUT_NORM | ATTENTION_BIASES | HEAD_NORMS,
+    config=DECODER_CONFIG,
+    layer="model.layers.{i}",
+    importance_sites=DECODER_SITES,
+    queries=("model.layers.{i}.self_attn.q_norm.weight",),
+)
+
+GEMMA3 = Family(
+    name="gemma3_text",
+    tensors=DECODER
+    | INPUT_NORM
+    | ATTENTION_BIASES
+    | HEAD_NORMS
+    | {
+        "model.layers.{i}.pre_feedforward_layernorm.weight": "embed",
+        "model.layers.{i}.post_feedforward_layernorm.weight": "embed",
+    },
+    config=DECODER_CONFIG,
+    divides=HEADS_DIVIDE_WIDTH,
+    layer="model.layers.{i}",
+    importance_sites=DECODER_SITES,
+    queries=(),  # its scores are divided by a number of the config, whatever the head size
+    scaled_embedding=("model.embed_tokens.weight", "model.norm.weight"),
+)
+
+OLMO2 = Family(
+    name="olmo2",
+    tensors=DECODER
+    | ATTENTION_BIASES
+    | {
+        "model.layers.{i}.post_feedforward_layernorm.weight": "embed",
+        "model.layers.{i}.self_attn.q_norm.weight": "(kv_groups q_per_kv head_dim)",
+        "model.layers.{i}.self_attn.k_norm.weight": "(kv_groups head_dim)",
+    },
+    config=DECODER_CONFIG,
+    layer="model.layers.{i}",
+    importance_sites=DECODER_SITES,
+    queries=("model.layers.{i}.self_attn.q_norm.weight",),
 )
 
 GPT_NEOX = Family(
@@ -125,7 +215,6 @@ GPT_NEOX = Family(
         ("hidden_size", "(kv_groups head_dim)"),
         ("intermediate_size", "mlp"),
     ),
-    divides=(),
     layer="gpt_neox.layers.{i}",
     importance_sites={
         "embed": (
@@ -135,8 +224,6 @@ GPT_NEOX = Family(
         "kv_groups": ("gpt_neox.layers.{i}.attention.dense",),
         "mlp": ("gpt_neox.layers.{i}.mlp.dense_4h_to_h",),
     },
-    attention="gpt_neox.layers.{i}.attention",
-    head_size="head_size",
     queries=(
         "gpt_neox.layers.{i}.attention.query_key_value.weight",
         "gpt_neox.layers.{i}.attention.query_key_value.bias",
@@ -144,4 +231,6 @@ GPT_NEOX = Family(
     aliases={"embed_out.weight": "lm_head.weight"},
 )
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, GPT_NEOX)}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, OLMO2, GPT_NEOX)
+}

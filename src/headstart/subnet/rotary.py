@@ -36,12 +36,16 @@ def _turning_width(config: PreTrainedConfig, head_dim: int) -> int:
 def head_sizes(config: PreTrainedConfig) -> list[int]:
     """The head sizes that keep the teacher's share of turning channels, ascending.
 
+    Where kinds of layers turn by different frequencies, heads stay whole.
+
     >>> from transformers import GPTNeoXConfig
     >>> shape = GPTNeoXConfig(hidden_size=256, num_attention_heads=8)
     >>> head_sizes(shape)  # a quarter of 32 channels turns: four pairs
     [8, 16, 24, 32]
     """
     head_dim, pairs = sizes_of(config)["head_dim"], rotary_pairs(config)
+    if "rope_type" not in config.rope_parameters:  # one for each kind of layer
+        return [head_dim]
     sizes = [head_dim * kept // pairs for kept in range(1, pairs + 1)]
     return [
         size
@@ -72,6 +76,11 @@ def kept_pairs(config: PreTrainedConfig, channels: tuple[int, ...]) -> list[int]
             frequencies depend on the head size.
     """
     pairs, kept = rotary_pairs(config), set(channels)
+    if "rope_type" not in config.rope_parameters and len(channels) < sizes_of(config)["head_dim"]:
+        raise ValueError(
+            "the teacher's kinds of layers turn by different frequencies, so its heads cannot be "
+            "narrower; keep them whole (search.grid.head_dim_min 0)"
+        )
     for channel in channels:
         partner = channel + pairs if channel < pairs else channel - pairs
         if channel < 2 * pairs and partner not in kept:
@@ -87,7 +96,7 @@ def kept_pairs(config: PreTrainedConfig, channels: tuple[int, ...]) -> list[int]
             f"{sum(channel < 2 * pairs for channel in channels)} turn; keep the teacher's share of "
             f"{2 * pairs} in {sizes_of(config)['head_dim']}"
         )
-    kind = config.rope_parameters["rope_type"]
+    kind = config.rope_parameters.get("rope_type")
     if len(channels) < sizes_of(config)["head_dim"] and kind not in ELEMENTWISE_ROPE:
         raise ValueError(
             f"the teacher's rotary positions are of kind {kind!r}, whose frequencies depend on the "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headstart.subnet.axes import dimension_size, parse_layout
 from headstart.subnet.families import DROPPED, FAMILIES, Family
@@ -16,12 +16,16 @@ from headstart.subnet.families import DROPPED, FAMILIES, Family
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+LAYERWISE_PREFIX = "headstart_"
+"""Of the `model_type` of a layer-wise student, before its family's; as in modeling.py."""
+
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config of a model folder.
 
     Raises:
-        ValueError: config.json is missing or malformed, or of a family that no table knows.
+        ValueError: config.json is missing or malformed, of a family that no table knows, or of a
+            model that caps its logits.
     """
     from transformers import AutoConfig
 
@@ -33,7 +37,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"{path} is no model config ({type(error).__name__}: {error}); fetch the model again"
         ) from error
     _known(model_type)
-    return AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "final_logit_softcapping", None):
+        raise ValueError(
+            f"{path} has final_logit_softcapping {config.final_logit_softcapping}, and headstart's "
+            "losses take logits without a soft cap; choose a model that has none, such as Gemma 3"
+        )
+    return config
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -46,6 +56,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def _known(model_type: str) -> Family:
+    model_type = model_type.removeprefix(LAYERWISE_PREFIX)
     if model_type not in FAMILIES:
         raise ValueError(
             f"model_type {model_type!r} is not a family that headstart knows "
@@ -55,23 +66,64 @@ def _known(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
+def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Size of every axis, read from a model config through its family's table.
+
+    A tuple gives a size for each layer where layers differ.
 
     >>> from transformers import GPTNeoXConfig
     >>> sizes_of(GPTNeoXConfig(hidden_size=64, num_attention_heads=4))["head_dim"]
     16
     """
+    if not config.is_heterogeneous:
+        return _sizes_of_one(config)
+    of_layers = [_sizes_of_one(layer) for layer in config.per_layer_config]
+    return {
+        axis: size
+        if all(one[axis] == size for one in of_layers)
+        else tuple(one[axis] for one in of_layers)
+        for axis, size in of_layers[0].items()
+    }
+
+
+def _sizes_of_one(config: PreTrainedConfig) -> dict[str, int]:
+    """Size of every axis where all layers are alike."""
     sizes: dict[str, int] = {}
-    for key, layout in family_of(config).config:
+    for key, layout in config_entries(config):
         (dimension,) = parse_layout(layout)
         unknown = [part for part in dimension if isinstance(part, str) and part not in sizes]
         if not unknown:
             continue
         assert len(unknown) == 1, f"{layout!r} has more than one unknown axis"
         known = dimension_size(tuple(part for part in dimension if part not in unknown), sizes)
-        sizes[unknown[0]] = getattr(config, key) // known
+        value = getattr(config, key, None)
+        if value is None and key == "head_dim":  # as transformers derives it
+            value = config.hidden_size // config.num_attention_heads
+        sizes[unknown[0]] = value // known
     return {"q_per_kv": 1} | sizes
+
+
+def is_layerwise(config: PreTrainedConfig) -> bool:
+    """Whether a config is of one of headstart's own layer-wise models."""
+    return bool(config.model_type.startswith(LAYERWISE_PREFIX))
+
+
+def config_entries(config: PreTrainedConfig) -> tuple[tuple[str, str], ...]:
+    """The (config key, layout) pairs of a model; a layer-wise one ties no products together."""
+    entries = family_of(config).config
+    return layerwise_entries(entries) if is_layerwise(config) else entries
+
+
+def layerwise_entries(entries: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """A stock table's pairs as a layer-wise config has them: each key once, and `head_dim`.
+
+    >>> layerwise_entries((("hidden_size", "embed"), ("hidden_size", "(kv_groups head_dim)")))
+    (('hidden_size', 'embed'), ('head_dim', 'head_dim'))
+    """
+    once: dict[str, str] = {}
+    for key, layout in entries:
+        once.setdefault(key, layout)
+    return tuple((once | {"head_dim": "head_dim"}).items())
 
 
 def layouts_of(config: PreTrainedConfig) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.subnet.axes import Sizes, dimension_size, parse_layout
 from headstart.subnet.rotary import kept_pairs, student_rope
-from headstart.subnet.rules import family_of, sizes_of
+from headstart.subnet.rules import family_of, is_layerwise, layerwise_entries, sizes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -184,38 +184,76 @@ def stock_constraints(config: PreTrainedConfig, sizes: Sizes) -> Iterator[tuple[
         yield large % small == 0, f"a stock {family.name} checkpoint needs {demand}"
 
 
-def student_config(config: PreTrainedConfig, spec: SubnetSpec) -> PreTrainedConfig:
-    """The stock config of the student that `spec` cuts out of a teacher with this config.
+def stock_obstacle(config: PreTrainedConfig, sizes: Sizes) -> str:
+    """Why no stock checkpoint of the family can have these sizes, in words; empty if one can."""
+    for axis in ("kv_groups", "mlp"):
+        if isinstance(sizes[axis], tuple):
+            return (
+                f"layers have {min(sizes[axis])} to {max(sizes[axis])} {axis}, and a stock "
+                f"{family_of(config).name} checkpoint has one number for all"
+            )
+    return next((demand for holds, demand in stock_constraints(config, sizes) if not holds), "")
+
+
+def student_config(
+    config: PreTrainedConfig, spec: SubnetSpec, with_rope: bool = True
+) -> PreTrainedConfig:
+    """The config of the student that `spec` cuts out of a teacher with this config.
+
+    It is a stock one where the family's own code can express the shape, else a layer-wise one of
+    `headstart.subnet.modeling`.
+
+    Args:
+        config: the teacher's.
+        spec: what is kept.
+        with_rope: False leaves the teacher's rotary positions, for a caller who sets the
+            frequencies of narrower heads itself.
 
     Raises:
-        ValueError: the spec does not fit the teacher, or the family's stock code cannot express it.
+        ValueError: the spec does not fit the teacher, or no rotary parameters give its frequencies.
     """
     check_spec(config, spec)
     sizes = spec.sizes(sizes_of(config))
-    for axis in ("kv_groups", "mlp"):
-        if isinstance(sizes[axis], tuple):
-            raise ValueError(
-                f"the spec keeps {min(sizes[axis])} to {max(sizes[axis])} {axis} in different "
-                "layers; a stock checkpoint has one size for all layers, so choose a uniform space"
-            )
-    for holds, demand in stock_constraints(config, sizes):
-        if not holds:
-            raise ValueError(f"{demand}; choose sizes that agree")
-    entries: dict[str, Any] = {
-        key: dimension_size(parse_layout(layout)[0], sizes)
-        for key, layout in family_of(config).config
-    }
-    if spec.head_dim is not None:
+    entries = config.to_dict()
+    if entries.get("layer_types"):
+        entries["layer_types"] = [entries["layer_types"][layer] for layer in spec.layers]
+    if spec.head_dim is not None and with_rope:
         entries["rope_parameters"] = student_rope(config, spec.head_dim)
-    return type(config).from_dict({**config.to_dict(), **entries})
+    if not stock_obstacle(config, sizes):
+        return type(config).from_dict(entries | _entries(family_of(config).config, sizes))
+
+    from headstart.subnet.modeling import layerwise_config
+
+    pairs = layerwise_entries(family_of(config).config)
+    of_layers = [_entries(pairs, _sizes_in_layer(sizes, i)) for i in range(sizes["layers"])]
+    # The largest stands for all where layers differ; nothing of transformers reads it.
+    shared = {key: max(one[key] for one in of_layers) for key in of_layers[0]}
+    own = ({key: value for key, value in one.items() if value != shared[key]} for one in of_layers)
+    if differing := {layer: one for layer, one in enumerate(own) if one}:
+        entries["per_layer_config"] = differing
+    return layerwise_config(family_of(config).name, entries | shared)
+
+
+def _entries(pairs: Iterable[tuple[str, str]], sizes: Sizes) -> dict[str, Any]:
+    return {key: dimension_size(parse_layout(layout)[0], sizes) for key, layout in pairs}
+
+
+def _sizes_in_layer(sizes: Sizes, layer: int) -> dict[str, Any]:
+    return {axis: size[layer] if isinstance(size, tuple) else size for axis, size in sizes.items()}
 
 
 def check_spec(config: PreTrainedConfig, spec: SubnetSpec) -> None:
     """Check that a spec can be cut out of a teacher with this config.
 
     Raises:
-        ValueError: an axis is malformed, or head channels are parted from their rotary partners.
+        ValueError: an axis is malformed, head channels are parted from their rotary partners, or
+            the teacher is a layer-wise student itself.
     """
+    if is_layerwise(config):
+        raise ValueError(
+            "the teacher is a layer-wise student, and sub-networks are cut out of stock models "
+            "only; choose the model that it was cut from"
+        )
     spec.validate(sizes_of(config))
     if spec.head_dim is not None:
         kept_pairs(config, spec.head_dim)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from headstart.evaluate import bits_per_byte, mean_loss, next_token_loss, tokens_to_match
+from headstart.held_out import bits_per_byte, mean_loss, next_token_loss, tokens_to_match
 
 BLOCKS = torch.randint(0, 128, (5, 12), generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,285 @@
+"""headstart from Python: the stages as functions of models in memory, or of folders and hub ids.
+
+    import headstart
+
+    found = headstart.search(teacher, texts, headstart.Bin(20_000_000, 25_000_000), "runs/mine")
+    student = headstart.extract(teacher, found.spec)
+    result = headstart.pretrain(student, teacher, texts, "runs/mine/trained", tokens=1_000_000)
+
+These names are also attributes of `headstart` itself. A model in memory needs its tokenizer beside
+it where text is read; one of a folder or hub id brings its own.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from headstart import __version__, pipeline
+from headstart.data import DataSettings
+from headstart.files import write_json
+from headstart.pretrain.arms import Arm, PretrainSettings
+from headstart.recipe import Recipe
+from headstart.search.bins import Bin, BinSettings
+from headstart.search.run import SearchSettings
+from headstart.subnet.count import Count
+from headstart.subnet.count import count as count_config
+from headstart.subnet.extract import (
+    assemble,
+    hash_checkpoint,
+    place_buffers,
+    read_tensors,
+    resolve_teacher,
+    slice_tensors,
+)
+from headstart.subnet.rules import family_of, read_config
+from headstart.subnet.spec import SubnetSpec, student_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Model: TypeAlias = "PreTrainedModel | str | Path"
+"""A model in memory, a folder, or a hub id."""
+Text: TypeAlias = "str | Path | Sequence[str]"
+"""Documents in a list; or a file, folder or hub id."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        spec: the sub-network.
+        loss: its held-out loss before training, in nats per token.
+        parameters: its size.
+        outcome: all of `search.json`, which docs/search.md describes.
+    """
+
+    spec: SubnetSpec
+    loss: float
+    parameters: int
+    outcome: dict[str, Any]
+
+
+def extract(teacher: Model, spec: SubnetSpec) -> PreTrainedModel:
+    """Cut a sub-network out of a teacher, as a model in memory.
+
+    Args:
+        teacher: in memory it is left as it is, and shares nothing with the student.
+        spec: what to keep, such as `search(...).spec`.
+
+    Returns:
+        A transformers model in eval mode on the teacher's device and in its precision, ready to
+        train, to generate and for `save_pretrained`. Its `subnet_spec` is the spec.
+
+    Raises:
+        ValueError: the teacher cannot be read, or the spec does not fit it.
+    """
+    if isinstance(teacher, str | Path):
+        folder = resolve_teacher(teacher)
+        config, tensors = read_config(folder), read_tensors(folder)
+        device = torch.device("cpu")
+    else:
+        config, tensors = teacher.config, iter(teacher.state_dict().items())
+        device = teacher.device
+    output_config = student_config(config, spec)
+    parts = ((name, part.clone()) for name, part in slice_tensors(tensors, config, spec))
+    student = assemble(output_config, parts, family_of(config).aliases)
+    student.config.dtype = student.dtype
+    student.subnet_spec = spec
+    return place_buffers(student, device).eval()
+
+
+def search(
+    teacher: Model,
+    text: Text,
+    bin: Bin,
+    output: str | Path,
+    settings: SearchSettings | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: DataSettings | None = None,
+) -> Found:
+    """Search a teacher for the sub-network that is the best place to begin.
+
+    Args:
+        teacher: of a family that headstart knows.
+        text: on whose held-out part candidates are scored.
+        bin: what every candidate's size lies in.
+        output: run folder, with the journal; the same call goes on where an earlier one stopped.
+            Models and documents in memory are written beside it, to `OUTPUT.inputs`.
+        settings: of the search, without bins.
+        tokenizer: of a teacher in memory.
+        data: how the text is split and packed; its source is `text`.
+
+    Raises:
+        ValueError: something does not fit, with the mend.
+    """
+    output = Path(output)
+    bin_settings = BinSettings(low=str(bin.low), high=str(bin.high), measure=bin.measure)
+    recipe = Recipe(
+        teacher=str(_folder(teacher, tokenizer, _inputs(output) / "teacher")),
+        output=str(output),
+        data=_data(text, _inputs(output), data),
+        search=replace(settings or SearchSettings(), bin=bin_settings, bins=()),
+    )
+    (outcome,) = pipeline.run_search(recipe)
+    spec = SubnetSpec.from_json(outcome["spec"])
+    return Found(spec, outcome["loss"], outcome["parameters"], outcome)
+
+
+def pretrain(
+    student: Model,
+    teacher: Model,
+    text: Text,
+    output: str | Path,
+    tokens: int = PretrainSettings.tokens,
+    arms: Sequence[Arm] = PretrainSettings.arms,
+    settings: PretrainSettings | None = None,
+    train: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: DataSettings | None = None,
+) -> dict[str, Any]:
+    """Pretrain a student in every arm and compare them.
+
+    Args:
+        student: what `extract` returned, or a folder that `headstart extract` wrote.
+        teacher: that it was cut from.
+        text: to train and to evaluate on.
+        output: run folder; the same call goes on where an earlier one stopped. The trained models
+            are in `arms/NAME/model`.
+        tokens: budget of every arm.
+        arms: what is compared.
+        settings: all else that the arms share.
+        train: passed to transformers' TrainingArguments.
+        tokenizer: of a teacher in memory.
+        data: how the text is split and packed; its source is `text`.
+
+    Returns:
+        The content of `result.json`, which docs/result.md describes.
+
+    Raises:
+        ValueError: something does not fit, with the mend.
+    """
+    output = Path(output)
+    teacher_folder = _folder(teacher, tokenizer, _inputs(output) / "teacher")
+    folder = _folder(student, None, _inputs(output) / "student")
+    if not isinstance(student, str | Path) and not (folder / "subnet.json").is_file():
+        if not hasattr(student, "subnet_spec"):
+            raise ValueError(
+                "the student has no subnet_spec, so it was not cut out by headstart.extract; give "
+                "one that was, or its folder"
+            )
+        origin = {"headstart": __version__, "spec": student.subnet_spec.to_json()}
+        write_json(folder / "subnet.json", origin)
+    recipe = Recipe(
+        teacher=str(teacher_folder),
+        output=str(output),
+        student=str(folder),
+        data=_data(text, _inputs(output), data),
+        pretrain=replace(settings or PretrainSettings(), tokens=tokens, arms=tuple(arms)),
+        train=train or {},
+    )
+    return pipeline.run_pretrain(recipe)
+
+
+def evaluate(
+    model: Model,
+    text: Text,
+    tokens: int = 65_536,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: DataSettings | None = None,
+) -> dict[str, Any]:
+    """Loss of a model on the validation part of a text.
+
+    Args:
+        model: a causal language model.
+        text: read with the model's own tokenizer.
+        tokens: at most so many.
+        tokenizer: of a model in memory.
+        data: how the text is split and packed; its source is `text`.
+
+    Returns:
+        "loss" in nats per token, "perplexity", "bits_per_byte" and "tokens".
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = _folder(model, tokenizer, Path(folder) / "model")
+        return pipeline.run_evaluate(str(path), _data(text, Path(folder), data), tokens)
+
+
+def count(model: Model, context_length: int = 512) -> Count:
+    """Parameters and FLOPs of a model, from its config alone.
+
+    Args:
+        model: whose config is read.
+        context_length: tokens that attention spans, for the FLOPs.
+    """
+    if isinstance(model, str | Path):
+        return count_config(read_config(resolve_teacher(model)), context_length)
+    return count_config(model.config, context_length)
+
+
+def _inputs(output: Path) -> Path:
+    """Where what a run was given in memory is written, beside its folder."""
+    return output.with_name(f"{output.name}.inputs")
+
+
+def _folder(model: Model, tokenizer: PreTrainedTokenizerBase | None, kept: Path) -> Path:
+    """The folder of a model; one in memory is written to `kept`, if it is not there already.
+
+    Raises:
+        ValueError: `kept` holds another model.
+    """
+    if isinstance(model, str | Path):
+        return Path(model) if Path(model).is_dir() else resolve_teacher(model)
+    with tempfile.TemporaryDirectory(dir=_made(kept.parent), prefix=".unfinished-") as scratch:
+        written = Path(scratch) / kept.name
+        model.save_pretrained(written)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+        if not kept.is_dir():
+            written.rename(kept)
+        elif hash_checkpoint(written) != hash_checkpoint(kept):
+            raise ValueError(
+                f"{kept} holds another model than the one in memory; choose another output folder"
+            )
+    return kept
+
+
+def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
+    """Settings with a text as their source; documents in a list are written below `folder`."""
+    data = data or DataSettings()
+    if isinstance(text, str | Path):
+        return replace(data, source=str(text))
+    lines = "".join(json.dumps({"text": one}, ensure_ascii=False) + "\n" for one in text)
+    path = _made(folder) / "documents.jsonl"
+    if not path.is_file() or path.read_text(encoding="utf-8") != lines:
+        path.write_text(lines, encoding="utf-8")
+    return replace(data, source=str(path))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+__all__ = [
+    "Arm",
+    "Bin",
+    "Count",
+    "DataSettings",
+    "Found",
+    "PretrainSettings",
+    "SearchSettings",
+    "SubnetSpec",
+    "count",
+    "evaluate",
+    "extract",
+    "pretrain",
+    "search",
+]

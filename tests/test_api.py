@@ -1,0 +1,154 @@
+"""headstart from Python, with models and documents in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import random_teacher
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import headstart
+from headstart.search.evolution import EvolutionSettings
+from headstart.search.grid import GridSettings
+from headstart.subnet.extract import build_student
+from headstart.subnet.extract import extract as extract_to_disk
+from headstart.subnet.rules import sizes_of
+
+TOKENS = torch.arange(1, 21)[None]
+SETTINGS = headstart.SearchSettings(
+    space="fine-layerwise",
+    grid=GridSettings(embed_step=12, mlp_step=16),
+    evolution=EvolutionSettings(population=4, generations=2, elites=2),
+    tokens=256,
+    calibration_tokens=256,
+)
+
+
+@pytest.fixture
+def texts(corpus: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+
+
+def test_from_a_model_in_memory_to_a_trained_student(
+    texts: list[str], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    teacher = random_teacher("llama-untied-gqa")
+    bin = headstart.Bin(30_000, 45_000)
+    output = tmp_path / "run"
+    data = headstart.DataSettings(block_length=32)
+
+    def found() -> Any:
+        return headstart.search(teacher, texts, bin, output, SETTINGS, tokenizer, data)
+
+    first = found()
+    journal = (output / "search.jsonl").read_bytes()
+    assert found() == first and (output / "search.jsonl").read_bytes() == journal
+    assert bin.low <= first.parameters <= bin.high
+
+    student = headstart.extract(teacher, first.spec)
+    assert headstart.count(student).parameters == first.parameters == student.num_parameters()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    result = headstart.pretrain(
+        student,
+        teacher,
+        texts,
+        tmp_path / "trained",
+        tokens=500,
+        arms=[headstart.Arm("subnet")],
+        settings=headstart.PretrainSettings(validation_tokens=256, evaluations=1),
+        train={"per_device_train_batch_size": 4, "use_cpu": True, "bf16": False},
+        tokenizer=tokenizer,
+        data=data,
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    trained = tmp_path / "trained" / "arms" / "subnet" / "model"
+    scores = {
+        name: headstart.evaluate(model, texts, 256, tokenizer, data)["loss"]
+        for name, model in {"before": student, "after": trained}.items()
+    }
+    (arm,) = result["arms"]
+    assert scores["before"] == pytest.approx(arm["loss_before"], abs=0.02)
+    assert scores["after"] == pytest.approx(arm["loss_final"], abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied-gqa", "gpt_neox-untied", "gemma3_text-tied"])
+def test_extract_is_what_is_written_to_disk_and_shares_nothing(kind: str, tmp_path: Path) -> None:
+    teacher = random_teacher(kind)
+    teacher.save_pretrained(tmp_path / "teacher")
+    sizes = sizes_of(teacher.config)
+    spec = headstart.SubnetSpec(
+        layers=(0, 2),
+        embed=tuple(range(32)),
+        kv_groups=((0, 1), (1,)),
+        mlp=(tuple(range(sizes["mlp"])), tuple(range(0, 40, 2))),
+    )
+    written = AutoModelForCausalLM.from_pretrained(
+        extract_to_disk(tmp_path / "teacher", spec, tmp_path / "written")
+    )
+    in_memory = headstart.extract(teacher, spec)
+    from_disk = headstart.extract(tmp_path / "teacher", spec)
+    expected = build_student(teacher.state_dict(), teacher.config, spec)(TOKENS).logits
+    with torch.no_grad():
+        for student in (written, in_memory, from_disk):
+            assert torch.equal(student(TOKENS).logits, expected)
+    in_memory.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(TOKENS).logits, expected)
+    assert all(parameter.requires_grad for parameter in in_memory.parameters())
+    whole = teacher(TOKENS).logits.detach()
+    with torch.no_grad():
+        for parameter in in_memory.parameters():
+            parameter.zero_()
+    assert torch.equal(teacher(TOKENS).logits, whole)
+
+
+def test_a_narrower_head_can_be_saved(tmp_path: Path) -> None:
+    teacher = random_teacher("llama-untied-gqa")
+    whole = headstart.SubnetSpec.identity(sizes_of(teacher.config))
+    channels = (0, 2, 4, 6, 8, 10, 12, 14)
+    spec = headstart.SubnetSpec(whole.layers, whole.embed, whole.kv_groups, whole.mlp, channels)
+    student = headstart.extract(teacher, spec)
+    student.save_pretrained(tmp_path / "saved")
+    again: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(TOKENS).logits, student(TOKENS).logits)
+
+
+def test_a_model_from_elsewhere_is_no_student(texts: list[str], tmp_path: Path) -> None:
+    teacher = random_teacher("llama-untied-gqa")
+    with pytest.raises(ValueError, match=r"not cut out by headstart\.extract"):
+        headstart.pretrain(teacher, teacher, texts, tmp_path / "run")
+
+
+def test_another_model_in_the_same_folder_is_refused(
+    texts: list[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    for seed, message in (
+        (0, "no sub-network has between 1 and 2"),
+        (1, "holds another model than the one in memory"),
+    ):
+        teacher = random_teacher("llama-untied-gqa", seed)
+        with pytest.raises(ValueError, match=message):
+            headstart.search(
+                teacher, texts, headstart.Bin(1, 2), tmp_path / "run", tokenizer=tokenizer
+            )
+
+
+def test_the_names_are_documented_and_come_late() -> None:
+    from headstart import api
+
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    for name in api.__all__:
+        assert getattr(headstart, name) is getattr(api, name)
+        assert f"`{name}" in text, name
+    script = "import sys, headstart\nfrom headstart import cli\n"
+    script += "assert 'torch' not in sys.modules\nheadstart.Bin\n"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="headstart has no serach; it has Arm"):
+        _ = headstart.serach
