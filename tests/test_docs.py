@@ -50,8 +50,9 @@ def test_recipe_page_has_the_defaults() -> None:
 
 
 def test_shipped_recipes_load() -> None:
-    recipes = sorted((ROOT / "recipes").rglob("*.yaml"))
-    assert recipes
+    tasks = ROOT / "recipes" / "tasks"
+    recipes = [path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent != tasks]
+    assert len(recipes) >= 2
     for path in recipes:
         recipe = load_recipe(path)
         assert recipe.pretrain.arms, path

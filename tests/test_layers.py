@@ -11,12 +11,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "headstart"
 
 LAYERS = [
     {"cli", "api"},
-    {"plans"},
+    {"scoreboard", "plans"},
     {"pipeline"},
     {"result", "run_folder"},
     {"recipe"},
     {"search", "pretrain", "report", "report_page", "report_search"},
-    {"held_out", "zero_shot"},
+    {"zero_shot"},
+    {"evaluation"},
+    {"held_out"},
     {"pretrain.chunked"},
     {"pretrain.losses"},
     {"subnet", "prepare"},

