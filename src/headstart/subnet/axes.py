@@ -100,6 +100,30 @@ def slice_tensor(
     return tensor
 
 
+def place_tensor(tensor: Tensor, layout: str, sizes: Sizes, larger: Sizes) -> Tensor:
+    """Give every axis of a tensor a larger size, with zeros after its own units.
+
+    Args:
+        tensor: any tensor whose shape is `shape_of(layout, sizes)`.
+        sizes: the tensor's own size along each axis of the layout.
+        larger: the sizes to reach.
+
+    Returns:
+        A tensor of which `slice_tensor` with the first units of each axis is the given one.
+    """
+    assert tuple(tensor.shape) == shape_of(layout, sizes), (tensor.shape, layout, sizes)
+    kept = {axis: range(sizes[axis]) for axis in axes_of(layout)}
+    places = []
+    for dimension in parse_layout(layout):
+        units = _kept_units(dimension, larger, kept)
+        if units is None:
+            units = range(dimension_size(dimension, larger))
+        places.append(torch.as_tensor(units))
+    placed = tensor.new_zeros(shape_of(layout, larger))
+    placed[torch.meshgrid(*places, indexing="ij")] = tensor
+    return placed
+
+
 def _kept_units(
     dimension: Dimension, sizes: Sizes, kept: Mapping[str, Sequence[int]]
 ) -> Int[Tensor, " units"] | range | None:

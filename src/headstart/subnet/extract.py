@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import headstart
 from headstart.subnet.axes import parse_layout, slice_tensor
+from headstart.subnet.card import CARD, licence_of, write_card
 from headstart.subnet.families import DROPPED
 from headstart.subnet.rotary import kept_pairs
 from headstart.subnet.rules import (
@@ -62,7 +63,7 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                repo_id, allow_patterns=["*.safetensors", "*.json", "*.txt", *TOKENIZER_FILES]
+                repo_id, allow_patterns=["*.safetensors", "*.json", "*.txt", CARD, *TOKENIZER_FILES]
             )
         )
     except (OSError, HFValidationError) as error:
@@ -334,10 +335,12 @@ def extract(
         "torch": str(torch.__version__),
         "teacher": str(teacher),
         "teacher_hash": hash_checkpoint(folder),
+        "teacher_licence": licence_of(folder),
         **(provenance or {}),
         "spec": spec.to_json(),
     }
     (unfinished / "subnet.json").write_text(json.dumps(description, indent=2) + "\n")
+    write_card(unfinished)
     unfinished.rename(out_folder)
     return out_folder
 

@@ -220,12 +220,12 @@ def student_config(
     if spec.head_dim is not None and with_rope:
         entries["rope_parameters"] = student_rope(config, spec.head_dim)
     if not stock_obstacle(config, sizes):
-        return type(config).from_dict(entries | _entries(family_of(config).config, sizes))
+        return type(config).from_dict(entries | config_values(family_of(config).config, sizes))
 
     from headstart.subnet.modeling import layerwise_config
 
     pairs = layerwise_entries(family_of(config).config)
-    of_layers = [_entries(pairs, _sizes_in_layer(sizes, i)) for i in range(sizes["layers"])]
+    of_layers = [config_values(pairs, sizes_in_layer(sizes, i)) for i in range(sizes["layers"])]
     # The largest stands for all where layers differ; nothing of transformers reads it.
     shared = {key: max(one[key] for one in of_layers) for key in of_layers[0]}
     own = ({key: value for key, value in one.items() if value != shared[key]} for one in of_layers)
@@ -234,11 +234,13 @@ def student_config(
     return layerwise_config(family_of(config).name, entries | shared)
 
 
-def _entries(pairs: Iterable[tuple[str, str]], sizes: Sizes) -> dict[str, Any]:
+def config_values(pairs: Iterable[tuple[str, str]], sizes: Sizes) -> dict[str, Any]:
+    """The values that a family's (config key, layout) pairs have for these sizes."""
     return {key: dimension_size(parse_layout(layout)[0], sizes) for key, layout in pairs}
 
 
-def _sizes_in_layer(sizes: Sizes, layer: int) -> dict[str, Any]:
+def sizes_in_layer(sizes: Sizes, layer: int) -> dict[str, Any]:
+    """The sizes of one layer, where a tuple gives one for each."""
     return {axis: size[layer] if isinstance(size, tuple) else size for axis, size in sizes.items()}
 
 

@@ -1,0 +1,110 @@
+"""A stock checkpoint with zeros computes what the layer-wise student does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.conftest import DESCENDANTS, TEACHERS, random_teacher
+from tests.subnet.oracles import random_layerwise_spec, random_spec
+from transformers import AutoModelForCausalLM
+
+from headstart.subnet.count import count
+from headstart.subnet.extract import build_student
+from headstart.subnet.rules import is_layerwise, sizes_of
+from headstart.subnet.spec import SubnetSpec, stock_obstacle
+from headstart.subnet.stock import stock_config, stock_sizes, stock_tensors
+
+TOKENS = torch.randint(1, 128, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+def layerwise_student(kind, seed, **cut):
+    teacher = random_teacher(kind)
+    spec = random_layerwise_spec(teacher, seed, layers=3, **cut)
+    return build_student(teacher.state_dict(), teacher.config, spec)
+
+
+def padded(student):
+    """The stock model around the student's tensors."""
+    sizes = stock_sizes(student.config)
+    config = stock_config(student.config, sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__module__.startswith("transformers.")
+    aliases = {"embed_out.weight": "lm_head.weight"}
+    tensors = dict(stock_tensors(student.state_dict().items(), student.config, sizes))
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    missing, unexpected = model.load_state_dict(
+        {aliases.get(name, name): tensor for name, tensor in tensors.items()}, strict=False
+    )
+    assert set(missing) == tied and not unexpected
+    model.tie_weights()
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in [*TEACHERS, *DESCENDANTS] if "gpt_neox" not in kind and "olmo2" not in kind],
+)
+@torch.no_grad()
+def test_zeros_change_nothing(kind, seed):
+    student = layerwise_student(kind, seed, embed=36)
+    stock = padded(student)
+    assert not stock_obstacle(stock.config, sizes_of(stock.config))
+    assert not is_layerwise(stock.config)
+    assert stock.num_parameters() == count(stock.config, 1).parameters > student.num_parameters()
+    expected = student.double()(TOKENS).logits
+    torch.testing.assert_close(stock(TOKENS).logits, expected, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_gpt_neox_gets_heads_until_they_are_as_wide_as_the_stream():
+    teacher = random_teacher("gpt_neox-untied")
+    spec = random_layerwise_spec(teacher, 1, layers=3, embed=48)
+    groups = ((0, 2), (1,), (1, 3))
+    student = build_student(teacher.state_dict(), teacher.config, replace(spec, kv_groups=groups))
+    assert stock_sizes(student.config)["kv_groups"] == 3  # of 16 channels each
+    expected = student.double()(TOKENS).logits
+    torch.testing.assert_close(padded(student)(TOKENS).logits, expected, atol=1e-10, rtol=0)
+
+
+def test_a_width_below_its_heads_has_no_stock_shape_and_the_nearest_is_named():
+    teacher = random_teacher("gpt_neox-untied")
+    spec = random_spec(teacher, embed=40, kv_groups=3)
+    student = build_student(teacher.state_dict(), teacher.config, spec)
+    message = r"40 is not 48, which zeros cannot mend; the nearest stock shape has embed 48"
+    with pytest.raises(ValueError, match=message):
+        stock_sizes(student.config)
+
+
+def test_norms_over_all_heads_allow_no_heads_of_zeros():
+    teacher = random_teacher("olmo2-tied")
+    spec = SubnetSpec.identity(sizes_of(teacher.config))
+    spec = replace(spec, kv_groups=((0,), *spec.kv_groups[1:]))
+    student = build_student(teacher.state_dict(), teacher.config, spec)
+    message = r"layers have 1 to \d kv_groups.* would change what .*q_norm.* in every layer"
+    with pytest.raises(ValueError, match=message):
+        stock_sizes(student.config)
+
+
+def test_norms_over_all_heads_allow_neurons_of_zeros():
+    teacher = random_teacher("olmo2-tied")
+    spec = SubnetSpec.identity(sizes_of(teacher.config))
+    spec = replace(spec, mlp=tuple(units[: 20 + 5 * i] for i, units in enumerate(spec.mlp)))
+    student = build_student(teacher.state_dict(), teacher.config, spec)
+    expected = student.double()(TOKENS).logits
+    with torch.no_grad():
+        torch.testing.assert_close(padded(student)(TOKENS).logits, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied-gqa", "gpt_neox-tied", "gemma3_text-tied"])
+def test_a_stock_model_is_its_own(kind):
+    teacher = random_teacher(kind)
+    assert stock_sizes(teacher.config) == sizes_of(teacher.config)
+    tensors = stock_tensors(
+        teacher.state_dict().items(), teacher.config, stock_sizes(teacher.config)
+    )
+    state = teacher.state_dict()
+    for name, tensor in tensors:
+        assert torch.equal(tensor, state[{"embed_out.weight": "lm_head.weight"}.get(name, name)])
