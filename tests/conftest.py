@@ -22,6 +22,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -73,6 +75,10 @@ DESCENDANTS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "gemma3_text-tied": lambda: _gemma3(tie_word_embeddings=True),
     "gemma3_text-untied": lambda: _gemma3(tie_word_embeddings=False),
+    "phi3-untied": lambda: Phi3ForCausalLM(_phi3_shaped(tie_word_embeddings=False)),
+    "phi3-tied-partial": lambda: Phi3ForCausalLM(
+        _phi3_shaped(tie_word_embeddings=True, partial_rotary_factor=0.5, sliding_window=7)
+    ),
     "olmo2-tied": lambda: Olmo2ForCausalLM(_shaped(Olmo2Config, tie_word_embeddings=True)),
     "olmo2-untied-biases": lambda: Olmo2ForCausalLM(
         _shaped(Olmo2Config, tie_word_embeddings=False, attention_bias=True)
@@ -96,6 +102,12 @@ def _shaped(kind: Any, **settings: Any) -> Any:
         "eos_token_id": 0,
     }
     return kind(**shape | settings)
+
+
+def _phi3_shaped(**settings: Any) -> Any:
+    config = _shaped(Phi3Config, hidden_size=96, **settings)
+    del config.head_dim  # which it derives
+    return config
 
 
 def _gemma3(**settings: Any) -> PreTrainedModel:

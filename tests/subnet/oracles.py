@@ -120,12 +120,20 @@ def reference_logits(model: PreTrainedModel, tokens: Tensor, spec: SubnetSpec) -
     is_neox = model.config.model_type == "gpt_neox"
     forward = _gpt_neox_logits if is_neox else _decoder_logits
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    for name in [name for name in weights if "qkv_proj" in name]:
+        rows = [sizes_of(model.config)["kv_groups"] * sizes_of(model.config)["head_dim"]] * 2
+        fused = weights.pop(name)
+        for part, tensor in zip("qkv", fused.split([len(fused) - sum(rows), *rows]), strict=True):
+            weights[name.replace("qkv", part)] = tensor
+    for name in [name for name in weights if "gate_up_proj" in name]:
+        for part, tensor in zip(("gate", "up"), weights.pop(name).chunk(2), strict=True):
+            weights[name.replace("gate_up", part)] = tensor
     return forward(model.config, weights, tokens, spec)
 
 
 def _decoder_logits(config, weights, tokens, spec):
     """Llama and its descendants, told apart by which tensors there are and by the config."""
-    keep, head_dim = _mask(config.hidden_size, spec.embed), config.head_dim
+    keep, head_dim = _mask(config.hidden_size, spec.embed), sizes_of(config)["head_dim"]
     channels = _mask(head_dim, spec.head_dim or range(head_dim))
     is_gemma = config.model_type == "gemma3_text"
 
@@ -166,9 +174,10 @@ def _decoder_logits(config, weights, tokens, spec):
             for a in "qk"
         )
         value = heads(read, f"{name}.self_attn.v_proj", kept, "")
-        theta = rope["rope_theta"]
+        width = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        query, key = (_rotate_first(x, width, rope["rope_theta"]) for x in (query, key))
         scale = config.query_pre_attn_scalar**-0.5 if is_gemma else None
-        mixed = _attend(_rotate(query, theta), _rotate(key, theta), value, scale, window)
+        mixed = _attend(query, key, value, scale, window)
         kept = kept.repeat_interleave(config.num_attention_heads // len(kept))
         mixed = (mixed * kept[:, None, None]).transpose(1, 2).flatten(2)
         mixed = linear(mixed, f"{name}.self_attn.o_proj") * keep
@@ -203,8 +212,7 @@ def _gpt_neox_logits(config, weights, tokens, spec):
 
     def rotate(x):
         width = int(head_dim * config.rope_parameters["partial_rotary_factor"])
-        theta = config.rope_parameters["rope_theta"]
-        return torch.cat((_rotate(x[..., :width], theta), x[..., width:]), dim=-1)
+        return _rotate_first(x, width, config.rope_parameters["rope_theta"])
 
     def attention(x, name, groups):
         fused = linear(x, f"{name}.query_key_value").unflatten(-1, (-1, 3, head_dim))
@@ -231,6 +239,11 @@ def _mask(size: int, kept: Iterable[int]) -> Tensor:
     mask = torch.zeros(size, dtype=torch.float64)
     mask[list(kept)] = 1
     return mask
+
+
+def _rotate_first(x: Tensor, width: int, theta: float) -> Tensor:
+    """Rotary positions for the first channels of a head; the others do not turn."""
+    return torch.cat((_rotate(x[..., :width], theta), x[..., width:]), dim=-1)
 
 
 def _rotate(x: Tensor, theta: float) -> Tensor:

@@ -11,6 +11,7 @@ from headstart.subnet.axes import (
     place_tensor,
     shape_of,
     slice_tensor,
+    unstack,
 )
 
 SIZES = {"vocab": 5, "embed": 4, "kv_groups": 3, "q_per_kv": 2, "head_dim": 2, "mlp": 6}
@@ -79,6 +80,23 @@ def test_slices_are_those_of_naive_loops(layout, kept):
     tensor = torch.arange(np.prod(shape)).reshape(shape)
     sliced = slice_tensor(tensor, layout, SIZES, kept)
     np.testing.assert_array_equal(sliced.numpy(), naive_slice(tensor.numpy(), layout, kept))
+
+
+@pytest.mark.parametrize("kept", [KEPT, {"mlp": (4,)}, {}])
+def test_stacked_tensors_are_sliced_and_placed_one_by_one(kept):
+    blocks = ["(kv_groups q_per_kv head_dim) embed", "(kv_groups head_dim) embed", "(2 mlp) embed"]
+    tensors = [torch.rand(shape_of(block, SIZES)) for block in blocks]
+    whole, layout = torch.cat(tensors), " + ".join(blocks)
+    assert shape_of(layout, SIZES) == whole.shape == (12 + 6 + 12, 4)
+    assert axes_of(layout) == {"kv_groups", "q_per_kv", "head_dim", "embed", "mlp"}
+    assert [block for _, block in unstack(whole, layout, SIZES)] == blocks
+    pairs = list(zip(tensors, blocks, strict=True))
+    expected = [naive_slice(one.numpy(), block, kept) for one, block in pairs]
+    sliced = slice_tensor(whole, layout, SIZES, kept).numpy()
+    np.testing.assert_array_equal(sliced, np.concatenate(expected))
+    larger = SIZES | {"kv_groups": 5, "mlp": 7}
+    placed = [place_tensor(one, block, SIZES, larger) for one, block in pairs]
+    assert torch.equal(place_tensor(whole, layout, SIZES, larger), torch.cat(placed))
 
 
 def test_a_tensor_kept_whole_is_not_copied():

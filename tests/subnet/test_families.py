@@ -5,7 +5,7 @@ import torch
 from tests.conftest import DESCENDANTS, TEACHERS, random_teacher
 from transformers import Qwen2Config
 
-from headstart.subnet.axes import axes_of, parse_layout, shape_of
+from headstart.subnet.axes import axes_of, parse_layout, shape_of, stacked, unstack
 from headstart.subnet.families import DROPPED, FAMILIES
 from headstart.subnet.rules import family_of, layouts_of, sizes_of
 
@@ -36,7 +36,7 @@ def test_importance_sites_read_their_axis(teacher):
     for axis, modules in family_of(teacher.config).importance_sites.items():
         for module in modules:
             layout = layouts_of(teacher.config)[f"{module}.weight"]
-            inputs = parse_layout(layout)[1]
+            inputs = parse_layout(stacked(layout)[0])[1]
             assert axis in inputs
             linear = teacher.get_submodule(module.replace("{i}", "0"))
             assert linear.in_features == shape_of(layout, sizes_of(teacher.config))[1]
@@ -72,9 +72,10 @@ def test_scaling_the_queries_scales_the_scores(teacher):
     before = teacher(tokens, output_attentions=True).attentions[0].log()
     for pattern in family.queries:
         if pattern in layouts_of(config):
-            rows = parse_layout(layouts_of(config)[pattern])[0]
+            whole = teacher.get_parameter(pattern.replace("{i}", "0"))
+            (queries, layout), *_ = unstack(whole, layouts_of(config)[pattern], sizes_of(config))
+            rows = parse_layout(layout)[0]
             num_fused = next((part for part in rows if isinstance(part, int)), 1)
-            queries = teacher.get_parameter(pattern.replace("{i}", "0"))
             queries.unflatten(0, (-1, num_fused, head_dim))[:, 0] *= 2
     after = teacher(tokens, output_attentions=True).attentions[0].log()
     torch.testing.assert_close(after, (2 * before).log_softmax(-1), atol=1e-4, rtol=1e-4)

@@ -16,7 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headstart.held_out import next_token_loss
-from headstart.subnet.axes import GLOBAL_AXES, Dimension, Sizes, parse_layout, shape_of
+from headstart.subnet.axes import (
+    GLOBAL_AXES,
+    Dimension,
+    Sizes,
+    parse_layout,
+    shape_of,
+    stacked,
+    unstack,
+)
 from headstart.subnet.rules import family_of, layouts_of, sizes_of
 
 if TYPE_CHECKING:
@@ -62,7 +70,10 @@ class Activation:
                 layout = layouts[f"{site}.weight"]
                 width = shape_of(layout, self.sizes)[1]
                 rows = torch.zeros(self.sizes["layers"], width, device=teacher.device)
-                self.units[site], self.of_batch[site] = (axis, parse_layout(layout)[1]), rows
+                self.units[site], self.of_batch[site] = (
+                    (axis, parse_layout(stacked(layout)[0])[1]),
+                    rows,
+                )
                 for layer, row in enumerate(rows):
                     module = teacher.get_submodule(site.format(i=layer))
                     undo.callback(module.register_forward_pre_hook(_magnitudes_into(row)).remove)
@@ -214,11 +225,12 @@ def _sums_of_units(
     sizes = sizes_of(config)
     totals = _zeros_of_units(config, device)
     for tensor, layout, layer in values:
-        parts = [part for dimension in parse_layout(layout) for part in dimension]
-        for axis in UNIT_AXES:
-            if axis in parts:
-                total = totals[axis] if axis in GLOBAL_AXES else totals[axis][layer]
-                total += _sum_but({axis}, tensor, parts, sizes)
+        for block, of_block in unstack(tensor, layout, sizes):
+            parts = [part for dimension in parse_layout(of_block) for part in dimension]
+            for axis in UNIT_AXES:
+                if axis in parts:
+                    total = totals[axis] if axis in GLOBAL_AXES else totals[axis][layer]
+                    total += _sum_but({axis}, block, parts, sizes)
         if layer is not None:
             totals["layers"][layer] += tensor.sum()
     return totals

@@ -7,6 +7,11 @@ name or a constant:
     "embed mlp"                            two dimensions
     "(kv_groups q_per_kv head_dim) embed"  rows by group, then head of the group, then channel
     "(kv_groups 3 head_dim) embed"         GPT-NeoX's fused query, key and value
+    "(2 mlp) embed"                        Phi-3's gate rows, then its up rows
+
+Tensors of different layouts that are stacked along their first dimension stand with a plus:
+
+    "(kv_groups q_per_kv head_dim) embed + (kv_groups head_dim) embed"
 
 The same grammar serves weights, the inputs of linear layers and the entries of a model config, so
 that counting, slicing, importance and configs all read one table.
@@ -35,8 +40,18 @@ when many shapes are counted at once."""
 
 
 @cache
+def stacked(layout: str) -> tuple[str, ...]:
+    """The layouts of what a tensor is stacked of, along its first dimension; most often just one.
+
+    >>> stacked("mlp embed + (2 mlp) embed")
+    ('mlp embed', '(2 mlp) embed')
+    """
+    return tuple(layout.split(" + "))
+
+
+@cache
 def parse_layout(layout: str) -> tuple[Dimension, ...]:
-    """Split a layout string into its dimensions and their parts.
+    """Split a layout string that stacks nothing into its dimensions and their parts.
 
     >>> parse_layout("(kv_groups 3 head_dim) embed")
     (('kv_groups', 3, 'head_dim'), ('embed',))
@@ -57,7 +72,8 @@ def axes_of(layout: str) -> frozenset[str]:
     >>> sorted(axes_of("(kv_groups 3 head_dim) embed"))
     ['embed', 'head_dim', 'kv_groups']
     """
-    parts = (part for dimension in parse_layout(layout) for part in dimension)
+    dimensions = (one for block in stacked(layout) for one in parse_layout(block))
+    parts = (part for dimension in dimensions for part in dimension)
     return frozenset(part for part in parts if isinstance(part, str))
 
 
@@ -72,7 +88,18 @@ def shape_of(layout: str, sizes: Sizes) -> tuple[int, ...]:
     >>> shape_of("(kv_groups 3 head_dim) embed", {"kv_groups": 2, "head_dim": 4, "embed": 8})
     (24, 8)
     """
-    return tuple(dimension_size(dimension, sizes) for dimension in parse_layout(layout))
+    shapes = [
+        [dimension_size(dimension, sizes) for dimension in parse_layout(block)]
+        for block in stacked(layout)
+    ]
+    return (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+
+
+def unstack(tensor: Tensor, layout: str, sizes: Sizes) -> list[tuple[Tensor, str]]:
+    """The parts that a tensor is stacked of, as views, each with its layout."""
+    blocks = stacked(layout)
+    rows = [shape_of(block, sizes)[0] for block in blocks]
+    return list(zip(tensor.split(rows), blocks, strict=True))  # type: ignore[no-untyped-call]
 
 
 def slice_tensor(
@@ -89,9 +116,11 @@ def slice_tensor(
         The sub-tensor, with fused dimensions fused again. Where kept units lie side by side in
         ascending order it is a view of the tensor, and the tensor itself when nothing is removed.
     """
-    dimensions = parse_layout(layout)
     assert tuple(tensor.shape) == shape_of(layout, sizes), (tensor.shape, layout, sizes)
-    for position, dimension in enumerate(dimensions):
+    if len(stacked(layout)) > 1:
+        parts = unstack(tensor, layout, sizes)
+        return torch.cat([slice_tensor(part, block, sizes, kept) for part, block in parts])
+    for position, dimension in enumerate(parse_layout(layout)):
         units = _kept_units(dimension, sizes, kept)
         if isinstance(units, range):
             tensor = tensor.narrow(position, units.start, len(units))
@@ -112,6 +141,9 @@ def place_tensor(tensor: Tensor, layout: str, sizes: Sizes, larger: Sizes) -> Te
         A tensor of which `slice_tensor` with the first units of each axis is the given one.
     """
     assert tuple(tensor.shape) == shape_of(layout, sizes), (tensor.shape, layout, sizes)
+    if len(stacked(layout)) > 1:
+        parts = unstack(tensor, layout, sizes)
+        return torch.cat([place_tensor(part, block, sizes, larger) for part, block in parts])
     kept = {axis: range(sizes[axis]) for axis in axes_of(layout)}
     places = []
     for dimension in parse_layout(layout):

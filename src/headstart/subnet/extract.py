@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 import headstart
-from headstart.subnet.axes import parse_layout, slice_tensor
+from headstart.subnet.axes import Sizes, parse_layout, slice_tensor, stacked, unstack
 from headstart.subnet.card import CARD, licence_of, write_card
 from headstart.subnet.families import DROPPED
 from headstart.subnet.rotary import kept_pairs
@@ -157,7 +157,8 @@ def slice_tensors(
             name = name.replace(f".{layer}.", f".{position}.", 1)
             part = slice_tensor(tensor, rule.layout, sizes, spec.kept_in_layer(position))
             if spec.head_dim is not None and rule.pattern in family.queries:
-                part = _rescaled_queries(part, rule.layout, sizes["head_dim"], len(spec.head_dim))
+                kept = spec.kept_in_layer(position)
+                part = _rescaled_queries(part, rule.layout, sizes, kept)
         del tensor  # or it would stay until the next one is read
         if part is not None:
             yield name, part
@@ -170,16 +171,23 @@ def slice_tensors(
         )
 
 
-def _rescaled_queries(queries: Tensor, layout: str, head_dim: int, kept: int) -> Tensor:
+def _rescaled_queries(
+    queries: Tensor, layout: str, sizes: Sizes, kept: Mapping[str, Sequence[int]]
+) -> Tensor:
     """Queries of narrower heads, scaled so that scores stay what the kept channels gave.
 
     Attention divides scores by the root of the head size, which is now a smaller one.
     """
+    head_dim = len(kept["head_dim"])
+    scale: float = (head_dim / sizes["head_dim"]) ** 0.5
+    if len(stacked(layout)) > 1:
+        parts = unstack(queries, layout, {**sizes, **{axis: len(kept[axis]) for axis in kept}})
+        first, *rest = (part for part, _ in parts)
+        return torch.cat([first * scale, *rest])
     fused = [part for part in parse_layout(layout)[0] if isinstance(part, int)]
-    scale: float = (kept / head_dim) ** 0.5
     if not fused:
         return queries * scale
-    by_part = queries.clone().view(-1, fused[0], kept, *queries.shape[1:])
+    by_part = queries.clone().view(-1, fused[0], head_dim, *queries.shape[1:])
     by_part[:, 0] *= scale
     return by_part.view(queries.shape)
 

@@ -182,6 +182,41 @@ OLMO2 = Family(
     queries=("model.layers.{i}.self_attn.q_norm.weight",),
 )
 
+PHI3 = Family(
+    name="phi3",
+    tensors={
+        "model.embed_tokens.weight": "vocab embed",
+        "model.layers.{i}.input_layernorm.weight": "embed",
+        "model.layers.{i}.self_attn.qkv_proj.weight": (
+            "(kv_groups q_per_kv head_dim) embed"
+            " + (kv_groups head_dim) embed + (kv_groups head_dim) embed"
+        ),
+        "model.layers.{i}.self_attn.o_proj.weight": "embed (kv_groups q_per_kv head_dim)",
+        "model.layers.{i}.post_attention_layernorm.weight": "embed",
+        "model.layers.{i}.mlp.gate_up_proj.weight": "(2 mlp) embed",
+        "model.layers.{i}.mlp.down_proj.weight": "embed mlp",
+        "model.norm.weight": "embed",
+        "lm_head.weight": "vocab embed unless tie_word_embeddings",
+        "model.layers.{i}.self_attn.rotary_emb.inv_freq": DROPPED,
+    },
+    config=(
+        ("vocab_size", "vocab"),
+        ("num_hidden_layers", "layers"),
+        ("hidden_size", "embed"),
+        ("num_key_value_heads", "kv_groups"),
+        ("num_attention_heads", "(kv_groups q_per_kv)"),
+        ("hidden_size", "(kv_groups q_per_kv head_dim)"),
+        ("intermediate_size", "mlp"),
+    ),
+    layer="model.layers.{i}",
+    importance_sites={
+        "embed": ("model.layers.{i}.self_attn.qkv_proj", "model.layers.{i}.mlp.gate_up_proj"),
+        "kv_groups": ("model.layers.{i}.self_attn.o_proj",),
+        "mlp": ("model.layers.{i}.mlp.down_proj",),
+    },
+    queries=("model.layers.{i}.self_attn.qkv_proj.weight",),
+)
+
 GPT_NEOX = Family(
     name="gpt_neox",
     tensors={
@@ -232,5 +267,5 @@ GPT_NEOX = Family(
 )
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, OLMO2, GPT_NEOX)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, OLMO2, PHI3, GPT_NEOX)
 }

@@ -24,6 +24,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -35,6 +37,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPT
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
@@ -61,12 +64,16 @@ class Layerwise:
         model.base_model.layers = nn.ModuleList(layers)
         for module in model.base_model.layers.modules():
             if hasattr(module, "config"):
-                module.config = config
+                module.config = self.shared_config(module.config)
         model.base_model.post_init()
         model.post_init()
 
     def build_layer(self, config: PreTrainedConfig, index: int) -> nn.Module:
         return self.layer_class(config, index)
+
+    def shared_config(self, own: PreTrainedConfig) -> Any:
+        """What a module of a layer reads while it runs, in place of the config that built it."""
+        return self.config  # type: ignore[attr-defined]
 
 
 class AnyShape:
@@ -130,6 +137,32 @@ class LayerwiseOlmo2ForCausalLM(Layerwise, Olmo2ForCausalLM):  # type: ignore[mi
     layer_class = Olmo2DecoderLayer
 
 
+class LayerwisePhi3Config(AnyShape, Phi3Config):  # type: ignore[misc]
+    model_type = "headstart_phi3"
+    head_dim: int | None = None  # for which the stock config has no key
+
+
+class LayerwisePhi3ForCausalLM(Layerwise, Phi3ForCausalLM):  # type: ignore[misc]
+    config_class = LayerwisePhi3Config
+    layer_class = Phi3DecoderLayer
+
+    def shared_config(self, own: PreTrainedConfig) -> Any:
+        # The stock attention tells queries from keys by a number of heads in its config.
+        return WithHeads(self.config, own.num_attention_heads)
+
+
+class WithHeads:
+    """A config shared by all layers, but for the number of heads of one."""
+
+    def __init__(self, config: PreTrainedConfig, num_attention_heads: int) -> None:
+        self.config, self.num_attention_heads = config, num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config":  # asked for before it is set, by copy
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
 class LayerwiseGPTNeoXConfig(AnyShape, GPTNeoXConfig):  # type: ignore[misc]
     model_type = "headstart_gpt_neox"
     head_dim: int | None = None  # for which the stock config has no key
@@ -159,6 +192,7 @@ MODELS = (
     LayerwiseQwen3ForCausalLM,
     LayerwiseGemma3ForCausalLM,
     LayerwiseOlmo2ForCausalLM,
+    LayerwisePhi3ForCausalLM,
     LayerwiseGPTNeoXForCausalLM,
 )
 
