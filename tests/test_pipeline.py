@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -380,3 +381,21 @@ def test_a_baseline_is_measured_and_matched(recipe, tmp_path):
     recipe["output"] = str(tmp_path / "other")
     with pytest.raises(ValueError, match="has another tokenizer than the teacher"):
         run(recipe_from_dict(recipe))
+
+
+def test_tokens_beyond_the_teachers_rows_are_named_before_it_runs(
+    recipe: dict[str, Any], teacher_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A tokenizer with added tokens that its model was never resized for: fine until used."""
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<added>"])
+    larger.save_pretrained(folder)
+    recipe["teacher"] = str(folder)
+    run_search(recipe_from_dict(recipe))
+    text = Path(recipe["data"]["source"]).read_text()
+    (tmp_path / "added.jsonl").write_text(text.replace('{"text": "', '{"text": "<added>'))
+    recipe["data"]["source"], recipe["output"] = str(tmp_path / "added.jsonl"), str(tmp_path / "b")
+    message = "the text has the token 128, and the model embeds 128: its tokenizer has 129 entries"
+    with pytest.raises(ValueError, match=message):
+        run_search(recipe_from_dict(recipe))

@@ -40,6 +40,7 @@ def questions(corpus: Path, tmp_path: Path) -> Path:
         for label in range(ITEMS):
             item = {"goal": phrase(4), "sol1": phrase(2) + " ab", "sol2": phrase(6) + " cd"}
             stream.write(json.dumps({**item, "label": label % 2}) + "\n")
+    path.with_name("state.json").write_text("{}")  # as datasets' save_to_disk leaves beside it
     return tmp_path / "questions"
 
 

@@ -27,6 +27,8 @@ TORCH = "torch==2.13.0"
 PYARROW = "pyarrow==20.0.0"
 """whittle's syne-tune keeps NumPy below 2, with which newer pyarrow installs but does not import,
 and whittle.importance with it."""
+XLLAMACPP = "xllamacpp"
+"""Bindings of llama.cpp as a ready-made wheel."""
 WORKER = Path(__file__).with_name("whittle_worker.py")
 
 
@@ -56,7 +58,18 @@ def trl_python() -> Path:
     return _python_with(TRL)
 
 
-def _python_with(package: str, more: tuple[str, ...] = (), unwanted: str = "") -> Path:
+def llama_cpp_python() -> Path:
+    """The Python of an environment with llama.cpp, installed first if need be.
+
+    Raises:
+        RuntimeError: it cannot be installed.
+    """
+    return _python_with(XLLAMACPP, needs_torch=False)
+
+
+def _python_with(
+    package: str, more: tuple[str, ...] = (), unwanted: str = "", needs_torch: bool = True
+) -> Path:
     """The Python of an environment that has one package.
 
     The marker is written last, so an install that was killed is done again from nothing.
@@ -76,8 +89,11 @@ def _python_with(package: str, more: tuple[str, ...] = (), unwanted: str = "") -
     print(f"installing {package} into {folder} (once, a few minutes)", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     # torch alone first, so that a build for CPUs is kept where the index has one.
-    if not (_pip_install(python, TORCH) and _pip_install(python, package, *more, TORCH)):
-        print(f"pip cannot combine {package} with {TORCH}; going on without", file=sys.stderr)
+    if not (
+        needs_torch and _pip_install(python, TORCH) and _pip_install(python, package, *more, TORCH)
+    ):
+        if needs_torch:
+            print(f"pip cannot combine {package} with {TORCH}; going on without", file=sys.stderr)
         if not _pip_install(python, package, *more):
             raise RuntimeError(
                 f"pip could not install {package} (its reason is above); check the network and "

@@ -30,7 +30,7 @@ from headstart.device import default_device, load_frozen
 from headstart.distributed import is_main, main_first, process_group, world_size
 from headstart.evaluation import validation_loss
 from headstart.files import write_json
-from headstart.prepare import check_source, prepare, tokenizer_hash
+from headstart.prepare import check_source, check_vocabulary, prepare, tokenizer_hash
 from headstart.pretrain.arms import (
     ArmInputs,
     check_sharding,
@@ -352,6 +352,7 @@ def _prepared(recipe: Recipe) -> tuple[Path, Path, TokenBlocks]:
     check_run_folder(recipe)
     teacher = teacher_folder(recipe)
     blocks = prepare(data_settings(recipe.data), teacher)
+    check_vocabulary(blocks, read_config(teacher).vocab_size)
     for arm in recipe.pretrain.arms:
         arguments = training_arguments(recipe.train, arm, Path(recipe.output))
         check_step(tokens_per_step(arguments, recipe.data.block_length), blocks)

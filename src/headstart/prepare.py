@@ -26,7 +26,8 @@ from headstart.mixture import mixed_order
 from headstart.progress import console
 from headstart.tokenise import Tokenisation, remove_parts, tokenise
 
-LAYOUT_VERSION = 1  # part of the fingerprint: raise it when the same inputs give other bytes
+LAYOUT_VERSION = 2  # part of the fingerprint: raise it when the same inputs give other bytes
+BLOCKS_PER_CHECK = 4096
 MIN_BLOCK_LENGTH = 8
 
 
@@ -79,6 +80,32 @@ def prepare(
     return replace(blocks, separate_documents=settings.separate_documents)
 
 
+def check_vocabulary(blocks: TokenBlocks, num_rows: int) -> None:
+    """Find out whether a model has an embedding for every token of a text.
+
+    Tokenizers may have more entries than their model has rows, as long as no text uses them.
+
+    Args:
+        blocks: The text.
+        num_rows: Of the model's embedding, its config's `vocab_size`.
+
+    Raises:
+        ValueError: The text has a token beyond the last row.
+    """
+    if blocks.manifest["vocabulary"] <= num_rows:
+        return
+    for name in SPLITS:
+        num_blocks = blocks.manifest["splits"][name]["blocks"]
+        for start in range(0, num_blocks, BLOCKS_PER_CHECK):
+            largest = int(np.max(blocks.split(name)[start : start + BLOCKS_PER_CHECK]))
+            if largest >= num_rows:
+                raise ValueError(
+                    f"the text has the token {largest}, and the model embeds {num_rows}: its "
+                    f"tokenizer has {blocks.manifest['vocabulary']} entries, so give the model "
+                    "those rows (resize_token_embeddings) or another tokenizer"
+                )
+
+
 def _parts(settings: DataSettings) -> list[DataSettings]:
     """The settings of each corpus on its own."""
     if not settings.mixture:
@@ -114,7 +141,8 @@ def _prepare_one(
     with _one_run_at_a_time(unfinished):
         if finished := finished_blocks(folder):
             return finished
-        dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32)
+        vocabulary = max(tokenizer.get_vocab().values()) + 1
+        dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
         work = Tokenisation(
             encode=lambda texts: _encode(tokenizer, texts),
             end_token=int(tokenizer.eos_token_id),
@@ -137,6 +165,7 @@ def _prepare_one(
             "settings": relevant | {"source": settings.source},
             "inputs": inputs,
             "tokenizer": tokenizer_hash,
+            "vocabulary": vocabulary,
             "end_token": work.end_token,
             "dtype": dtype.name,
             **counts,
@@ -233,6 +262,7 @@ def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -
         "settings": first["settings"],
         "parts": mixed,
         "tokenizer": first["tokenizer"],
+        "vocabulary": first["vocabulary"],
         "end_token": first["end_token"],
         "dtype": first["dtype"],
         "splits": splits,

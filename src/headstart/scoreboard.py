@@ -14,7 +14,7 @@ from headstart.assets import DEMO, demo_teacher
 from headstart.data import DataSettings
 from headstart.evaluation import Scores, text_scores
 from headstart.pipeline import check_text, data_settings
-from headstart.prepare import prepare
+from headstart.prepare import check_vocabulary, prepare
 from headstart.subnet.extract import resolve_teacher
 from headstart.subnet.rules import read_config
 from headstart.zero_shot import task_sources, zero_shot
@@ -73,6 +73,7 @@ def run_evaluate(models: Sequence[str], settings: EvaluationSettings) -> dict[st
     for name, folder in folders.items():
         if settings.data:
             blocks = prepare(data_settings(settings.data), folder)
+            check_vocabulary(blocks, read_config(folder).vocab_size)
             found[name] |= text_scores(folder, blocks, settings.tokens)
         if settings.tasks:
             tasks = zero_shot(folder, settings.tasks, settings.task_data, settings.limit)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 METRICS = ("acc", "acc_norm", "exact_match", "perplexity", "word_perplexity")
 """What is reported of a task, as far as it has it."""
-READERS = {".arrow": "arrow", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+READERS = {".arrow": "arrow", ".jsonl": "json", ".parquet": "parquet"}
 """Ending of a data file -> the builder of `datasets` that reads it."""
 
 
@@ -157,16 +157,29 @@ def _unpacked(wheel: Path) -> Path:
     return target
 
 
+def write_task(source: dict[str, Any], folder: Path) -> Path:
+    """Write a task of `task_sources` as a file that lm-eval reads.
+
+    Args:
+        source: the task.
+        folder: for the file.
+    """
+    from lm_eval.tasks import TaskManager
+
+    own = TaskManager().task_index[source["task"]].yaml_path
+    path = folder / f"{source['task']}.yaml"
+    path.write_text(yaml.safe_dump({"include": str(own), **source}))
+    return path
+
+
 def loaded_task(source: dict[str, Any]) -> Any:
     """A task of `task_sources` as lm-eval's own object."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    own = manager.task_index[source["task"]].yaml_path
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / f"{source['task']}.yaml"
-        path.write_text(yaml.safe_dump({"include": str(own), **source}))
-        (task,) = manager.load([str(path) if len(source) > 1 else source["task"]])["tasks"].values()
+        is_own = len(source) == 1
+        named = source["task"] if is_own else str(write_task(source, Path(scratch)))
+        (task,) = TaskManager().load([named])["tasks"].values()
     return task
 
 

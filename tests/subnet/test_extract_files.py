@@ -12,7 +12,13 @@ from tests.conftest import random_teacher
 from tests.subnet.oracles import assert_same_tensors, random_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headstart.subnet.extract import build_student, extract, hash_checkpoint, slice_tensors
+from headstart.subnet.extract import (
+    build_student,
+    checkpoint_files,
+    extract,
+    hash_checkpoint,
+    slice_tensors,
+)
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec
 
@@ -63,18 +69,19 @@ def test_the_tokenizer_travels_along(teacher_folder, tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
 
 
-def test_the_dtype_is_kept(saved, tmp_path):
-    model = random_teacher("llama-tied-gqa").to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_is_kept(dtype, saved, tmp_path):
+    model = random_teacher("llama-tied-gqa").to(dtype)
     source, spec = saved(model), random_spec(model, embed=36)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))  # outdated
     folder = extract(source, spec, tmp_path / "student")
     dtypes = {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
-    assert dtypes == {torch.bfloat16}
+    assert dtypes == {dtype}
     config = json.loads((folder / "config.json").read_text())
-    assert config["dtype"] == "bfloat16"
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert build_student(model.state_dict(), model.config, spec).dtype == torch.bfloat16
+    assert build_student(model.state_dict(), model.config, spec).dtype == dtype
 
 
 def test_subnet_json_says_where_the_student_came_from(saved, tmp_path):
@@ -222,6 +229,30 @@ def test_a_missing_shard_is_named(saved, refused):
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
     refused(folder, f"names {shard.name}, which is missing")
+
+
+def test_a_shard_that_was_cut_short_is_named_before_anything_is_read(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"), max_shard_size="20KB")
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-64])
+    with pytest.raises(ValueError, match=f"{shard.name} is not a whole safetensors file"):
+        checkpoint_files(folder)
+    refused(folder, f"{shard.name} is not a whole safetensors file .*; fetch it again")
+
+
+def test_a_shard_of_another_download_is_named(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"), max_shard_size="20KB")
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    first.write_bytes(second.read_bytes())
+    refused(folder, f"{first.name} lacks .*, which .*index.json says it has; fetch both again")
+
+
+def test_rows_that_the_config_does_not_know_are_named(saved, refused):
+    """As in a checkpoint whose vocabulary was padded without its config."""
+    folder = saved(random_teacher("llama-tied-gqa"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 120}))
+    refused(folder, r"embed_tokens.weight' has shape \(128, 48\), and the config says \(120, 48\)")
 
 
 def test_pickles_are_not_read(saved, refused):

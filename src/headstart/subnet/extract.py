@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 import headstart
-from headstart.subnet.axes import Sizes, parse_layout, slice_tensor, stacked, unstack
+from headstart.subnet.axes import Sizes, parse_layout, shape_of, slice_tensor, stacked, unstack
 from headstart.subnet.card import CARD, licence_of, write_card
 from headstart.subnet.families import DROPPED
 from headstart.subnet.rotary import kept_pairs
@@ -102,9 +102,17 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{index} is no index of shards; fetch the model again") from error
         files = {name: folder / file for name, file in names.items()}
-        for file in set(files.values()):
+        for file in sorted(set(files.values())):
             if not file.is_file():
                 raise ValueError(f"{index} names {file.name}, which is missing; fetch it again")
+            with open_shard(file) as shard:
+                held = set(shard.keys())
+            if lost := [
+                name for name, place in files.items() if place == file and name not in held
+            ]:
+                raise ValueError(
+                    f"{file} lacks {lost[0]!r}, which {index} says it has; fetch both again"
+                )
         return files
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -135,7 +143,8 @@ def slice_tensors(
         spec: what to keep.
 
     Raises:
-        ValueError: a tensor matches no rule, or one that the table names is not there.
+        ValueError: a tensor matches no rule or has not the config's shape, or one that the table
+            names is not there.
     """
     sizes, family = sizes_of(config), family_of(config)
     positions = {layer: position for position, layer in enumerate(spec.layers)}
@@ -147,6 +156,11 @@ def slice_tensors(
     for name, tensor in tensors:
         rule, layer = match_tensor(name, config)
         missing.discard((rule.pattern, layer))
+        if rule.layout != DROPPED and tuple(tensor.shape) != shape_of(rule.layout, sizes):
+            raise ValueError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, and the config says "
+                f"{shape_of(rule.layout, sizes)}; mend config.json or fetch the teacher again"
+            )
         part = None
         if rule.layout != DROPPED and layer is None:
             part = slice_tensor(tensor, rule.layout, sizes, {"embed": spec.embed})

