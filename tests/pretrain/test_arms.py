@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import random_teacher
+from tests.subnet.oracles import random_layerwise_spec
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +24,7 @@ from headstart.pretrain import arms
 from headstart.pretrain.arms import Arm, ArmInputs, PretrainSettings, run_arm, training_arguments
 from headstart.pretrain.losses import DistillationSettings
 from headstart.pretrain.trainer import DistillationTrainer, ReportStep
+from headstart.subnet.extract import extract
 
 SCRATCH = Arm("scratch", init="random")
 SUBNET = Arm("subnet")
@@ -217,6 +220,26 @@ def test_sharded_processes_train_as_one_and_go_on(inputs, uninterrupted, tmp_pat
     assert start_worker(launcher, tmp_path, DISTILLED, halved, folder, None) == 0
     result = json.loads((folder / "arm.json").read_text())
     assert_same_run(folder, result, uninterrupted, rtol=0, atol=1e-5)
+
+
+def test_a_layerwise_student_trains_sharded_as_in_one_process(inputs, teacher_folder, tmp_path):
+    spec = random_layerwise_spec(random_teacher("llama-tied-gqa"), seed=1, layers=3, embed=36)
+    student = extract(teacher_folder, spec, tmp_path / "student")
+    inputs = short(replace(inputs, student=student))
+    whole = run_arm(SUBNET, inputs, tmp_path / "whole")
+    sharding = {"per_device_train_batch_size": 2, "fsdp": True}
+    halved = replace(inputs, train={**inputs.train, **sharding})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    folder = tmp_path / "sharded"
+    assert start_worker(launcher, tmp_path, SUBNET, halved, folder, None) == 0
+    result = json.loads((folder / "arm.json").read_text())
+    losses = [[point["loss"] for point in one["curve"]] for one in (result, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    left, right = (weights_of(one) for one in (folder, tmp_path / "whole"))
+    for name, tensor in right.items():
+        torch.testing.assert_close(left[name], tensor, rtol=0, atol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert type(model).__name__ == "LayerwiseLlamaForCausalLM"
 
 
 def test_a_sharded_teacher_says_what_a_whole_one_says(inputs, uninterrupted, tmp_path):
