@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
 from tests.conftest import random_teacher
 from tests.subnet.oracles import random_layerwise_spec
@@ -255,6 +256,20 @@ def test_a_sharded_teacher_says_what_a_whole_one_says(inputs, uninterrupted, tmp
 def test_sharding_that_would_not_happen_is_refused(inputs, tmp_path):
     arguments = training_arguments({**inputs.train, "fsdp": True}, SUBNET, tmp_path)
     with pytest.raises(ValueError, match=r"train\.fsdp needs several GPUs: accelerate passes over"):
+        arms.check_sharding(arguments)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_may_not_split_the_output_matrix(stage, inputs, tmp_path):
+    """With transformers' own reading of the stage; DeepSpeed itself is not needed for that."""
+    arguments = training_arguments(inputs.train, SUBNET, tmp_path)
+    settings = {"zero_optimization": {"stage": stage}}
+    arguments.deepspeed = settings
+    arguments.hf_deepspeed_config = HfDeepSpeedConfig(settings)
+    if stage < 3:
+        arms.check_sharding(arguments)
+        return
+    with pytest.raises(ValueError, match=r"ZeRO stage 3, which splits .* use stage 1 or 2"):
         arms.check_sharding(arguments)
 
 

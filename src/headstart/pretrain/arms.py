@@ -160,12 +160,18 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
 
 
 def check_sharding(arguments: Any) -> None:
-    """Raise a ValueError if FSDP is asked for where accelerate would silently do without."""
+    """Raise a ValueError if FSDP is asked for where accelerate would silently do without, or
+    DeepSpeed in a way that leaves no process with the output matrix, which losses need."""
     kind = arguments.distributed_state.distributed_type
     if arguments.fsdp and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
             "train.fsdp needs several GPUs: accelerate passes over it on CPUs and in a single "
             "process, which would hold the whole model; remove it or start with torchrun"
+        )
+    if arguments.deepspeed and arguments.hf_deepspeed_config.is_zero3():
+        raise ValueError(
+            "train.deepspeed has ZeRO stage 3, which splits the output matrix that losses are "
+            "computed with; use stage 1 or 2, or train.fsdp"
         )
 
 
