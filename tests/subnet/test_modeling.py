@@ -167,28 +167,50 @@ def test_random_weights_of_the_same_shape(kind: str) -> None:
 
 ELSEWHERE = """
 import sys
+from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-trusts = {{"trust_remote_code": True}} if {trusts} else {{}}
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **trusts)
 tokens = torch.tensor({tokens})
-torch.save(model(tokens).logits.detach(), sys.argv[2])
+for folder in Path(sys.argv[1]).iterdir():
+    trusts = {{"trust_remote_code": True}} if (folder / "modeling.py").exists() else {{}}
+    model = AutoModelForCausalLM.from_pretrained(folder, **trusts)
+    torch.save(model(tokens).logits.detach(), folder / "logits.pt")
+    model.save_pretrained(folder / "again")
+    again = AutoModelForCausalLM.from_pretrained(folder / "again", **trusts)
+    assert torch.equal(again(tokens).logits, model(tokens).logits), folder
 assert not any(name.split(".")[0] == "headstart" for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("shape", ["layer-wise", "uniform"])
-def test_it_loads_where_headstart_is_not(shape: str, saved: Any, tmp_path: Path) -> None:
-    teacher = random_teacher("qwen3-tied")
-    spec = layerwise(teacher) if shape == "layer-wise" else random_spec(teacher, embed=36, mlp=40)
-    folder = extract(saved(teacher), spec, tmp_path / "student")
-    assert (folder / "modeling.py").exists() == (shape == "layer-wise")
-    script = ELSEWHERE.format(tokens=PROMPT.tolist(), trusts=shape == "layer-wise")
+def uniform(model: PreTrainedModel) -> Any:
+    """Of a shape that every family's stock code can have."""
+    spec = random_spec(model, layers=3, embed=64 if is_tied_to_heads(model) else 36, mlp=40)
+    if is_tied_to_heads(model):
+        num_groups = 64 // (sizes_of(model.config)["head_dim"] * sizes_of(model.config)["q_per_kv"])
+        return replace(spec, kv_groups=(tuple(range(num_groups)),) * 3)
+    return spec
+
+
+def is_tied_to_heads(model: PreTrainedModel) -> bool:
+    return model.config.model_type in ("gpt_neox", "phi3")
+
+
+def test_every_student_loads_where_headstart_is_not(saved: Any, tmp_path: Path) -> None:
+    """In a fresh process: stock code alone for uniform ones, `modeling.py` for layer-wise ones."""
+    students = tmp_path / "students"
+    for kind in KINDS:
+        teacher = random_teacher(kind)
+        folder = saved(teacher, kind)
+        extract(folder, layerwise(teacher), students / f"{kind}-layerwise")
+        out = extract(folder, uniform(teacher), students / f"{kind}-uniform")
+        assert not (out / "modeling.py").exists(), kind
+    script = ELSEWHERE.format(tokens=PROMPT.tolist())
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    command = [sys.executable, "-c", script, str(folder), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-c", script, str(students)]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
-    expected = logits(AutoModelForCausalLM.from_pretrained(folder))
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    for folder in students.iterdir():
+        expected = logits(AutoModelForCausalLM.from_pretrained(folder))
+        assert torch.equal(torch.load(folder / "logits.pt"), expected), folder.name
 
 
 def test_the_shipped_file_imports_torch_and_transformers_only() -> None:
