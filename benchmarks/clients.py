@@ -47,7 +47,10 @@ WORKERS = Path(__file__).parent / "peers"
 
 
 def student(space: str, folder: Path) -> Path:
-    """Search the demo's teacher a little, and cut out what was found."""
+    """Search the demo's teacher a little and cut out what was found, if that is not done yet."""
+    out = folder / space / "student"
+    if out.is_dir():
+        return out
     recipe = {
         "teacher": DEMO,
         "output": str(folder / space),
@@ -60,8 +63,7 @@ def student(space: str, folder: Path) -> Path:
         },
     }
     run_search(recipe_from_dict(recipe))
-    out = folder / space / "student"
-    return out if out.is_dir() else run_extract(DEMO, folder / space / "search.json", out)
+    return run_extract(DEMO, folder / space / "search.json", out)
 
 
 def ask(python: str | Path, worker: str, model: Path, **request: Any) -> Any:

@@ -20,7 +20,7 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     trusts: dict[str, Any] = {"trust_remote_code": True} if asked["trusts"] else {}
     generate = pipeline("text-generation", model=folder, dtype=torch.float32, **trusts)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trusts)
     texts = [
         generate(
             prompt,

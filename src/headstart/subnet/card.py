@@ -61,11 +61,13 @@ def card_text(folder: Path, notes: Mapping[str, str]) -> str:
         "`import headstart`, or without headstart by `trust_remote_code=True`:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)\n```\n'
         if is_layerwise(config)
         else "It is a stock checkpoint, which loads in every tool that reads its family:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-    ) + 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n'
+    )
     stated = "its card does not say" if licence == UNKNOWN_LICENCE else licence
     found = [f"- cut by headstart {origin.get('headstart', '')} out of `{teacher}`"]
     found += [f"- licence of that teacher, which binds this model too: {stated}"]
