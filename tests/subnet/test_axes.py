@@ -7,6 +7,7 @@ import torch
 from headstart.subnet.axes import (
     AXES,
     axes_of,
+    kept_indices,
     parse_layout,
     place_tensor,
     shape_of,
@@ -97,6 +98,8 @@ def test_stacked_tensors_are_sliced_and_placed_one_by_one(kept):
     larger = SIZES | {"kv_groups": 5, "mlp": 7}
     placed = [place_tensor(one, block, SIZES, larger) for one, block in pairs]
     assert torch.equal(place_tensor(whole, layout, SIZES, larger), torch.cat(placed))
+    rows, channels = kept_indices(layout, SIZES, kept)
+    assert torch.equal(whole[rows][:, channels], slice_tensor(whole, layout, SIZES, kept))
 
 
 def test_a_tensor_kept_whole_is_not_copied():

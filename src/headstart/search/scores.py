@@ -20,9 +20,9 @@ from headstart.subnet.axes import (
     GLOBAL_AXES,
     Dimension,
     Sizes,
+    dimensions_of,
     parse_layout,
     shape_of,
-    stacked,
     unstack,
 )
 from headstart.subnet.rules import family_of, layouts_of, sizes_of
@@ -71,7 +71,7 @@ class Activation:
                 width = shape_of(layout, self.sizes)[1]
                 rows = torch.zeros(self.sizes["layers"], width, device=teacher.device)
                 self.units[site], self.of_batch[site] = (
-                    (axis, parse_layout(stacked(layout)[0])[1]),
+                    (axis, dimensions_of(layout)[1]),
                     rows,
                 )
                 for layer, row in enumerate(rows):

@@ -66,6 +66,11 @@ def parse_layout(layout: str) -> tuple[Dimension, ...]:
     return dimensions
 
 
+def dimensions_of(layout: str) -> tuple[Dimension, ...]:
+    """The dimensions of a tensor; if it is stacked, its first is that of its first part."""
+    return parse_layout(stacked(layout)[0])
+
+
 def axes_of(layout: str) -> frozenset[str]:
     """The axes that a layout names.
 
@@ -141,19 +146,25 @@ def place_tensor(tensor: Tensor, layout: str, sizes: Sizes, larger: Sizes) -> Te
         A tensor of which `slice_tensor` with the first units of each axis is the given one.
     """
     assert tuple(tensor.shape) == shape_of(layout, sizes), (tensor.shape, layout, sizes)
-    if len(stacked(layout)) > 1:
-        parts = unstack(tensor, layout, sizes)
-        return torch.cat([place_tensor(part, block, sizes, larger) for part, block in parts])
     kept = {axis: range(sizes[axis]) for axis in axes_of(layout)}
-    places = []
-    for dimension in parse_layout(layout):
-        units = _kept_units(dimension, larger, kept)
-        if units is None:
-            units = range(dimension_size(dimension, larger))
-        places.append(torch.as_tensor(units))
     placed = tensor.new_zeros(shape_of(layout, larger))
-    placed[torch.meshgrid(*places, indexing="ij")] = tensor
+    placed[torch.meshgrid(*kept_indices(layout, larger, kept), indexing="ij")] = tensor
     return placed
+
+
+def kept_indices(
+    layout: str, sizes: Sizes, kept: Mapping[str, Sequence[int]]
+) -> list[Int[Tensor, " units"]]:
+    """For each dimension of a tensor, the indices of what `slice_tensor` would keep, in order."""
+    blocks = []
+    for block in stacked(layout):
+        units = (_kept_units(dimension, sizes, kept) for dimension in parse_layout(block))
+        whole = map(range, shape_of(block, sizes))
+        some = (every if one is None else one for one, every in zip(units, whole, strict=True))
+        blocks.append([torch.as_tensor(one) for one in some])
+    heights = [shape_of(block, sizes)[0] for block in stacked(layout)]
+    rows = [one[0] + sum(heights[:place]) for place, one in enumerate(blocks)]
+    return [torch.cat(rows), *blocks[0][1:]]
 
 
 def _kept_units(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from headstart.subnet.axes import Sizes, axes_of, parse_layout, shape_of, stacked
+from headstart.subnet.axes import Sizes, axes_of, dimensions_of, shape_of
 from headstart.subnet.rules import layouts_of, sizes_of
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def inference_flops_per_token(layouts: Mapping[str, str], sizes: Sizes, context_
     matmul_parameters = sum(
         _numel(pattern, layout, sizes)
         for pattern, layout in layouts.items()
-        if len(parse_layout(stacked(layout)[0])) == 2 and "vocab" not in axes_of(layout)
+        if len(dimensions_of(layout)) == 2 and "vocab" not in axes_of(layout)
     )
     output_matrix = sizes["vocab"] * sizes["embed"]
     heads = _numel("{i}", "(kv_groups q_per_kv head_dim)", sizes)

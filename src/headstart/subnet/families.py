@@ -25,11 +25,14 @@ class Family:
             agree can be written as a stock checkpoint.
         layer: module name pattern of a layer, whose input and output score the depth axis.
         importance_sites: axis -> linear modules whose input has that axis as its units.
+        readers: norm -> the linear layers that read what it wrote, and nothing else does; norms
+            that are not in it write into the residual stream, or into queries and keys.
         queries: tensors to which scores are proportional: all of them, or the first of what the
             tensor fuses; none where scores are not divided by the root of the head size.
         divides: (divisor, dividend) pairs of config keys which the stock code insists on.
         scaled_embedding: the embedding that the stock code multiplies by the root of its width, and
             the last norm, whose weight is added to one; None where it takes embeddings as they are.
+        norm_offset: what the stock code adds to the weights of norms.
         aliases: name in a file -> name in the model, where the two differ.
     """
 
@@ -38,9 +41,11 @@ class Family:
     config: tuple[tuple[str, str], ...]
     layer: str
     importance_sites: Mapping[str, tuple[str, ...]]
+    readers: Mapping[str, tuple[str, ...]]
     queries: tuple[str, ...]
     divides: tuple[tuple[str, str], ...] = ()
     scaled_embedding: tuple[str, str] | None = None
+    norm_offset: float = 0.0
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,6 +96,21 @@ DECODER_SITES = {
     "mlp": ("model.layers.{i}.mlp.down_proj",),
 }
 
+ATTENTION_READERS = (
+    "model.layers.{i}.self_attn.q_proj.weight",
+    "model.layers.{i}.self_attn.k_proj.weight",
+    "model.layers.{i}.self_attn.v_proj.weight",
+)
+
+MLP_READERS = ("model.layers.{i}.mlp.gate_proj.weight", "model.layers.{i}.mlp.up_proj.weight")
+
+LAST_READER = {"model.norm.weight": ("lm_head.weight",)}
+
+DECODER_READERS = LAST_READER | {
+    "model.layers.{i}.input_layernorm.weight": ATTENTION_READERS,
+    "model.layers.{i}.post_attention_layernorm.weight": MLP_READERS,
+}
+
 HEADS_DIVIDE_WIDTH = (("num_attention_heads", "hidden_size"),)
 
 LLAMA = Family(
@@ -107,6 +127,7 @@ LLAMA = Family(
     divides=HEADS_DIVIDE_WIDTH,
     layer="model.layers.{i}",
     importance_sites=DECODER_SITES,
+    readers=DECODER_READERS,
     queries=(
         "model.layers.{i}.self_attn.q_proj.weight",
         "model.layers.{i}.self_attn.q_proj.bias",
@@ -119,6 +140,7 @@ MISTRAL = Family(
     config=DECODER_CONFIG,
     layer="model.layers.{i}",
     importance_sites=DECODER_SITES,
+    readers=DECODER_READERS,
     queries=("model.layers.{i}.self_attn.q_proj.weight",),
 )
 
@@ -134,6 +156,7 @@ QWEN2 = Family(
     config=DECODER_CONFIG,
     layer="model.layers.{i}",
     importance_sites=DECODER_SITES,
+    readers=DECODER_READERS,
     queries=(
         "model.layers.{i}.self_attn.q_proj.weight",
         "model.layers.{i}.self_attn.q_proj.bias",
@@ -146,6 +169,7 @@ QWEN3 = Family(
     config=DECODER_CONFIG,
     layer="model.layers.{i}",
     importance_sites=DECODER_SITES,
+    readers=DECODER_READERS,
     queries=("model.layers.{i}.self_attn.q_norm.weight",),
 )
 
@@ -163,8 +187,14 @@ GEMMA3 = Family(
     divides=HEADS_DIVIDE_WIDTH,
     layer="model.layers.{i}",
     importance_sites=DECODER_SITES,
+    readers=LAST_READER
+    | {
+        "model.layers.{i}.input_layernorm.weight": ATTENTION_READERS,
+        "model.layers.{i}.pre_feedforward_layernorm.weight": MLP_READERS,
+    },
     queries=(),  # its scores are divided by a number of the config, whatever the head size
     scaled_embedding=("model.embed_tokens.weight", "model.norm.weight"),
+    norm_offset=1.0,
 )
 
 OLMO2 = Family(
@@ -179,6 +209,7 @@ OLMO2 = Family(
     config=DECODER_CONFIG,
     layer="model.layers.{i}",
     importance_sites=DECODER_SITES,
+    readers=LAST_READER,
     queries=("model.layers.{i}.self_attn.q_norm.weight",),
 )
 
@@ -213,6 +244,13 @@ PHI3 = Family(
         "embed": ("model.layers.{i}.self_attn.qkv_proj", "model.layers.{i}.mlp.gate_up_proj"),
         "kv_groups": ("model.layers.{i}.self_attn.o_proj",),
         "mlp": ("model.layers.{i}.mlp.down_proj",),
+    },
+    readers=LAST_READER
+    | {
+        "model.layers.{i}.input_layernorm.weight": ("model.layers.{i}.self_attn.qkv_proj.weight",),
+        "model.layers.{i}.post_attention_layernorm.weight": (
+            "model.layers.{i}.mlp.gate_up_proj.weight",
+        ),
     },
     queries=("model.layers.{i}.self_attn.qkv_proj.weight",),
 )
@@ -258,6 +296,15 @@ GPT_NEOX = Family(
         ),
         "kv_groups": ("gpt_neox.layers.{i}.attention.dense",),
         "mlp": ("gpt_neox.layers.{i}.mlp.dense_4h_to_h",),
+    },
+    readers={
+        "gpt_neox.layers.{i}.input_layernorm.weight": (
+            "gpt_neox.layers.{i}.attention.query_key_value.weight",
+        ),
+        "gpt_neox.layers.{i}.post_attention_layernorm.weight": (
+            "gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight",
+        ),
+        "gpt_neox.final_layer_norm.weight": ("lm_head.weight",),
     },
     queries=(
         "gpt_neox.layers.{i}.attention.query_key_value.weight",
