@@ -16,6 +16,7 @@ import headstart
 from headstart.subnet.axes import Sizes, parse_layout, shape_of, slice_tensor, stacked, unstack
 from headstart.subnet.card import CARD, licence_of, write_card
 from headstart.subnet.families import DROPPED
+from headstart.subnet.refit import refitted
 from headstart.subnet.rotary import kept_pairs
 from headstart.subnet.rules import (
     Rule,
@@ -27,6 +28,7 @@ from headstart.subnet.rules import (
     sizes_of,
 )
 from headstart.subnet.spec import SubnetSpec, student_config
+from headstart.subnet.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -133,7 +135,10 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def slice_tensors(
-    tensors: Iterable[tuple[str, Tensor]], config: PreTrainedConfig, spec: SubnetSpec
+    tensors: Iterable[tuple[str, Tensor]],
+    config: PreTrainedConfig,
+    spec: SubnetSpec,
+    statistics: Statistics | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Cut each of a teacher's tensors down to the sub-network, and renumber the kept layers.
 
@@ -141,11 +146,15 @@ def slice_tensors(
         tensors: (name, tensor) pairs of the whole teacher, in any order.
         config: the teacher's config.
         spec: what to keep.
+        statistics: of the teacher's activations, by which what is kept is refitted; None keeps the
+            teacher's numbers.
 
     Raises:
         ValueError: a tensor matches no rule or has not the config's shape, or one that the table
             names is not there.
     """
+    if statistics is not None:
+        tensors = refitted(tensors, config, spec, statistics)
     sizes, family = sizes_of(config), family_of(config)
     positions = {layer: position for position, layer in enumerate(spec.layers)}
     missing = {
@@ -224,7 +233,10 @@ def _as_loud(part: Tensor, rule: Rule, config: PreTrainedConfig, kept: int) -> T
 
 
 def build_student(
-    state: Mapping[str, Tensor], config: PreTrainedConfig, spec: SubnetSpec
+    state: Mapping[str, Tensor],
+    config: PreTrainedConfig,
+    spec: SubnetSpec,
+    statistics: Statistics | None = None,
 ) -> PreTrainedModel:
     """Cut a sub-network out of a teacher in memory, without touching disk.
 
@@ -234,6 +246,7 @@ def build_student(
         state: the teacher's state dict.
         config: the teacher's config.
         spec: what to keep.
+        statistics: as for `slice_tensors`.
 
     Returns:
         A model in eval mode on the teacher's device, whose parameters ask for no gradients; those
@@ -245,7 +258,7 @@ def build_student(
     """
     family = family_of(config)
     state_device = next(iter(state.values())).device
-    sliced = slice_tensors(state.items(), config, spec)
+    sliced = slice_tensors(state.items(), config, spec, statistics)
     model = assemble(student_config(config, spec, with_rope=False), sliced, family.aliases)
     if spec.head_dim is not None:
         _set_frequencies(model, config, kept_pairs(config, spec.head_dim))
@@ -306,6 +319,7 @@ def extract(
     out_folder: str | Path,
     provenance: Mapping[str, Any] | None = None,
     on_tensor: Callable[[str], None] = lambda name: None,
+    statistics: Statistics | None = None,
 ) -> Path:
     """Cut a sub-network out of a checkpoint and write it as an ordinary Hugging Face folder.
 
@@ -318,6 +332,7 @@ def extract(
         out_folder: where the student goes; must not exist yet.
         provenance: more entries for `subnet.json`, such as the bin and the score.
         on_tensor: called with each teacher tensor's name, for progress.
+        statistics: as for `slice_tensors`.
 
     Raises:
         ValueError: the teacher cannot be read, the spec does not fit it, or the folder exists.
@@ -336,7 +351,7 @@ def extract(
         return named_tensor
 
     tensors = map(reported, read_tensors(folder))  # a loop would hold on to its last tensor
-    sliced = dict(map(_alone, slice_tensors(tensors, config, spec)))
+    sliced = dict(map(_alone, slice_tensors(tensors, config, spec, statistics)))
     if is_layerwise(output_config):  # whose loading knows no other names than the model's own
         aliases = family_of(config).aliases
         sliced = {aliases.get(name, name): tensor for name, tensor in sliced.items()}
