@@ -23,7 +23,8 @@ from typing import Any
 
 from headstart.assets import DEMO, demo_teacher
 from headstart.export import export_gguf
-from headstart.pipeline import run_extract, run_search
+from headstart.extraction import run_extract
+from headstart.pipeline import run_search
 from headstart.recipe import recipe_from_dict
 from headstart.subnet.count import count
 from headstart.subnet.rules import is_layerwise, read_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from tests.conftest import random_teacher
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import headstart
+from headstart import device
+from headstart.held_out import mean_loss
+from headstart.prepare import prepare
 from headstart.search.evolution import EvolutionSettings
 from headstart.search.grid import GridSettings
 from headstart.subnet.extract import build_student
@@ -107,6 +111,23 @@ def test_extract_is_what_is_written_to_disk_and_shares_nothing(kind: str, tmp_pa
         for parameter in in_memory.parameters():
             parameter.zero_()
     assert torch.equal(teacher(TOKENS).logits, whole)
+
+
+@pytest.mark.parametrize("init", ["least_squares", "rotate+least_squares"])
+def test_a_calibrated_student_has_the_loss_that_was_found(
+    init: Any, corpus: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
+    data = headstart.DataSettings(block_length=32, search_fraction=0.2)
+    settings = replace(SETTINGS, init=init)
+    parts = (teacher_folder, corpus, headstart.Bin(30_000, 45_000), tmp_path / "run", settings)
+    found = headstart.search(*parts, data=data)
+    assert headstart.search(*parts, data=data) == found
+    student = headstart.extract(teacher_folder, found.spec, found.calibration)
+    blocks = prepare(replace(data, source=str(corpus)), teacher_folder)
+    loss = mean_loss(student, blocks.first("search", settings.tokens), 4)
+    assert loss == pytest.approx(found.loss, abs=1e-4)
 
 
 def test_a_narrower_head_can_be_saved(tmp_path: Path) -> None:

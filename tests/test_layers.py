@@ -13,6 +13,7 @@ LAYERS = [
     {"cli", "api"},
     {"scoreboard", "plans", "export"},
     {"pipeline"},
+    {"extraction"},
     {"result", "run_folder"},
     {"recipe"},
     {"search", "pretrain", "report", "report_page", "report_search"},

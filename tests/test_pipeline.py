@@ -20,10 +20,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from headstart.extraction import run_extract
 from headstart.pipeline import (
     run,
     run_cache_teacher,
-    run_extract,
     run_pretrain,
     run_search,
 )

@@ -30,6 +30,7 @@ from headstart.recipe import Recipe
 from headstart.scoreboard import EvaluationSettings, run_evaluate
 from headstart.search.bins import Bin, BinSettings
 from headstart.search.run import SearchSettings
+from headstart.subnet.calibrate import Calibration, calibrate
 from headstart.subnet.count import Count
 from headstart.subnet.count import count as count_config
 from headstart.subnet.extract import (
@@ -61,20 +62,26 @@ class Found:
         loss: its held-out loss before training, in nats per token.
         parameters: its size.
         outcome: all of `search.json`, which docs/search.md describes.
+        calibration: what candidates were cut out of, and how, for `extract`.
     """
 
     spec: SubnetSpec
     loss: float
     parameters: int
     outcome: dict[str, Any]
+    calibration: Calibration
 
 
-def extract(teacher: Model, spec: SubnetSpec) -> PreTrainedModel:
+def extract(
+    teacher: Model, spec: SubnetSpec, calibration: Calibration | None = None
+) -> PreTrainedModel:
     """Cut a sub-network out of a teacher, as a model in memory.
 
     Args:
         teacher: in memory it is left as it is, and shares nothing with the student.
         spec: what to keep, such as `search(...).spec`.
+        calibration: `search(...).calibration`, where its settings have another `init` than "slice";
+            the teacher is then read from where that has it.
 
     Returns:
         A transformers model in eval mode on the teacher's device and in its precision, ready to
@@ -83,6 +90,8 @@ def extract(teacher: Model, spec: SubnetSpec) -> PreTrainedModel:
     Raises:
         ValueError: the teacher cannot be read, or the spec does not fit it.
     """
+    if calibration is not None:
+        teacher = calibration.teacher
     if isinstance(teacher, str | Path):
         folder = resolve_teacher(teacher)
         config, tensors = read_config(folder), read_tensors(folder)
@@ -91,7 +100,9 @@ def extract(teacher: Model, spec: SubnetSpec) -> PreTrainedModel:
         config, tensors = teacher.config, iter(teacher.state_dict().items())
         device = teacher.device
     output_config = student_config(config, spec)
-    parts = ((name, part.clone()) for name, part in slice_tensors(tensors, config, spec))
+    statistics = calibration.statistics if calibration else None
+    sliced = slice_tensors(tensors, config, spec, statistics)
+    parts = ((name, part.clone()) for name, part in sliced)
     student = assemble(output_config, parts, family_of(config).aliases)
     student.config.dtype = student.dtype
     student.subnet_spec = spec
@@ -132,7 +143,12 @@ def search(
     )
     (outcome,) = pipeline.run_search(recipe)
     spec = SubnetSpec.from_json(outcome["spec"])
-    return Found(spec, outcome["loss"], outcome["parameters"], outcome)
+    calibration = Calibration(Path(recipe.teacher))
+    if recipe.search.init != "slice":  # is in the cache since the search
+        parts = (recipe.teacher, recipe.data, recipe.search.calibration_tokens)
+        tokens = pipeline.calibration_blocks(*parts)
+        calibration = calibrate(calibration.teacher, recipe.search.init, tokens)
+    return Found(spec, outcome["loss"], outcome["parameters"], outcome, calibration)
 
 
 def pretrain(

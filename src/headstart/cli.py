@@ -105,11 +105,22 @@ def _parser() -> argparse.ArgumentParser:
         "extract",
         _extract,
         "Cut a sub-network out of a teacher as an ordinary checkpoint.",
-        "headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/",
+        "headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/\n"
+        "  headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/ "
+        "--init least_squares --data corpus.jsonl",
     )
     extract.add_argument("--teacher", required=True, help="a folder or a hub id")
     extract.add_argument("--spec", required=True, type=Path, help="search.json or subnet.json")
     extract.add_argument("--out", required=True, type=Path, help="folder to write")
+    extract.add_argument(
+        "--init",
+        choices=("slice", "least_squares", "rotate+least_squares"),
+        help="how the student gets its weights; by default as in the search",
+    )
+    extract.add_argument("--data", help="text to calibrate with: a file, a folder or a datasets id")
+    extract.add_argument("--text-column", default="text")
+    extract.add_argument("--block-length", type=int, default=512, help="tokens")
+    extract.add_argument("--calibration-tokens", type=int, default=65_536)
     add(
         "pretrain",
         _pretrain,
@@ -264,8 +275,21 @@ def _range(size: int | list[int]) -> str:
 def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
     _quiet()
     from headstart import pipeline
+    from headstart.data import DataSettings
+    from headstart.extraction import run_extract
 
-    print(pipeline.run_extract(options.teacher, options.spec, options.out))
+    calibration = None
+    if options.data:
+        settings = DataSettings(
+            source=options.data, text_column=options.text_column, block_length=options.block_length
+        )
+        calibration = pipeline.calibration_blocks(
+            options.teacher, settings, options.calibration_tokens
+        )
+    student = run_extract(
+        options.teacher, options.spec, options.out, None, options.init, calibration
+    )
+    print(student)
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -134,6 +134,16 @@ class TokenBlocks:
         array = self.split(name)
         return torch.from_numpy(array[: -(-num_tokens // array.shape[1])].astype(np.int64))
 
+    def spread(self, name: SplitName, num_tokens: int) -> Int[torch.Tensor, "blocks tokens"]:
+        """As many blocks as `first` gives, at even distances from all over the split.
+
+        The first ones may be of a handful of long documents.
+        """
+        array = self.split(name)
+        count = min(-(-num_tokens // array.shape[1]), len(array))
+        chosen = [array[place * len(array) // count] for place in range(count)]
+        return torch.from_numpy(np.array(chosen, np.int64).reshape(count, array.shape[1]))
+
 
 class BlockDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The blocks of one split as a torch dataset.

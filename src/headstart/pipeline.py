@@ -22,13 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from rich.console import Console
+from torch import Tensor
 
-from headstart.assets import DEMO, demo_corpus, demo_teacher, teacher_name
+from headstart.assets import DEMO, demo_corpus, demo_teacher
 from headstart.data import DataSettings, TokenBlocks
 from headstart.device import default_device, load_frozen
 from headstart.distributed import is_main, main_first, process_group, world_size
 from headstart.evaluation import validation_loss
+from headstart.extraction import run_extract
 from headstart.files import write_json
 from headstart.prepare import check_source, check_vocabulary, prepare, tokenizer_hash
 from headstart.pretrain.arms import (
@@ -45,19 +48,13 @@ from headstart.progress import progress
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.report import baseline_sentences, headline, load_result, result_table, write_html
 from headstart.report_search import write_search_html
-from headstart.result import SEARCH_COSTS, result_of
+from headstart.result import result_of
 from headstart.run_folder import check_run_folder, open_run
 from headstart.search.fitness import fitting_batch_size
-from headstart.search.run import load_spec, search, space_of
+from headstart.search.run import search, space_of
 from headstart.subnet.card import training_note, write_card
-from headstart.subnet.extract import (
-    checkpoint_files,
-    extract,
-    hash_checkpoint,
-    resolve_teacher,
-)
+from headstart.subnet.extract import checkpoint_files, hash_checkpoint, resolve_teacher
 from headstart.subnet.rules import match_tensor, read_config
-from headstart.subnet.spec import student_config
 
 
 def teacher_folder(recipe: Recipe) -> Path:
@@ -302,32 +299,26 @@ def run(recipe: Recipe) -> list[dict[str, Any]]:
             run_search(recipe, extracts=True)
         results = []
         for one in bin_recipes(recipe):
-            folder = Path(one.output)
+            folder, calibration = Path(one.output), None
+            if one.search.init != "slice" and not one.student:
+                _, _, blocks = _prepared(one)
+                calibration = blocks.spread("train", one.search.calibration_tokens)
             with main_first():
                 if is_main() and not one.student and not (folder / "student").exists():
                     provenance = {"recipe": recipe_to_dict(one)}
-                    run_extract(one.teacher, folder / "search.json", folder / "student", provenance)
+                    parts = (one.teacher, folder / "search.json", folder / "student", provenance)
+                    run_extract(*parts, one.search.init, calibration)
             results.append(run_pretrain(one))
         return results
 
 
-def run_extract(
-    teacher: str | Path, spec: Path, out_folder: Path, provenance: dict[str, Any] | None = None
-) -> Path:
-    """Cut the sub-network that a spec file describes out of a teacher.
-
-    What the spec file says of its search, the costs above all, goes into `subnet.json`.
-    """
+def calibration_blocks(
+    teacher: str | Path, settings: DataSettings, num_tokens: int
+) -> Int[Tensor, "blocks tokens"]:
+    """Tokens of a corpus' training split, as a teacher reads them, for `run_extract`."""
+    check_text(settings)
     folder = demo_teacher() if teacher == DEMO else resolve_teacher(teacher)
-    kept = load_spec(spec)
-    student_config(read_config(folder), kept)  # refuses what cannot be cut
-    found = json.loads(spec.read_text())
-    origin = {
-        key: found[key] for key in (*SEARCH_COSTS, "loss", "parameters", "bin") if key in found
-    }
-    provenance = {**origin, "teacher_name": teacher_name(teacher), **(provenance or {})}
-    with progress("extract", len(checkpoint_files(folder)), "tensors") as advance:
-        return extract(folder, kept, out_folder, provenance, lambda name: advance())
+    return prepare(data_settings(settings), folder).spread("train", num_tokens)
 
 
 def run_report(folder: Path) -> dict[str, Any]:

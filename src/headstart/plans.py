@@ -17,6 +17,7 @@ from headstart.recipe import Recipe
 from headstart.search.plan import SearchPlan, plan_search, plan_table
 from headstart.search.run import space_of
 from headstart.subnet.axes import Sizes
+from headstart.subnet.calibrate import cut_config
 from headstart.subnet.rules import family_of, read_config, sizes_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
         shape = nearest.sizes()
         per_layer = {k: tuple(v) if isinstance(v, list) else v for k, v in shape.items()}
         sizes = sizes_of(config) | per_layer
-        plans.append([_plan_of(arm, one, config, sizes, hardware) for arm in one.pretrain.arms])
+        cut = cut_config(config, one.search.init)
+        plans.append([_plan_of(arm, one, cut, sizes, hardware) for arm in one.pretrain.arms])
         named = ", ".join(f"{axis} {size}" for axis, size in shape.items())
         Console().print(arms_table(plans[-1], hardware, f"a student with {named}"))
     return plans

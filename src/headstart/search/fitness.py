@@ -20,6 +20,7 @@ from headstart.search.candidate import Candidate, Orders
 from headstart.subnet.extract import build_student, slice_tensors
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec
+from headstart.subnet.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,8 @@ class HeldOutLoss:
         orders: the axis orders in which candidates are read.
         blocks: the tokens on which every candidate is scored.
         batch_size: blocks per forward pass.
+        statistics: of the teacher's activations, by which candidates are refitted; None cuts them
+            out as they are.
     """
 
     state: Mapping[str, Tensor]
@@ -48,6 +51,7 @@ class HeldOutLoss:
     orders: Orders
     blocks: Int[Tensor, "blocks tokens"]
     batch_size: int = 8
+    statistics: Statistics | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -59,7 +63,8 @@ class HeldOutLoss:
 
     def student(self, candidate: Candidate) -> PreTrainedModel:
         """The candidate as a model."""
-        return build_student(self.state, self.config, candidate.spec(self.config, self.orders))
+        spec = candidate.spec(self.config, self.orders)
+        return build_student(self.state, self.config, spec, self.statistics)
 
     def __call__(self, candidate: Candidate, start: int, stop: int) -> float:
         """Nats of all targets in the blocks from `start` to before `stop`."""

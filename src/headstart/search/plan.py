@@ -15,6 +15,7 @@ from rich.table import Table
 from headstart.device import default_device, has_fast_bf16
 from headstart.search.racing import rung_blocks
 from headstart.search.run import IMPORTANCE_FLOPS, SearchSettings, space_of
+from headstart.subnet.calibrate import calibration_flops, cut_config
 from headstart.subnet.count import Measure, amount, inference_flops_per_token
 from headstart.subnet.rules import layouts_of, sizes_of
 
@@ -75,6 +76,7 @@ def plan_search(
         ValueError: the bin or grid is malformed, or no candidate can meet the bin.
     """
     space = space_of(config, settings, context_length)
+    config = cut_config(config, settings.init)
     bin = settings.bin.resolve(context_length)
     layouts, sizes = layouts_of(config), sizes_of(config)
     rng = random.Random(settings.evolution.seed)
@@ -111,6 +113,8 @@ def plan_search(
     passes = max(IMPORTANCE_FLOPS.get(order, 0) for order in orders)
     teacher_flops = inference_flops_per_token(layouts, sizes, context_length)
     calibration = round(passes * settings.calibration_tokens * teacher_flops)
+    num_blocks = -(-settings.calibration_tokens // context_length)
+    calibration += calibration_flops(config, settings.init, num_blocks, context_length)
     finals = settings.finalists
     trained_tokens = finals.steps * finals.batch_size * context_length
     return SearchPlan(

@@ -39,6 +39,7 @@ from headstart.search.live import GenerationRow, SearchTable
 from headstart.search.pareto import nondominated_fronts
 from headstart.search.racing import Race, RacingSettings
 from headstart.search.space import Space, SpaceName
+from headstart.subnet.calibrate import Calibration, Init, calibrate, cut_config
 from headstart.subnet.count import Measure, amount, inference_flops_per_token
 from headstart.subnet.extract import hash_checkpoint
 from headstart.subnet.rules import layouts_of, read_config, sizes_of
@@ -56,6 +57,8 @@ class SearchSettings:
     """What is searched, and how.
 
     Attributes:
+        init: how candidates and the student get their weights from the teacher: a plain "slice",
+            refitted by "least_squares", or that of a teacher rotated before.
         space: "coarse" keeps the first units of each axis, "fine" any of them; "uniform" has one
             size for all layers, "layerwise" one for each.
         order: what "first" means for channels, groups and neurons: most important first by one of
@@ -70,10 +73,11 @@ class SearchSettings:
         racing: token budgets on which poor candidates are dropped early.
         finalists: the short training that decides among the best.
         tokens: held-out tokens on which candidates are scored.
-        calibration_tokens: training tokens of the importance pass.
+        calibration_tokens: training tokens of the importance pass, and of what `init` needs.
         batch_size: blocks per forward pass; 0 for as many as fit.
     """
 
+    init: Init = "slice"
     space: SpaceName = "coarse-uniform"
     order: Literal["activation", "magnitude", "taylor", "teacher"] = "activation"
     layer_order: Literal["block_influence", "magnitude", "taylor", "teacher"] = "block_influence"
@@ -118,9 +122,11 @@ def space_of(config: PreTrainedConfig, settings: SearchSettings, context_length:
         context_length: tokens that attention spans, for bins in FLOPs.
 
     Raises:
-        ValueError: the bin or grid is malformed, or no candidate can meet the bin.
+        ValueError: the bin or grid is malformed, no candidate can meet the bin, or the teacher
+            cannot be rotated.
     """
     bin = settings.bin.resolve(context_length)
+    config = cut_config(config, settings.init)
     return Space.build(config, settings.space, bin, settings.grid, settings.unit_noise)
 
 
@@ -157,9 +163,14 @@ def search(
         if finished.is_file():
             result: dict[str, Any] = json.loads(finished.read_text())
             return result
-        model = load_frozen(teacher, default_device())
+        tokens = blocks.spread("train", settings.calibration_tokens)
+        with main_first():
+            source = calibrate(teacher, settings.init, tokens, identity["teacher_hash"])
+        model = load_frozen(source.teacher, default_device())
         # The config as it is on disk: loading may change its precision, which bins in bytes read.
-        searched = _Search(model, read_config(teacher), blocks, settings, journal, identity)
+        config = read_config(source.teacher)
+        config.name_or_path = str(teacher)
+        searched = _Search(model, config, blocks, settings, journal, identity, source)
         result = json.loads(json.dumps(searched.run()))  # the same as read from the file later
         if is_main():
             write_json(finished, result)
@@ -177,6 +188,7 @@ class _Search:
         settings: SearchSettings,
         journal: Journal,
         identity: dict[str, Any],
+        source: Calibration,
     ) -> None:
         self.model, self.config, self.settings, self.journal = model, config, settings, journal
         self.blocks, self.identity = blocks, identity
@@ -188,11 +200,15 @@ class _Search:
         self.batch_size = settings.batch_size or fitting_batch_size(
             self.config, self.context_length, model.device, model.dtype.itemsize
         )
-        self.orders, self.calibration_flops = self._orders()
+        self.orders, order_flops = self._orders()
+        self.calibration_flops = order_flops + source.flops
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         state = {name: one for name, one in model.state_dict().items() if name not in tied}
-        orders = put_in_order(state, self.config, self.orders)
-        parts = (state, self.config, orders, held_out.to(model.device), self.batch_size)
+        orders = self.orders
+        if source.statistics is None:  # refitted candidates are no views in any order
+            orders = put_in_order(state, self.config, orders)
+        place = (held_out.to(model.device), self.batch_size, source.statistics)
+        parts = (state, self.config, orders, *place)
         self.fitness = (
             DivergenceFromTeacher(*parts, teacher=model)
             if settings.fitness == "kl"
@@ -228,7 +244,7 @@ class _Search:
         )
         calibration = self.blocks.first("train", settings.calibration_tokens)
         batches = calibration.split(self.batch_size)  # type: ignore[no-untyped-call]
-        batching = [calibration.numel(), self.batch_size, str(self.model.dtype)]
+        batching = [calibration.numel(), self.batch_size, str(self.model.dtype), settings.init]
         key = {**self.identity, "settings": [units, depth, *batching]}
 
         def measure() -> Any:
@@ -241,7 +257,9 @@ class _Search:
         flops_per_token = inference_flops_per_token(self.layouts, self.sizes, self.context_length)
         by_units = orders if settings.order == "teacher" else found
         by_depth = orders if settings.layer_order == "teacher" else found
-        mixed = Orders(by_depth.layers, by_units.embed, by_units.kv_groups, by_units.mlp)
+        # Channels of a rotated teacher have an order already.
+        embed = (orders if settings.init == "rotate+least_squares" else by_units).embed
+        mixed = Orders(by_depth.layers, embed, by_units.kv_groups, by_units.mlp)
         return mixed, passes * calibration.numel() * flops_per_token
 
     def _evolve(self) -> list[Evaluated]:
@@ -344,6 +362,7 @@ class _Search:
             "parameters": scores[place].parameters,
             "bin": [self.bin.low, self.bin.high],
             "measure": self.bin.measure,
+            "init": settings.init,
             "space": settings.space,
             "order": settings.order,
             "layer_order": settings.layer_order,

@@ -1,0 +1,133 @@
+"""A search whose candidates are calibrated scores the very students that are cut out later."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from tests.conftest import random_teacher
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from headstart import device
+from headstart.data import DataSettings, TokenBlocks
+from headstart.extraction import run_extract
+from headstart.held_out import mean_loss
+from headstart.prepare import prepare
+from headstart.search.bins import BinSettings
+from headstart.search.evolution import EvolutionSettings
+from headstart.search.plan import plan_search
+from headstart.search.racing import RacingSettings
+from headstart.search.run import SearchSettings, search, space_of
+from headstart.search.space import SpaceName
+from headstart.subnet.calibrate import Init, calibration_flops
+from headstart.subnet.rules import read_config
+
+BLOCK_LENGTH = 32
+SETTINGS = SearchSettings(
+    bin=BinSettings(low="25K", high="35K"),
+    evolution=EvolutionSettings(population=5, generations=2, elites=2),
+    racing=RacingSettings(rungs=1),
+    tokens=300,
+    calibration_tokens=600,
+)
+
+
+@pytest.fixture(scope="module")
+def blocks(
+    corpus: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TokenBlocks:
+    settings = DataSettings(str(corpus), block_length=BLOCK_LENGTH, search_fraction=0.2)
+    return prepare(settings, teacher_folder, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own, and float32 also where bfloat16 is fast."""
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
+
+
+@pytest.mark.parametrize("space", get_args(SpaceName))
+@pytest.mark.parametrize("init", get_args(Init))
+def test_the_winners_score_is_that_of_the_extracted_student(
+    init: Init, space: SpaceName, teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, init=init, space=space)
+    found = search(teacher_folder, blocks, settings, tmp_path)
+    calibration = blocks.spread("train", settings.calibration_tokens)
+    out = run_extract(
+        teacher_folder, tmp_path / "search.json", tmp_path / "out", calibration=calibration
+    )
+    student = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    loss = mean_loss(student, blocks.first("search", settings.tokens), 4)
+    assert loss == pytest.approx(found["loss"], abs=1e-4)
+    assert student.num_parameters() == found["parameters"]
+    written = json.loads((out / "subnet.json").read_text())
+    assert written["init"] == found["init"] == init
+    assert written["teacher"] == found["teacher"]["name"] == str(teacher_folder)
+    assert written["teacher_hash"] == found["teacher"]["hash"]
+
+
+def test_calibration_reads_blocks_from_all_over_the_text(blocks: TokenBlocks) -> None:
+    split = torch.from_numpy(blocks.split("train").astype("int64"))
+    assert torch.equal(blocks.spread("train", split.numel()), split)
+    assert torch.equal(blocks.spread("train", 10 * split.numel()), split)
+    few = blocks.spread("train", 3 * BLOCK_LENGTH - 5)
+    assert torch.equal(few, split[[0, len(split) // 3, 2 * len(split) // 3]])
+    assert blocks.spread("train", 0).shape == (0, BLOCK_LENGTH)
+
+
+def test_calibration_is_charged(teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path) -> None:
+    costs = {}
+    for init in get_args(Init):
+        settings = replace(SETTINGS, init=init, order="teacher", layer_order="teacher")
+        costs[init] = search(teacher_folder, blocks, settings, tmp_path / init)["calibration_flops"]
+    shape = blocks.spread("train", SETTINGS.calibration_tokens).shape
+    config = read_config(teacher_folder)
+    for init, flops in costs.items():
+        assert flops == calibration_flops(config, init, *shape)
+    assert costs["slice"] == 0 < costs["least_squares"] == costs["rotate+least_squares"]
+
+
+def test_the_student_of_a_rotated_teacher_has_an_output_matrix_of_its_own(
+    teacher_folder: Path,
+) -> None:
+    """And the bin counts it."""
+    config = read_config(teacher_folder)
+    assert config.tie_word_embeddings
+    plain, rotated = (
+        space_of(config, replace(SETTINGS, init=init), BLOCK_LENGTH).rows
+        for init in ("least_squares", "rotate+least_squares")
+    )
+    # The largest reachable size is the whole teacher's.
+    assert rotated.largest == plain.largest + config.vocab_size * config.hidden_size
+
+
+def test_a_plan_charges_calibration_too(teacher_folder: Path) -> None:
+    config = read_config(teacher_folder)
+    plain, refitted = (
+        plan_search(config, replace(SETTINGS, init=init), BLOCK_LENGTH)
+        for init in ("slice", "least_squares")
+    )
+    extra = calibration_flops(config, "least_squares", 19, BLOCK_LENGTH)
+    assert refitted.flops[0] == plain.flops[0] + extra
+
+
+def test_a_teacher_that_cannot_be_rotated_is_refused_from_its_config() -> None:
+    config = random_teacher("olmo2-tied").config
+    with pytest.raises(ValueError, match="olmo2 teacher cannot be rotated"):
+        space_of(config, replace(SETTINGS, init="rotate+least_squares"), BLOCK_LENGTH)
+
+
+def test_extraction_without_its_text_is_refused(
+    teacher_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    spec = {"layers": "0-3", "embed": "0-47", "kv_groups": ["0-1"] * 4, "mlp": ["0-79"] * 4}
+    (tmp_path / "spec.json").write_text(json.dumps({"spec": spec, "init": "least_squares"}))
+    with pytest.raises(ValueError, match="least_squares needs text to calibrate with"):
+        run_extract(teacher_folder, tmp_path / "spec.json", tmp_path / "out")
+    run_extract(teacher_folder, tmp_path / "spec.json", tmp_path / "out", init="slice")
