@@ -1,0 +1,284 @@
+"""How much of a better start survives training: five starts, with and without distillation.
+
+    python benchmarks/ablation.py --output runs/ablation
+    python benchmarks/ablation.py --output runs/ablation --data articles/ --tokens 2000000 \\
+        --sizes half --seeds 0 --learning-rates 1e-3 2e-3
+
+Students of one architecture, about two and four times smaller than the demo's teacher, begin with
+random weights; with the first units of every axis; with the most important ones; with the same,
+refitted by least squares; and as that of the rotated teacher. All embeddings are untied, as
+rotation needs them to be, so that at each size every arm has the same parameters. Each arm is
+trained at every learning rate, and the rate that ends lowest is compared, as the mean over seeds.
+
+FLOPs charge an arm with the importance pass, calibration, training and the teacher's forward
+passes; a sweep's other rates and evaluations are not charged. Killed and started again, it goes on;
+more budgets, sizes, seeds or rates may be added later. The table is printed and kept as
+`ablation.md`. The ratio is the budget over the tokens in which the best calibrated arm without
+distillation reaches what the importance slice ends with, at the size and budget where it is least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from jaxtyping import Int
+from torch import Tensor
+
+from headstart.assets import demo_corpus, demo_teacher, finished_folder
+from headstart.data import DataSettings, TokenBlocks
+from headstart.device import default_device, load_frozen
+from headstart.files import write_json, write_whole
+from headstart.held_out import tokens_to_match
+from headstart.prepare import prepare
+from headstart.pretrain.arms import Arm, ArmInputs, PretrainSettings, run_arm
+from headstart.pretrain.losses import DistillationSettings
+from headstart.pretrain.variants import run_variants, variants_of
+from headstart.search.candidate import Orders
+from headstart.search.importance import activation_importance
+from headstart.subnet.calibrate import Init, calibrate
+from headstart.subnet.count import count
+from headstart.subnet.extract import (
+    TOKENIZER_FILES,
+    extract,
+    hash_checkpoint,
+    read_tensors,
+)
+from headstart.subnet.rules import read_config
+from headstart.subnet.spec import Indices, SubnetSpec
+
+
+@dataclass(frozen=True)
+class Size:
+    """A student's shape, the same in every layer."""
+
+    layers: int
+    embed: int
+    kv_groups: int
+    mlp: int
+
+    def spec(self, orders: Orders) -> SubnetSpec:
+        """The first of each order."""
+        layers = tuple(sorted(orders.layers[: self.layers]))
+        return SubnetSpec(
+            layers,
+            _first(orders.embed, self.embed),
+            tuple(_first(orders.kv_groups[layer], self.kv_groups) for layer in layers),
+            tuple(_first(orders.mlp[layer], self.mlp) for layer in layers),
+        )
+
+
+SIZES = {"half": Size(20, 384, 2, 960), "quarter": Size(20, 192, 2, 896)}
+"""67.8M and 33.2M parameters, the teacher having 134.5M."""
+SCRATCH, IMPORTANCE = "scratch", "importance slice"
+STARTS: dict[str, Init] = {
+    "first-k slice": "slice",
+    IMPORTANCE: "slice",
+    "least squares": "least_squares",
+    "rotate+least squares": "rotate+least_squares",
+}
+CALIBRATED = tuple(name for name, init in STARTS.items() if init != "slice")
+
+
+def _first(order: Indices, number: int) -> Indices:
+    return tuple(sorted(order[:number]))
+
+
+def untied_teacher(folder: Path) -> Path:
+    """The demo's teacher with an output matrix of its own, which computes the same."""
+    target = folder / "teacher"
+    if not target.is_dir():
+        with finished_folder(target) as unfinished:
+            config = read_config(demo_teacher())
+            state = dict(read_tensors(demo_teacher()))
+            state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+            config.tie_word_embeddings = False
+            save_torch_state_dict(state, unfinished, metadata={"format": "pt"})
+            config.save_pretrained(unfinished)
+            for pattern in TOKENIZER_FILES:
+                for file in demo_teacher().glob(pattern):
+                    shutil.copyfile(file, unfinished / file.name)
+    return target
+
+
+def students(
+    size: Size, teacher: Path, calibration: Int[Tensor, "blocks tokens"], folder: Path
+) -> dict[str, Path]:
+    """The extracted student of each start, by name; subnet.json says what it cost."""
+    config, found = read_config(teacher), {}
+    for name, init in STARTS.items():
+        found[name] = folder / name.replace(" ", "-")
+        if found[name].is_dir():
+            continue
+        orders, flops = Orders.of_teacher(config), 0
+        if name != "first-k slice":
+            model = load_frozen(teacher, default_device())
+            orders = activation_importance(model, calibration.split(4)).orders()
+            forward = count(config, calibration.shape[1]).inference_flops_per_token
+            flops = forward * calibration.numel()
+        if init == "rotate+least_squares":  # whose channels are in order
+            orders = replace(orders, embed=Orders.of_teacher(config).embed)
+        source = calibrate(teacher, init, calibration)
+        costs = {"calibration_flops": flops + source.flops}
+        parts = (source.teacher, size.spec(orders), found[name], costs)
+        extract(*parts, statistics=source.statistics)
+    return found
+
+
+def train(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
+    """Train what is left of an arm; of what is finished only the curves are kept."""
+    for name, single in variants_of(arm, inputs.settings.seeds).items():
+        run_arm(single, inputs, folder / name)
+        for kind in ("model", "checkpoint-*", "*best-*"):
+            for weights in (folder / name).glob(kind):
+                shutil.rmtree(weights)
+    return run_variants(arm, inputs, folder)
+
+
+def charged(result: dict[str, Any], arm: Arm, inputs: ArmInputs) -> list[dict[str, float]]:
+    """An arm's curve with FLOPs, all that the arm needed among them."""
+    context = inputs.blocks.split("train").shape[1]
+    student, teacher = (
+        count(read_config(one), context) for one in (inputs.student, inputs.teacher)
+    )
+    origin = json.loads((inputs.student / "subnet.json").read_text())
+    start = origin["calibration_flops"] if arm.init == "subnet" else 0
+    curve = []
+    for point in result["curve"]:
+        flops = start + point["tokens"] * student.training_flops_per_token
+        if arm.kd:
+            flops += arm.kd.teacher_tokens(point["tokens"]) * teacher.inference_flops_per_token
+        curve.append({**point, "flops": flops})
+    return curve
+
+
+def reached(curve: list[dict[str, float]], unit: str, target: float) -> float | None:
+    """Tokens or FLOPs at which a curve is at or below a loss."""
+    spent, losses = ([point[key] for point in curve] for key in (unit, "loss"))
+    return tokens_to_match(spent, losses, target)
+
+
+def compare(
+    tokens: int, size_name: str, options: argparse.Namespace, teacher: Path, blocks: TokenBlocks
+) -> tuple[list[str], float]:
+    """Train all arms of one size and budget.
+
+    Returns:
+        Their rows of the table; the budget over the tokens to match the importance slice.
+    """
+    output = Path(options.output)
+    calibration = blocks.spread("train", options.calibration_tokens)
+    cut = students(SIZES[size_name], teacher, calibration, output / "students" / size_name)
+    settings = PretrainSettings(
+        tokens=tokens,
+        validation_tokens=options.validation_tokens,
+        evaluations=options.evaluations,
+        seeds=tuple(options.seeds),
+    )
+    trained: dict[str, tuple[dict[str, Any], list[dict[str, float]]]] = {}
+    for start in (SCRATCH, *STARTS):
+        for kd in (None, DistillationSettings()):
+            arm = Arm(
+                f"{start}{' + kd' if kd else ''}",
+                init="random" if start == SCRATCH else "subnet",
+                learning_rates=tuple(options.learning_rates),
+                kd=kd,
+            )
+            inputs = ArmInputs(
+                cut.get(start, cut[IMPORTANCE]),
+                teacher,
+                blocks,
+                settings,
+                {"per_device_train_batch_size": options.batch_size, "report_to": "none"},
+            )
+            folder = output / size_name / str(tokens) / arm.name.replace(" ", "-")
+            result = train(arm, inputs, folder)
+            trained[arm.name] = (result, charged(result, arm, inputs))
+    targets = {name: trained[name][1][-1]["loss"] for name in (SCRATCH, IMPORTANCE)}
+    rows = [_row(size_name, name, *found, trained, targets) for name, found in trained.items()]
+    budget = trained[IMPORTANCE][1][-1]["tokens"]
+    matches = [reached(trained[name][1], "tokens", targets[IMPORTANCE]) for name in CALIBRATED]
+    soonest = min((match for match in matches if match is not None), default=float("inf"))
+    return rows, budget / max(soonest, 1)
+
+
+def _row(
+    size_name: str,
+    name: str,
+    result: dict[str, Any],
+    curve: list[dict[str, float]],
+    trained: dict[str, tuple[dict[str, Any], list[dict[str, float]]]],
+    targets: dict[str, float],
+) -> str:
+    spread = result["loss_spread"]
+    cells = [size_name, f"{curve[-1]['tokens']:,}", name, f"{result['learning_rate']:g}"]
+    cells += [f"{curve[0]['loss']:.3f}", f"{curve[-1]['loss']:.3f}"]
+    cells.append("" if spread is None else f"{spread:.3f}")
+    for reference, target in targets.items():
+        for unit in ("tokens", "flops"):
+            spent, whole = reached(curve, unit, target), trained[reference][1][-1][unit]
+            if spent is None:
+                cells.append("never")
+            else:
+                amount = f"{spent:,.0f}" if unit == "tokens" else f"{spent:.2e}"
+                cells.append(f"{amount} ({whole / spent:.2f}x)" if spent else "0, before training")
+    return f"| {' | '.join(cells)} |"
+
+
+COLUMNS = (
+    "size", "budget", "arm", "learning rate", "before", "final", "spread",
+    "tokens to scratch's final", "FLOPs to it", "tokens to the importance slice's", "FLOPs to it",
+)  # fmt: skip
+
+
+def pin(options: argparse.Namespace, teacher: Path, blocks: TokenBlocks) -> None:
+    """Refuse to go on in a folder whose runs were of another kind."""
+    lists = ("sizes", "tokens", "seeds", "learning_rates", "output", "data")
+    ours = {key: value for key, value in vars(options).items() if key not in lists}
+    ours |= {"text": blocks.fingerprint, "teacher": hash_checkpoint(teacher)}
+    kept = Path(options.output) / "options.json"
+    if not kept.is_file():
+        write_json(kept, ours)
+    theirs = json.loads(kept.read_text())
+    if theirs != ours:
+        raise ValueError(f"{options.output} holds runs with {theirs}; choose another --output")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", default="runs/ablation")
+    parser.add_argument("--data", default="", help="text; the demo's corpus by default")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[131_072], help="budgets")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--batch-size", type=int, default=4, help="blocks in a step")
+    parser.add_argument("--block-length", type=int, default=256, help="tokens")
+    parser.add_argument("--calibration-tokens", type=int, default=65_536)
+    parser.add_argument("--validation-tokens", type=int, default=16_384)
+    parser.add_argument("--evaluations", type=int, default=12)
+    options = parser.parse_args()
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    teacher = untied_teacher(Path(options.output))
+    source = options.data or str(demo_corpus())
+    blocks = prepare(DataSettings(source, block_length=options.block_length), teacher)
+    pin(options, teacher, blocks)
+    table = [f"| {' | '.join(COLUMNS)} |", f"|{' :-- |' * len(COLUMNS)}"]
+    ratios = []
+    for tokens in options.tokens:
+        for size_name in options.sizes:
+            rows, ratio = compare(tokens, size_name, options, teacher, blocks)
+            table += rows
+            ratios.append(ratio)
+            write_whole(Path(options.output) / "ablation.md", "\n".join(table) + "\n")
+    print("\n".join(table))
+    print(f"ratio: {min(ratios):.2f}x (goal 1.00x)")
+
+
+if __name__ == "__main__":
+    main()
