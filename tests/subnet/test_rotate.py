@@ -130,5 +130,5 @@ def test_other_norms_are_refused_by_name(kind, reason):
 
 
 def test_the_tokenizer_goes_along(teacher_folder, tmp_path):
-    write_rotated(teacher_folder, torch.eye(len(basis), dtype=torch.float64), tmp_path)
+    write_rotated(teacher_folder, torch.eye(48, dtype=torch.float64), tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<end>"
