@@ -32,7 +32,7 @@ from headstart.zero_shot import task_sources, write_task
 from peers.environment import llama_cpp_python
 
 GOAL = 1.0
-TASKS, LIMIT = ("hellaswag", "piqa"), 20
+TASKS, LIMIT = ("hellaswag", "piqa"), 100
 NUM_TOKENS = 32
 PROMPTS = (
     "The capital of France is",

@@ -11,8 +11,9 @@ def main() -> None:
     settings = xllamacpp.CommonParams()
     settings.model.path = sys.argv[1]
     settings.n_ctx = 512
-    # Keys and values in half precision, its default, would choose other tokens now and then.
+    # Half precisions, its default in attention, would choose other tokens now and then.
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(settings)
     texts = []
     for tokens in asked["prompts"]:
