@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,12 +84,10 @@ def task_sources(tasks: Sequence[str], data: Path | None) -> dict[str, dict[str,
         ImportError: lm-eval is not installed.
     """
     lm_eval_version()
-    from lm_eval.tasks import TaskManager
-
     if twins := {task for task in tasks if tasks.count(task) > 1}:
         raise ValueError(f"--tasks names {twins.pop()} twice; name it once")
     if data is None:
-        known = set(TaskManager().all_tasks)
+        known = set(_task_manager().all_tasks)
         for task in tasks:
             if task not in known:
                 raise ValueError(f"lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
@@ -157,6 +155,14 @@ def _unpacked(wheel: Path) -> Path:
     return target
 
 
+@cache
+def _task_manager() -> Any:
+    """lm-eval's index of its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def write_task(source: dict[str, Any], folder: Path) -> Path:
     """Write a task of `task_sources` as a file that lm-eval reads.
 
@@ -164,9 +170,7 @@ def write_task(source: dict[str, Any], folder: Path) -> Path:
         source: the task.
         folder: for the file.
     """
-    from lm_eval.tasks import TaskManager
-
-    own = TaskManager().task_index[source["task"]].yaml_path
+    own = _task_manager().task_index[source["task"]].yaml_path
     path = folder / f"{source['task']}.yaml"
     path.write_text(yaml.safe_dump({"include": str(own), **source}))
     return path
@@ -174,12 +178,10 @@ def write_task(source: dict[str, Any], folder: Path) -> Path:
 
 def loaded_task(source: dict[str, Any]) -> Any:
     """A task of `task_sources` as lm-eval's own object."""
-    from lm_eval.tasks import TaskManager
-
     with tempfile.TemporaryDirectory() as scratch:
         is_own = len(source) == 1
         named = source["task"] if is_own else str(write_task(source, Path(scratch)))
-        (task,) = TaskManager().load([named])["tasks"].values()
+        (task,) = _task_manager().load([named])["tasks"].values()
     return task
 
 
