@@ -278,7 +278,40 @@ def test_any_two_kinds_take_one_pass(teacher: PreTrainedModel, tokens: Tensor) -
         assert torch.equal(found.layers, alone.layers)
 
 
-KINDS = [("activation", "block_influence"), ("taylor", "magnitude"), ("activation", "taylor")]
+@torch.no_grad()
+def test_a_contribution_is_what_a_layer_loses_without_the_unit(
+    teacher: PreTrainedModel, tokens: Tensor
+) -> None:
+    """Root mean square of a neuron's part in the output of its linear layer, as it is computed."""
+    in_float64(teacher)
+    found = measure_importance(teacher, tokens.split([4, 2]), "contribution")
+    name = MODULES[teacher.config.model_type][1]
+    for layer in (0, NUM_LAYERS - 1):
+        linear = teacher.base_model.layers[layer].get_submodule(name)
+        seen: list[Tensor] = []
+        wrapped(linear, lambda before, _, seen=seen: seen.append(before))
+        teacher.base_model(tokens)
+        for unit in (0, 33, linear.in_features - 1):
+            without = seen[0].clone()
+            without[..., unit] = 0
+            lost = torch.nn.functional.linear(seen[0] - without, linear.weight)
+            expected = lost.square().sum(-1).mean().sqrt().item()
+            assert float(found.mlp[layer, unit]) == pytest.approx(expected, rel=1e-5)
+    groups = MODULES[teacher.config.model_type][0]
+    linear, seen = teacher.base_model.layers[1].get_submodule(groups), []
+    wrapped(linear, lambda before, _: seen.append(before))
+    teacher.base_model(tokens)
+    parts = seen[0].square().mean(dim=(0, 1)) * linear.weight.square().sum(dim=0)
+    of_groups = parts.unflatten(0, (found.kv_groups.shape[1], -1)).sum(dim=1).sqrt()
+    torch.testing.assert_close(found.kv_groups[1].double(), of_groups, rtol=1e-5, atol=0)
+
+
+KINDS = [
+    ("contribution", "magnitude"),
+    ("activation", "block_influence"),
+    ("taylor", "magnitude"),
+    ("activation", "taylor"),
+]
 
 
 @one_of_each_family

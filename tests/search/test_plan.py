@@ -161,6 +161,7 @@ def test_a_small_space_is_not_promised_twice(tmp_path: Path) -> None:
         ("teacher", "teacher", 0),
         ("magnitude", "teacher", 0),
         ("activation", "magnitude", 1),
+        ("contribution", "teacher", 1),
         ("teacher", "block_influence", 1),
         ("activation", "taylor", 3),
         ("taylor", "block_influence", 3),

@@ -73,7 +73,7 @@ def dying_after(num_calls: int) -> Callable[..., float]:
     return call
 
 
-@pytest.mark.parametrize("order", ["activation", "magnitude", "taylor", "teacher"])
+@pytest.mark.parametrize("order", ["activation", "contribution", "magnitude", "taylor", "teacher"])
 @pytest.mark.parametrize(
     "space", ["coarse-uniform", "fine-uniform", "coarse-layerwise", "fine-layerwise"]
 )

@@ -22,6 +22,7 @@ from headstart.search.scores import (
     UNIT_AXES,
     Activation,
     BlockInfluence,
+    Contribution,
     Observer,
     Scores,
     Taylor,
@@ -31,11 +32,12 @@ from headstart.search.scores import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UnitImportance = Literal["activation", "magnitude", "taylor"]
+UnitImportance = Literal["activation", "contribution", "magnitude", "taylor"]
 DepthImportance = Literal["block_influence", "magnitude", "taylor"]
 
 OBSERVERS: Mapping[str, type[Observer]] = {
     "activation": Activation,
+    "contribution": Contribution,
     "block_influence": BlockInfluence,
     "taylor": Taylor,
 }
@@ -46,8 +48,8 @@ OBSERVERS: Mapping[str, type[Observer]] = {
 class Importance:
     """Scores of a teacher's units; higher is more important.
 
-    What a score is depends on the kind; see `Activation`, `BlockInfluence`, `magnitude` and
-    `Taylor`.
+    What a score is depends on the kind; see `Activation`, `Contribution`, `BlockInfluence`,
+    `magnitude` and `Taylor`.
 
     Attributes:
         layers: of each layer.
@@ -87,8 +89,9 @@ def measure_importance(
     Args:
         teacher: the whole teacher, in eval mode; it is left as it was.
         batches: calibration token ids; untouched when both kinds are "magnitude".
-        units: what scores channels, groups and neurons: mean |activation|, the norm of their
-            weights, or the first-order change of the loss without them.
+        units: what scores channels, groups and neurons: mean |activation|, what they add to
+            the output of linear layers, the norm of their weights, or the first-order change of the
+            loss without them.
         depth: what scores layers: how much they turn a token, the norm of their weights, or the
             Taylor scores of their groups and neurons.
         on_batch: called with the tokens of each batch done, for progress.

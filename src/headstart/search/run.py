@@ -48,7 +48,9 @@ from headstart.subnet.spec import SubnetSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-IMPORTANCE_FLOPS = {"activation": 1, "block_influence": 1, "magnitude": 0, "taylor": 3}
+IMPORTANCE_FLOPS = {
+    "activation": 1, "contribution": 1, "block_influence": 1, "magnitude": 0, "taylor": 3,
+}  # fmt: skip
 """Forward passes that a kind of importance costs; a backward pass counts as two."""
 
 
@@ -79,7 +81,7 @@ class SearchSettings:
 
     init: Init = "slice"
     space: SpaceName = "coarse-uniform"
-    order: Literal["activation", "magnitude", "taylor", "teacher"] = "activation"
+    order: Literal["activation", "contribution", "magnitude", "taylor", "teacher"] = "activation"
     layer_order: Literal["block_influence", "magnitude", "taylor", "teacher"] = "block_influence"
     fitness: Literal["loss", "kl"] = "loss"
     bin: BinSettings = field(default_factory=BinSettings)

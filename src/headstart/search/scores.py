@@ -59,6 +59,8 @@ class Activation:
     Source: Minitron (arXiv 2407.14679), section 2.2.
     """
 
+    power = 1
+
     def __init__(self, teacher: PreTrainedModel, undo: ExitStack) -> None:
         config = teacher.config
         layouts, self.sizes = layouts_of(config), sizes_of(config)
@@ -70,13 +72,12 @@ class Activation:
                 layout = layouts[f"{site}.weight"]
                 width = shape_of(layout, self.sizes)[1]
                 rows = torch.zeros(self.sizes["layers"], width, device=teacher.device)
-                self.units[site], self.of_batch[site] = (
-                    (axis, dimensions_of(layout)[1]),
-                    rows,
-                )
+                self.units[site] = (axis, dimensions_of(layout)[1])
+                self.of_batch[site] = rows
                 for layer, row in enumerate(rows):
                     module = teacher.get_submodule(site.format(i=layer))
-                    undo.callback(module.register_forward_pre_hook(_magnitudes_into(row)).remove)
+                    hook = _powers_into(row, self.power)
+                    undo.callback(module.register_forward_pre_hook(hook).remove)
         self.totals = {
             site: _zeros(rows.shape, rows.device) for site, rows in self.of_batch.items()
         }
@@ -96,12 +97,49 @@ class Activation:
         return {axis: torch.stack(of_sites).mean(dim=0) for axis, of_sites in means.items()}
 
 
-def _magnitudes_into(row: Float[Tensor, " units"]) -> Callable[[nn.Module, Any], None]:
-    """A hook that writes the sum of |input| over all tokens."""
+class Contribution(Activation):
+    """Root mean square, over tokens, of what each unit adds to the output of linear layers.
+
+    Those are the family's importance sites: a neuron is scored by what it writes through the down
+    projection, a channel by what queries and gates read of it, in all layers. What two units add is
+    taken as independent.
+
+    Source: Wanda (arXiv 2306.11695), section 3, whose |W_ij| |x_j| are summed here in squares over
+    all outputs i and over all inputs j of a unit.
+    """
+
+    power = 2
+
+    def __init__(self, teacher: PreTrainedModel, undo: ExitStack) -> None:
+        super().__init__(teacher, undo)
+        num_layers = self.sizes["layers"]
+        self.gains = {
+            site: torch.stack(
+                [
+                    _wide(teacher.get_parameter(f"{site}.weight".format(i=layer))).square().sum(0)
+                    for layer in range(num_layers)
+                ]
+            )
+            for site in self.units
+        }
+
+    def scores(self) -> Scores:
+        added: dict[str, list[Tensor]] = {axis: [] for axis in UNIT_AXES}
+        for site, (axis, units) in self.units.items():
+            kept = {axis} if axis in GLOBAL_AXES else {"layers", axis}
+            squares = self.totals[site] * self.gains[site] / self.num_tokens
+            added[axis].append(_sum_but(kept, squares, ("layers", *units), self.sizes))
+        return {axis: torch.stack(of_sites).sum(dim=0).sqrt() for axis, of_sites in added.items()}
+
+
+def _powers_into(row: Float[Tensor, " units"], power: int) -> Callable[[nn.Module, Any], None]:
+    """A hook that writes the sum of |input|, or of its square, over all tokens."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         tokens = inputs[0].detach().flatten(0, -2)
-        if tokens.device.type == "cpu":  # where the norm is six times as slow
+        if power == 2:
+            torch.sum(_wide(tokens).square(), dim=0, dtype=row.dtype, out=row)
+        elif tokens.device.type == "cpu":  # where the norm is six times as slow
             torch.sum(tokens.abs(), dim=0, dtype=row.dtype, out=row)
         else:
             torch.linalg.vector_norm(tokens, ord=1, dim=0, dtype=row.dtype, out=row)
