@@ -79,6 +79,14 @@ def test_a_width_below_its_heads_has_no_stock_shape_and_the_nearest_is_named():
         stock_sizes(student.config)
 
 
+def test_a_width_far_below_its_heads_is_told_the_nearest_too():
+    teacher = random_teacher("gpt_neox-untied")
+    spec = random_spec(teacher, embed=20, kv_groups=4)
+    student = build_student(teacher.state_dict(), teacher.config, spec)
+    with pytest.raises(ValueError, match="20 is not 64, .* nearest stock shape has embed 64"):
+        stock_sizes(student.config)
+
+
 def test_norms_over_all_heads_allow_no_heads_of_zeros():
     teacher = random_teacher("olmo2-tied")
     spec = SubnetSpec.identity(sizes_of(teacher.config))

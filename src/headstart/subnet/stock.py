@@ -42,8 +42,10 @@ def stock_sizes(config: PreTrainedConfig) -> dict[str, Any]:
                 f"averages over; cut a student with {groups} kv_groups in every layer"
             )
         return padded
+    of_heads = largest["kv_groups"] * largest["q_per_kv"] * largest["head_dim"]  # always fits
+    widths = range(1, 1 + max(of_heads, 2 * largest["embed"]))
     nearest = min(
-        (width for width in range(1, 2 * largest["embed"]) if _fits(config, largest, width)),
+        (width for width in widths if _fits(config, largest, width)),
         key=lambda width: abs(width - largest["embed"]),
     )
     raise ValueError(
