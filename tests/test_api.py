@@ -147,12 +147,32 @@ def test_a_model_from_elsewhere_is_no_student(texts: list[str], tmp_path: Path) 
         headstart.pretrain(teacher, teacher, texts, tmp_path / "run")
 
 
+def test_a_tokenizer_that_comes_later_is_not_passed_over(
+    texts: list[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    teacher = random_teacher("llama-untied-gqa")
+    bin = headstart.Bin(1, 2)
+    with pytest.raises(ValueError, match="no sub-network has between 1 and 2"):
+        headstart.search(teacher, texts, bin, tmp_path / "run")
+    with pytest.raises(ValueError, match="holds another model or tokenizer than the one in memory"):
+        headstart.search(teacher, texts, bin, tmp_path / "run", tokenizer=tokenizer)
+
+
+def test_other_documents_do_not_replace_those_of_a_run(
+    texts: list[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    teacher, bin = random_teacher("llama-untied-gqa"), headstart.Bin(1, 2)
+    for documents, message in ((texts, "no sub-network has"), (texts[:9], "holds other documents")):
+        with pytest.raises(ValueError, match=message):
+            headstart.search(teacher, documents, bin, tmp_path / "run", tokenizer=tokenizer)
+
+
 def test_another_model_in_the_same_folder_is_refused(
     texts: list[str], tokenizer: Any, tmp_path: Path
 ) -> None:
     for seed, message in (
         (0, "no sub-network has between 1 and 2"),
-        (1, "holds another model than the one in memory"),
+        (1, "holds another model or tokenizer than the one in memory"),
     ):
         teacher = random_teacher("llama-untied-gqa", seed)
         with pytest.raises(ValueError, match=message):

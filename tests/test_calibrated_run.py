@@ -74,9 +74,14 @@ def test_extract_from_the_command_line(
     text = ["--data", str(corpus), "--block-length", "32", "--calibration-tokens", "512"]
     for init in ("slice", "least_squares", "rotate+least_squares"):
         out = tmp_path / init
-        assert main([*command, "--out", str(out), "--init", init, *text]) == 0
+        assert (
+            main([*command, "--out", str(out), "--init", init, *(text if init != "slice" else [])])
+            == 0
+        )
         assert json.loads((out / "subnet.json").read_text())["init"] == init
         assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size == 36
+    assert main([*command, "--out", str(tmp_path / "none"), "--init", "slice", *text]) == 2
+    assert "--init slice does not; leave it out" in capsys.readouterr().err
     missing = [*command, "--out", str(tmp_path / "none"), "--init", "least_squares"]
     assert main(missing) == 2
     assert "needs text to calibrate with; give --data" in capsys.readouterr().err

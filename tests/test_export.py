@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from headstart import export as module
 from headstart.cli import main
 from headstart.export import export_gguf, export_stock
+from headstart.subnet.card import write_card
 from headstart.subnet.extract import extract
 
 TOKENS = [[3, 14, 15, 92, 65, 35, 8, 97, 9]]
@@ -55,6 +56,7 @@ def test_a_layerwise_student_needs_zeros_and_says_how_many(
     layerwise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "stock"
+    write_card(layerwise, {"Training": "- tokens: 500"})
     command = ["export", str(layerwise), "--to", "hf", "--out", str(out)]
     assert main(command) == 2
     message = capsys.readouterr().err
@@ -65,7 +67,9 @@ def test_a_layerwise_student_needs_zeros_and_says_how_many(
     assert main([*command, "--pad"]) == 0
     zeros = json.loads((out / "subnet.json").read_text())["zeros"]
     assert f"{zeros:,} of its" in message and zeros > 0
-    assert f"{zeros:,} of its parameters are zeros" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"{zeros:,} of its parameters are zeros" in card
+    assert "## Training\n\n- tokens: 500" in card and "trust_remote_code" not in card
     assert not (out / "modeling.py").exists()
 
 
@@ -116,7 +120,7 @@ def test_an_existing_folder_is_left_alone(uniform: Path, tmp_path: Path) -> None
 def test_gguf_is_the_converters_of_a_stock_folder(
     layerwise: Path, converter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "deep" / "student.gguf"
+    out = tmp_path / "deep" / "student"
     command = ["export", str(layerwise), "--to", "gguf", "--out", str(out)]
     command += ["--converter", str(converter), "--precision", "float16"]
     assert main(command) == 2
@@ -124,7 +128,7 @@ def test_gguf_is_the_converters_of_a_stock_folder(
     assert main([*command, "--pad"]) == 0
     model_type, _, _, outtype, kind = json.loads(out.read_text())
     assert (model_type, outtype, kind) == ("llama", "--outtype", "f16")
-    assert [path.name for path in out.parent.iterdir()] == ["student.gguf"]
+    assert [path.name for path in out.parent.iterdir()] == ["student"]
 
 
 def test_a_converter_that_fails_leaves_nothing_and_is_quoted(

@@ -63,7 +63,7 @@ def test_each_score_has_its_row_and_shares_have_their_error() -> None:
         ([], "there is nothing to evaluate on; give --data, --tasks or both"),
         (["--tasks", "piqa", "--limit", "0"], "--limit is 0; use at least 1"),
         (["--tasks", "piqa,piqa"], "--tasks names piqa twice; name it once"),
-        (["--tasks", "pika"], "lm-eval has no task 'pika'"),
+        (["--tasks", "pika"], "lm-eval has no single task 'pika'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -24,7 +24,7 @@ import torch
 from headstart import __version__, pipeline
 from headstart.data import DataSettings
 from headstart.evaluation import Scores
-from headstart.files import write_json
+from headstart.files import write_json, write_whole
 from headstart.pretrain.arms import Arm, PretrainSettings
 from headstart.recipe import Recipe
 from headstart.scoreboard import EvaluationSettings, run_evaluate
@@ -275,9 +275,13 @@ def _folder(model: Model, tokenizer: PreTrainedTokenizerBase | None, kept: Path)
             tokenizer.save_pretrained(written)
         if not kept.is_dir():
             written.rename(kept)
-        elif hash_checkpoint(written) != hash_checkpoint(kept):
+        elif hash_checkpoint(written) != hash_checkpoint(kept) or any(
+            not (kept / file.name).is_file() or (kept / file.name).read_bytes() != file.read_bytes()
+            for file in written.glob("tokenizer*")
+        ):
             raise ValueError(
-                f"{kept} holds another model than the one in memory; choose another output folder"
+                f"{kept} holds another model or tokenizer than the one in memory; choose another "
+                "output folder, or remove that one"
             )
     return kept
 
@@ -289,8 +293,13 @@ def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
         return replace(data, source=str(text))
     lines = "".join(json.dumps({"text": one}, ensure_ascii=False) + "\n" for one in text)
     path = _made(folder) / "documents.jsonl"
-    if not path.is_file() or path.read_text(encoding="utf-8") != lines:
-        path.write_text(lines, encoding="utf-8")
+    if not path.is_file():
+        write_whole(path, lines)
+    elif path.read_text(encoding="utf-8") != lines:
+        raise ValueError(
+            f"{path} holds other documents than those in memory; choose another output folder, or "
+            "remove that one"
+        )
     return replace(data, source=str(path))
 
 

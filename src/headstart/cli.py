@@ -277,8 +277,16 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
     from headstart import pipeline
     from headstart.data import DataSettings
     from headstart.extraction import run_extract
+    from headstart.search.run import load_spec
 
     calibration = None
+    load_spec(options.spec)
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists already; choose another folder or remove it")
+    if options.calibration_tokens < 1:
+        raise ValueError(f"--calibration-tokens is {options.calibration_tokens}; use at least 1")
+    if options.data and options.init == "slice":
+        raise ValueError("--data is to calibrate with, and --init slice does not; leave it out")
     if options.data:
         settings = DataSettings(
             source=options.data, text_column=options.text_column, block_length=options.block_length
@@ -327,6 +335,10 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from headstart.scoreboard import EvaluationSettings, run_evaluate, scores_table
 
     data = None
+    if options.whole_text and not options.data:
+        raise ValueError("--whole-text is of --data; give that too")
+    if not options.tasks and (options.task_data or options.limit is not None):
+        raise ValueError("--task-data and --limit are for --tasks; give some, or leave them out")
     if options.data:
         data = DataSettings(
             source=options.data,

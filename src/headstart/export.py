@@ -91,10 +91,13 @@ def _say_padded(folder: Path, config: PreTrainedConfig, sizes: Sizes) -> None:
     zeros = parameters(layouts, sizes) - parameters(layouts, sizes_of(config))
     path = folder / "subnet.json"
     if not path.is_file():
+        (folder / CARD).unlink(missing_ok=True)  # it would speak of a layer-wise model
         return
     path.write_text(json.dumps({**json.loads(path.read_text()), "zeros": zeros}, indent=2) + "\n")
-    text = f"{zeros:,} of its parameters are zeros, so that every layer has the same size."
-    write_card(folder, {"Zeros": text})
+    trained = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
+    _, heading, training = trained.partition("\n## Training\n")
+    notes = {"Zeros": f"{zeros:,} of its parameters are zeros, so that all layers have one size."}
+    write_card(folder, ({"Training": training.strip()} if heading else {}) | notes)
 
 
 def export_gguf(
@@ -123,7 +126,7 @@ def export_gguf(
     command = converter_command(converter)
     out_file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_file.parent, prefix=".unfinished-") as scratch:
-        stock = export_stock(model, Path(scratch) / out_file.stem, pads, precision)
+        stock = export_stock(model, Path(scratch) / "stock" / out_file.stem, pads, precision)
         written = Path(scratch) / out_file.name
         options = ["--outfile", str(written), "--outtype", OUTTYPES[precision or ""]]
         done = subprocess.run([*command, str(stock), *options], capture_output=True, text=True)

@@ -19,6 +19,8 @@ from headstart.subnet.extract import checkpoint_files, extract, hash_checkpoint,
 from headstart.subnet.rules import read_config
 from headstart.subnet.spec import student_config
 
+ROTATED: Init = "rotate+least_squares"
+
 
 def run_extract(
     teacher: str | Path,
@@ -47,13 +49,17 @@ def run_extract(
     folder = demo_teacher() if teacher == DEMO else resolve_teacher(teacher)
     kept = load_spec(spec)
     found = json.loads(spec.read_text())
-    init = init or found.get("init", "slice")
+    searched = found.get("init", "slice")
+    init = init or searched
+    if "init" in found and (init == ROTATED) != (searched == ROTATED):
+        raise ValueError(
+            f"{spec} counts channels of a teacher that is {'' if searched == ROTATED else 'not '}"
+            f"rotated, and --init {init} is for {'' if init == ROTATED else 'un'}rotated ones; "
+            f"use --init {searched}"
+        )
     student_config(cut_config(read_config(folder), init), kept)  # refuses what cannot be cut
     if init != "slice" and calibration is None:
-        raise ValueError(
-            f"init {init} needs text to calibrate with; give --data, or --init slice for the "
-            "teacher's own numbers"
-        )
+        raise ValueError(f"init {init} needs text to calibrate with; give --data")
     teacher_hash = hash_checkpoint(folder)
     source = Calibration(folder)
     if calibration is not None:
@@ -61,6 +67,9 @@ def run_extract(
     origin = {
         key: found[key] for key in (*SEARCH_COSTS, "loss", "parameters", "bin") if key in found
     }
+    if init != searched:  # the loss is another start's, and its calibration came on top
+        origin.pop("loss", None)
+        origin["calibration_flops"] = origin.get("calibration_flops", 0) + source.flops
     provenance = {
         "calibration_flops": source.flops,
         "teacher_name": teacher_name(teacher),

@@ -52,7 +52,7 @@ from headstart.result import result_of
 from headstart.run_folder import check_run_folder, open_run
 from headstart.search.fitness import fitting_batch_size
 from headstart.search.run import search, space_of
-from headstart.subnet.card import training_note, write_card
+from headstart.subnet.card import CARD, training_note, write_card
 from headstart.subnet.extract import checkpoint_files, hash_checkpoint, resolve_teacher
 from headstart.subnet.rules import match_tensor, read_config
 
@@ -99,6 +99,10 @@ def check(recipe: Recipe, student: str = "") -> None:
     """
     for arm in recipe.pretrain.arms:
         check_sharding(training_arguments(recipe.train, arm, Path(recipe.output)))
+    if recipe.data.is_validation_only:
+        raise ValueError(
+            "data.validation_fraction is 1 and leaves nothing to search and train on; lower it"
+        )
     check_text(recipe.data)
     with main_first():
         config = read_config(teacher_folder(recipe))
@@ -194,19 +198,20 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
                 result = result_of(
                     recipe, folder, inputs, of_teacher["loss"], of_baselines, trained
                 )
-                for entry in result["arms"]:
-                    if entry["init"] == "subnet":
-                        trained_model = folder / "arms" / entry["name"] / entry["folder"] / "model"
-                        describe(trained_model, student, entry, result)
                 write_json(folder / "result.json", result)
+                for entry in result["arms"]:
+                    trained_model = folder / "arms" / entry["name"] / entry["folder"] / "model"
+                    if entry["init"] == "subnet" and trained_model.is_dir():
+                        describe(trained_model, student, entry, result)
                 run_report(folder)
         return load_result(folder)
 
 
 def describe(model: Path, student: Path, arm: dict[str, Any], result: dict[str, Any]) -> None:
     """Say beside a trained model what it was cut from and how it was trained."""
-    shutil.copyfile(student / "subnet.json", model / "subnet.json")
-    write_card(model, {"Training": training_note(arm, result)})
+    if not (model / CARD).is_file():  # one that is there may have been edited
+        shutil.copyfile(student / "subnet.json", model / "subnet.json")
+        write_card(model, {"Training": training_note(arm, result)})
 
 
 def _baselines(recipe: Recipe) -> list[tuple[str, Path]]:

@@ -27,8 +27,8 @@ SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_se
 VARIANT_KEYS = ("learning_rate", "folder", "sweep", "seeds", "loss_spread", "best")
 """What an arm's entry takes over from its training."""
 SEARCH_KEYS = (
-    "space", "order", "layer_order", "fitness", "measure", "bin", "spec", "candidates", "winner",
-    "front",
+    "init", "space", "order", "layer_order", "fitness", "measure", "bin", "spec", "candidates",
+    "winner", "front",
 )  # fmt: skip
 """What `result.json` takes over from `search.json`."""
 

@@ -21,6 +21,7 @@ import yaml
 from headstart.assets import cache_root, content_hash, finished_folder
 from headstart.device import default_device, load_frozen
 from headstart.evaluation import Scores, kept_scores
+from headstart.prepare import tokenizer_hash
 from headstart.progress import console
 from headstart.subnet.extract import hash_checkpoint
 
@@ -57,7 +58,8 @@ def zero_shot(
         ImportError: lm-eval is not installed.
     """
     version = lm_eval_version()
-    sources, weights = task_sources(tasks, data), hash_checkpoint(model)
+    sources = task_sources(tasks, data)
+    weights = [hash_checkpoint(model), tokenizer_hash(model)]
     scorer: list[Any] = []  # loaded when the first task needs it
 
     def measured(task: str) -> Scores:
@@ -87,10 +89,13 @@ def task_sources(tasks: Sequence[str], data: Path | None) -> dict[str, dict[str,
     if twins := {task for task in tasks if tasks.count(task) > 1}:
         raise ValueError(f"--tasks names {twins.pop()} twice; name it once")
     if data is None:
-        known = set(_task_manager().all_tasks)
+        known = set(_task_manager().all_subtasks)
         for task in tasks:
             if task not in known:
-                raise ValueError(f"lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
+                raise ValueError(
+                    f"lm-eval has no single task {task!r}; `lm-eval ls tasks` lists them, and a "
+                    "group is evaluated by naming its members"
+                )
         return {task: {"task": task} for task in tasks}
     folder = _unpacked(data) if data.is_file() else data
     return {task: _local_source(task, folder) for task in tasks}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -131,3 +132,18 @@ def test_extraction_without_its_text_is_refused(
     with pytest.raises(ValueError, match="least_squares needs text to calibrate with"):
         run_extract(teacher_folder, tmp_path / "spec.json", tmp_path / "out")
     run_extract(teacher_folder, tmp_path / "spec.json", tmp_path / "out", init="slice")
+
+
+@pytest.mark.parametrize(
+    ("searched", "init"), [("rotate+least_squares", "slice"), ("slice", "rotate+least_squares")]
+)
+def test_channels_of_another_basis_are_refused(
+    searched: str, init: Any, teacher_folder: Path, tmp_path: Path
+) -> None:
+    spec = {"layers": "0-3", "embed": "0-23", "kv_groups": ["0-1"] * 4, "mlp": ["0-79"] * 4}
+    (tmp_path / "spec.json").write_text(json.dumps({"spec": spec, "init": searched}))
+    with pytest.raises(
+        ValueError, match=rf"channels of a teacher that is .*; use --init {re.escape(searched)}"
+    ):
+        run_extract(teacher_folder, tmp_path / "spec.json", tmp_path / "out", init=init)
+    assert not (tmp_path / "out").exists()

@@ -54,6 +54,12 @@ def test_an_unknown_licence_is_said_to_be_unknown(saved: Any, tmp_path: Path) ->
     assert "binds this model too: its card does not say" in card.text
 
 
+@pytest.mark.parametrize("text", [b"---\nlicense: [mit, x\n---\n", b"---\nlicense: \xff\n---\n"])
+def test_a_card_that_nobody_can_read_says_nothing(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(text)
+    assert licence_of(tmp_path) == "unknown"
+
+
 def test_a_licence_of_its_own_name(tmp_path: Path) -> None:
     text = "---\nlicense: other\nlicense_name: gemma\n---\n"
     (tmp_path / "README.md").write_text(text)

@@ -83,7 +83,7 @@ def test_a_width_far_below_its_heads_is_told_the_nearest_too():
     teacher = random_teacher("gpt_neox-untied")
     spec = random_spec(teacher, embed=20, kv_groups=4)
     student = build_student(teacher.state_dict(), teacher.config, spec)
-    with pytest.raises(ValueError, match="20 is not 64, .* nearest stock shape has embed 64"):
+    with pytest.raises(ValueError, match=r"20 is not 64, .* nearest stock shape has embed 64"):
         stock_sizes(student.config)
 
 

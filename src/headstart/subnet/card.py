@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from headstart.files import write_whole
 from headstart.subnet.count import count
 from headstart.subnet.rules import is_layerwise, read_config, sizes_of
@@ -21,9 +23,12 @@ def licence_of(folder: Path) -> str:
     from huggingface_hub import metadata_load
 
     path = folder / CARD
-    metadata = (metadata_load(path) or {}) if path.is_file() else {}
+    try:
+        metadata = (metadata_load(path) or {}) if path.is_file() else {}
+    except (yaml.YAMLError, ValueError):  # a card that nobody can read says nothing
+        metadata = {}
     named = metadata.get("license_name") or metadata.get("license")
-    return str(named) if named else UNKNOWN_LICENCE
+    return ", ".join(named) if isinstance(named, list) else str(named or UNKNOWN_LICENCE)
 
 
 def write_card(folder: Path, notes: Mapping[str, str] | None = None) -> Path:
