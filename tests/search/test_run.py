@@ -81,7 +81,8 @@ def test_the_winner_is_the_best_and_is_what_it_says(
     space: Any, order: Any, teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    depth = {"activation": "block_influence"}.get(order, order)
+    of_units_alone = ("activation", "contribution")
+    depth = "block_influence" if order in of_units_alone else order
     settings = replace(SETTINGS, space=space, order=order, layer_order=depth)
     result = search(teacher_folder, blocks, settings, folder)
     assert result == json.loads((folder / "search.json").read_text())
