@@ -13,13 +13,11 @@ from headstart.assets import DEMO, demo_teacher, teacher_name
 from headstart.progress import progress
 from headstart.result import SEARCH_COSTS
 from headstart.search.run import load_spec
-from headstart.subnet.calibrate import Calibration, Init, calibrate, cut_config
+from headstart.subnet.calibrate import ROTATED, Calibration, Init, calibrate, cut_config
 from headstart.subnet.card import licence_of
 from headstart.subnet.extract import checkpoint_files, extract, hash_checkpoint, resolve_teacher
 from headstart.subnet.rules import read_config
 from headstart.subnet.spec import student_config
-
-ROTATED: Init = "rotate+least_squares"
 
 
 def run_extract(

@@ -39,7 +39,7 @@ from headstart.search.live import GenerationRow, SearchTable
 from headstart.search.pareto import nondominated_fronts
 from headstart.search.racing import Race, RacingSettings
 from headstart.search.space import Space, SpaceName
-from headstart.subnet.calibrate import Calibration, Init, calibrate, cut_config
+from headstart.subnet.calibrate import ROTATED, Calibration, Init, calibrate, cut_config
 from headstart.subnet.count import Measure, amount, inference_flops_per_token
 from headstart.subnet.extract import hash_checkpoint
 from headstart.subnet.rules import layouts_of, read_config, sizes_of
@@ -260,7 +260,7 @@ class _Search:
         by_units = orders if settings.order == "teacher" else found
         by_depth = orders if settings.layer_order == "teacher" else found
         # Channels of a rotated teacher have an order already.
-        embed = (orders if settings.init == "rotate+least_squares" else by_units).embed
+        embed = (orders if settings.init == ROTATED else by_units).embed
         mixed = Orders(by_depth.layers, embed, by_units.kv_groups, by_units.mlp)
         return mixed, passes * calibration.numel() * flops_per_token
 

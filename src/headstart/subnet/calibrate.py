@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Init = Literal["slice", "least_squares", "rotate+least_squares"]
+ROTATED: Init = "rotate+least_squares"
+"""The one whose students are cut out of a teacher in another basis."""
 
 TOKENS_PER_BATCH = 2048
 """Enough for a device to be busy; a fixed number, so that it need not be part of a cache's key."""
@@ -63,7 +65,7 @@ def cut_config(config: PreTrainedConfig, init: Init) -> PreTrainedConfig:
     Raises:
         ValueError: the teacher cannot be rotated.
     """
-    return rotated_config(config) if init == "rotate+least_squares" else config
+    return rotated_config(config) if init == ROTATED else config
 
 
 def calibrate(
@@ -84,7 +86,7 @@ def calibrate(
     if init == "slice":
         return Calibration(teacher)
     config = read_config(teacher)
-    if init == "rotate+least_squares":
+    if init == ROTATED:
         check_rotates(config)
     key = {
         "teacher": teacher_hash or hash_checkpoint(teacher),

@@ -62,7 +62,7 @@ def card_text(folder: Path, notes: Mapping[str, str]) -> str:
     rows = "\n".join(f"| {axis} | {_size_text(size)} |" for axis, size in sizes.items())
     parameters = count(config, 1).parameters
     loading = (
-        "Its layers differ in size, so that it carries `modeling.py`. It loads after "
+        "No stock checkpoint has its shape, so it carries `modeling.py`. It loads after "
         "`import headstart`, or without headstart by `trust_remote_code=True`:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)\n'
