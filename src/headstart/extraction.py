@@ -20,6 +20,15 @@ from headstart.subnet.rules import read_config
 from headstart.subnet.spec import student_config
 
 
+def model_folder(model: str | Path) -> Path:
+    """The local folder of a model that a user names: a folder, a hub id or "demo".
+
+    Raises:
+        ValueError: as `resolve_teacher`.
+    """
+    return demo_teacher() if model == DEMO else resolve_teacher(model)
+
+
 def run_extract(
     teacher: str | Path,
     spec: Path,
@@ -44,7 +53,7 @@ def run_extract(
         ValueError: the teacher or spec cannot be read, they do not fit, or there is no text to
             calibrate with.
     """
-    folder = demo_teacher() if teacher == DEMO else resolve_teacher(teacher)
+    folder = model_folder(teacher)
     kept = load_spec(spec)
     found = json.loads(spec.read_text())
     searched = found.get("init", "slice")

@@ -26,12 +26,12 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
-from headstart.assets import DEMO, demo_corpus, demo_teacher
+from headstart.assets import DEMO, demo_corpus
 from headstart.data import DataSettings, TokenBlocks
 from headstart.device import default_device, load_frozen
 from headstart.distributed import is_main, main_first, process_group, world_size
 from headstart.evaluation import validation_loss
-from headstart.extraction import run_extract
+from headstart.extraction import model_folder, run_extract
 from headstart.files import write_json
 from headstart.prepare import check_source, check_vocabulary, prepare, tokenizer_hash
 from headstart.pretrain.arms import (
@@ -63,7 +63,7 @@ def teacher_folder(recipe: Recipe) -> Path:
     Raises:
         ValueError: it does not exist, has no safetensors, or has a tensor that no rule knows.
     """
-    folder = demo_teacher() if recipe.teacher == DEMO else resolve_teacher(recipe.teacher)
+    folder = model_folder(recipe.teacher)
     config = read_config(folder)
     for name in checkpoint_files(folder):
         match_tensor(name, config)
@@ -322,8 +322,7 @@ def calibration_blocks(
 ) -> Int[Tensor, "blocks tokens"]:
     """Tokens of a corpus' training split, as a teacher reads them, for `run_extract`."""
     check_text(settings)
-    folder = demo_teacher() if teacher == DEMO else resolve_teacher(teacher)
-    return prepare(data_settings(settings), folder).spread("train", num_tokens)
+    return prepare(data_settings(settings), model_folder(teacher)).spread("train", num_tokens)
 
 
 def run_report(folder: Path) -> dict[str, Any]:

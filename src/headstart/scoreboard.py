@@ -10,12 +10,11 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from headstart.assets import DEMO, demo_teacher
 from headstart.data import DataSettings
 from headstart.evaluation import Scores, text_scores
+from headstart.extraction import model_folder
 from headstart.pipeline import check_text, data_settings
 from headstart.prepare import check_vocabulary, prepare
-from headstart.subnet.extract import resolve_teacher
 from headstart.subnet.rules import read_config
 from headstart.zero_shot import task_sources, zero_shot
 
@@ -63,10 +62,7 @@ def run_evaluate(models: Sequence[str], settings: EvaluationSettings) -> dict[st
         task_sources(settings.tasks, settings.task_data)
     if settings.data:
         check_text(settings.data)
-    folders = {
-        name: demo_teacher() if name == DEMO else resolve_teacher(name)
-        for name in dict.fromkeys(models)
-    }
+    folders = {name: model_folder(name) for name in dict.fromkeys(models)}
     for folder in folders.values():
         read_config(folder)  # refuses a family whose logits might be more than a product
     found: dict[str, Scores] = {name: {} for name in folders}
