@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 from headstart.data import BlockDataset, TokenBlocks
 from headstart.device import load_frozen
+from headstart.pretrain import trainer as trainer_module
 from headstart.pretrain.losses import DistillationSettings
 from headstart.pretrain.teacher import Teacher
 from headstart.pretrain.trainer import (
@@ -258,3 +259,17 @@ def test_seconds_are_those_of_the_last_log(tmp_path):
     checkpoint = write_checkpoint(tmp_path, 2, json.dumps({"log_history": history}))
     assert seconds_until(checkpoint) == 7.0
     assert seconds_until(None) == 0.0
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_logits_have_the_precision_of_training(make_trainer, online_teacher, monkeypatch, bf16):
+    seen: set[torch.dtype] = set()
+    loss = trainer_module.distillation_loss
+
+    def watched(logits: Tensor, *rest: Any) -> Tensor:
+        seen.add(logits.dtype)
+        return loss(logits, *rest)
+
+    monkeypatch.setattr(trainer_module, "distillation_loss", watched)
+    make_trainer(online_teacher, bf16=bf16, use_cpu=True).train()
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}

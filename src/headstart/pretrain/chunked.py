@@ -17,6 +17,13 @@ Just below 32 MiB, from where on glibc gives every buffer back to the kernel and
 pays for its pages again.
 """
 
+CHUNKS_PER_PRODUCT = 4
+"""Chunks whose half-precision gradients become the output matrix' in one product.
+
+That product is rounded and then added in the matrix' own precision, and reading and writing the
+whole matrix for that costs more than a chunk's arithmetic.
+"""
+
 
 def chunked_sum(
     hidden: Float[Tensor, "tokens embed"],
@@ -65,19 +72,31 @@ class _ChunkedSum(torch.autograd.Function):
         token_loss: Callable[[Tensor, slice], Tensor],
         tokens_per_chunk: int,
     ) -> Tensor:
+        device, dtype = hidden.device, hidden.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        inputs, matrix = hidden.to(dtype), output_matrix.to(dtype)
         hidden_gradient = torch.empty_like(hidden)
         matrix_gradient = torch.zeros_like(output_matrix)
-        matrix = output_matrix.detach().requires_grad_()
-        total = torch.zeros(
-            (), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
-        )
-        for chunk in _chunks(len(hidden), tokens_per_chunk):
-            with torch.enable_grad():
-                part = hidden[chunk].detach().requires_grad_()
-                loss = token_loss(functional.linear(part, matrix), chunk).sum()
-            hidden_gradient[chunk], gradient = torch.autograd.grad(loss, (part, matrix))
-            matrix_gradient += gradient
-            total += loss.detach()
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        is_exact = dtype == output_matrix.dtype
+        chunks = _chunks(len(hidden), tokens_per_chunk)
+        together = 1 if is_exact else CHUNKS_PER_PRODUCT
+        for group in (chunks[i : i + together] for i in range(0, len(chunks), together)):
+            gradients: list[Tensor] = []
+            for chunk in group:
+                with torch.enable_grad():
+                    logits = functional.linear(inputs[chunk], matrix).requires_grad_()
+                    loss = token_loss(logits, chunk).sum()
+                gradients += torch.autograd.grad(loss, logits)
+                total += loss.detach()
+            tokens = slice(group[0].start, group[-1].stop)
+            gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
+            hidden_gradient[tokens] = gradient @ matrix
+            if is_exact:
+                matrix_gradient.addmm_(gradient.T, inputs[tokens])
+            else:
+                matrix_gradient += gradient.T @ inputs[tokens]
         ctx.save_for_backward(hidden_gradient, matrix_gradient)
         return total
 

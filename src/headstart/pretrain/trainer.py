@@ -83,13 +83,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         alpha, beta = (1.0, 0.0)
         if model.training and self.distillation is not None:
             alpha, beta = self.distillation.weights(self._tokens_seen)
-        if beta > 0:
-            total = self._distil(hidden, matrix, inputs)
-        else:
-            hard = next_token_loss(hidden, matrix, blocks)
-            if model.training and self.distillation is not None:
-                self._add_up(hard)
-            total = alpha * hard
+        # The model's own forward pass has its precision from accelerate; this is outside of it.
+        with self.accelerator.autocast():
+            if beta > 0:
+                total = self._distil(hidden, matrix, inputs)
+            else:
+                hard = next_token_loss(hidden, matrix, blocks)
+                if model.training and self.distillation is not None:
+                    self._add_up(hard)
+                total = alpha * hard
         num_targets = blocks.shape[0] * (blocks.shape[1] - 1)
         if model.training and self.distillation is not None:
             self.sums[2] += num_targets
