@@ -73,7 +73,8 @@ class _ChunkedSum(torch.autograd.Function):
         tokens_per_chunk: int,
     ) -> Tensor:
         device, dtype = hidden.device, hidden.dtype
-        if torch.is_autocast_enabled(device.type):
+        has_autocast = torch.amp.is_autocast_available(device.type)  # not of "meta"
+        if has_autocast and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         inputs, matrix = hidden.to(dtype), output_matrix.to(dtype)
         hidden_gradient = torch.empty_like(hidden)
