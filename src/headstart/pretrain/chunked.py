@@ -80,9 +80,9 @@ class _ChunkedSum(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden)
         matrix_gradient = torch.zeros_like(output_matrix)
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=device)
-        is_exact = dtype == output_matrix.dtype
+        adds_in_place = dtype == output_matrix.dtype
         chunks = _chunks(len(hidden), tokens_per_chunk)
-        together = 1 if is_exact else CHUNKS_PER_PRODUCT
+        together = 1 if adds_in_place else CHUNKS_PER_PRODUCT
         for group in (chunks[i : i + together] for i in range(0, len(chunks), together)):
             gradients: list[Tensor] = []
             for chunk in group:
@@ -94,7 +94,7 @@ class _ChunkedSum(torch.autograd.Function):
             tokens = slice(group[0].start, group[-1].stop)
             gradient = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
             hidden_gradient[tokens] = gradient @ matrix
-            if is_exact:
+            if adds_in_place:
                 matrix_gradient.addmm_(gradient.T, inputs[tokens])
             else:
                 matrix_gradient += gradient.T @ inputs[tokens]

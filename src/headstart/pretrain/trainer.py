@@ -111,7 +111,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean loss with every block counted once.
+        """Mean loss with every block counted once, its logits as precise as the weights.
 
         The Trainer's own loop counts some blocks twice where they do not divide among processes.
         """
@@ -121,7 +121,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         for inputs in dataloader:
             batch = self._prepare_inputs(inputs)
             blocks = batch["input_ids"]
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad():
                 hidden, matrix = self._hidden_and_matrix(self.model, batch)
                 totals = [
                     next_token_loss(hidden[[i]], matrix, blocks[[i]]) for i in range(len(blocks))
