@@ -1,18 +1,20 @@
 """How much of a better start survives training: five starts, with and without distillation.
 
     python benchmarks/ablation.py --output runs/ablation
-    python benchmarks/ablation.py --output runs/ablation --data articles/ --tokens 2000000 \\
-        --sizes half --seeds 0 --learning-rates 1e-3 2e-3
+    python benchmarks/ablation.py --output runs/ablation --data articles/ --sizes half \\
+        --tokens 500000 --large-tokens 10000000 --large-seeds 0 1 2
 
 Students of one architecture, about two and four times smaller than the demo's teacher, begin with
 random weights; with the first units of every axis; with the most important ones; with the same,
 refitted by least squares; and as that of the rotated teacher. All embeddings are untied, as
-rotation needs them to be, so that at each size every arm has the same parameters. Each arm is
-trained at every learning rate, and the rate that ends lowest is compared, as the mean over seeds.
+rotation needs them to be, so that at each size every arm has the same parameters. At the small
+budget each arm is trained at every learning rate with the first seed, and at the rate that ends
+lowest with all seeds, of which the mean is compared; the large budget takes that rate over.
 
 FLOPs charge an arm with the importance pass, calibration, training and the teacher's forward
 passes; a sweep's other rates and evaluations are not charged. Killed and started again, it goes on;
-more budgets, sizes, seeds or rates may be added later. The table is printed and kept as
+more budgets, sizes, seeds or rates may be added later, and sizes may be trained by processes of
+their own, as long as the teacher is there. The table is printed and kept as
 `ablation.md`. The ratio is the budget over the tokens in which the best calibrated arm without
 distillation reaches what the importance slice ends with, at the size and budget where it is least.
 """
@@ -85,6 +87,19 @@ STARTS: dict[str, Init] = {
 CALIBRATED = tuple(name for name, init in STARTS.items() if init != "slice")
 
 
+Trained = dict[str, tuple[dict[str, Any], list[dict[str, float]]]]
+"""Of each arm by name: what `run_variants` returns, and its curve with FLOPs."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long all arms train, with which seeds, and at which rates if they are known."""
+
+    tokens: int
+    seeds: tuple[int, ...]
+    rates: dict[str, tuple[float, ...]]
+
+
 def _first(order: Indices, number: int) -> Indices:
     return tuple(sorted(order[:number]))
 
@@ -131,7 +146,15 @@ def students(
 
 
 def train(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
-    """Train what is left of an arm; of what is finished only the curves are kept."""
+    """Train what is left of an arm: every rate with the first seed, the best one with all."""
+    seeds = inputs.settings.seeds
+    swept = _train(arm, replace(inputs, settings=replace(inputs.settings, seeds=seeds[:1])), folder)
+    best = replace(arm, learning_rates=(swept["learning_rate"],))
+    return {**_train(best, inputs, folder), "sweep": swept["sweep"]}
+
+
+def _train(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
+    """Train all variants of an arm; of what is finished only the curves are kept."""
     for name, single in variants_of(arm, inputs.settings.seeds).items():
         run_arm(single, inputs, folder / name)
         for kind in ("model", "checkpoint-*", "*best-*"):
@@ -164,29 +187,26 @@ def reached(curve: list[dict[str, float]], unit: str, target: float) -> float | 
 
 
 def compare(
-    tokens: int, size_name: str, options: argparse.Namespace, teacher: Path, blocks: TokenBlocks
-) -> tuple[list[str], float]:
-    """Train all arms of one size and budget.
-
-    Returns:
-        Their rows of the table; the budget over the tokens to match the importance slice.
-    """
+    budget: Budget, size_name: str, options: argparse.Namespace, teacher: Path, blocks: TokenBlocks
+) -> Trained:
+    """Train all arms of one size and budget."""
     output = Path(options.output)
     calibration = blocks.spread("train", options.calibration_tokens)
     cut = students(SIZES[size_name], teacher, calibration, output / "students" / size_name)
     settings = PretrainSettings(
-        tokens=tokens,
+        tokens=budget.tokens,
         validation_tokens=options.validation_tokens,
         evaluations=options.evaluations,
-        seeds=tuple(options.seeds),
+        seeds=budget.seeds,
     )
-    trained: dict[str, tuple[dict[str, Any], list[dict[str, float]]]] = {}
+    trained: Trained = {}
     for start in (SCRATCH, *STARTS):
         for kd in (None, DistillationSettings()):
+            name = f"{start}{' + kd' if kd else ''}"
             arm = Arm(
-                f"{start}{' + kd' if kd else ''}",
+                name,
                 init="random" if start == SCRATCH else "subnet",
-                learning_rates=tuple(options.learning_rates),
+                learning_rates=budget.rates.get(name, tuple(options.learning_rates)),
                 kd=kd,
             )
             inputs = ArmInputs(
@@ -196,15 +216,24 @@ def compare(
                 settings,
                 {"per_device_train_batch_size": options.batch_size, "report_to": "none"},
             )
-            folder = output / size_name / str(tokens) / arm.name.replace(" ", "-")
+            folder = output / size_name / str(budget.tokens) / name.replace(" ", "-")
             result = train(arm, inputs, folder)
-            trained[arm.name] = (result, charged(result, arm, inputs))
-    targets = {name: trained[name][1][-1]["loss"] for name in (SCRATCH, IMPORTANCE)}
-    rows = [_row(size_name, name, *found, trained, targets) for name, found in trained.items()]
-    budget = trained[IMPORTANCE][1][-1]["tokens"]
-    matches = [reached(trained[name][1], "tokens", targets[IMPORTANCE]) for name in CALIBRATED]
+            trained[name] = (result, charged(result, arm, inputs))
+    return trained
+
+
+def headline(trained: Trained) -> float:
+    """The budget over the tokens in which the best calibrated arm matches the importance slice."""
+    last = trained[IMPORTANCE][1][-1]
+    matches = [reached(trained[name][1], "tokens", last["loss"]) for name in CALIBRATED]
     soonest = min((match for match in matches if match is not None), default=float("inf"))
-    return rows, budget / max(soonest, 1)
+    return last["tokens"] / max(soonest, 1)
+
+
+def rows(size_name: str, trained: Trained) -> list[str]:
+    """The table's rows of one size and budget."""
+    targets = {name: trained[name][1][-1] for name in (SCRATCH, IMPORTANCE)}
+    return [_row(size_name, name, *found, targets) for name, found in trained.items()]
 
 
 def _row(
@@ -212,16 +241,15 @@ def _row(
     name: str,
     result: dict[str, Any],
     curve: list[dict[str, float]],
-    trained: dict[str, tuple[dict[str, Any], list[dict[str, float]]]],
-    targets: dict[str, float],
+    targets: dict[str, dict[str, float]],
 ) -> str:
     spread = result["loss_spread"]
     cells = [size_name, f"{curve[-1]['tokens']:,}", name, f"{result['learning_rate']:g}"]
     cells += [f"{curve[0]['loss']:.3f}", f"{curve[-1]['loss']:.3f}"]
     cells.append("" if spread is None else f"{spread:.3f}")
-    for reference, target in targets.items():
+    for last in targets.values():
         for unit in ("tokens", "flops"):
-            spent, whole = reached(curve, unit, target), trained[reference][1][-1][unit]
+            spent, whole = reached(curve, unit, last["loss"]), last[unit]
             if spent is None:
                 cells.append("never")
             else:
@@ -236,10 +264,14 @@ COLUMNS = (
 )  # fmt: skip
 
 
+PINNED = (
+    "batch_size", "block_length", "calibration_tokens", "validation_tokens", "evaluations",
+)  # fmt: skip
+
+
 def pin(options: argparse.Namespace, teacher: Path, blocks: TokenBlocks) -> None:
     """Refuse to go on in a folder whose runs were of another kind."""
-    lists = ("sizes", "tokens", "seeds", "learning_rates", "output", "data")
-    ours = {key: value for key, value in vars(options).items() if key not in lists}
+    ours = {key: getattr(options, key) for key in PINNED}
     ours |= {"text": blocks.fingerprint, "teacher": hash_checkpoint(teacher)}
     kept = Path(options.output) / "options.json"
     if not kept.is_file():
@@ -254,14 +286,16 @@ def main() -> None:
     parser.add_argument("--output", default="runs/ablation")
     parser.add_argument("--data", default="", help="text; the demo's corpus by default")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[131_072], help="budgets")
+    parser.add_argument("--tokens", type=int, default=32_768, help="the small budget")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--large-tokens", type=int, default=98_304, help="0 for none")
+    parser.add_argument("--large-seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--batch-size", type=int, default=4, help="blocks in a step")
     parser.add_argument("--block-length", type=int, default=256, help="tokens")
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
-    parser.add_argument("--validation-tokens", type=int, default=16_384)
-    parser.add_argument("--evaluations", type=int, default=12)
+    parser.add_argument("--validation-tokens", type=int, default=4_096)
+    parser.add_argument("--evaluations", type=int, default=6)
     options = parser.parse_args()
     Path(options.output).mkdir(parents=True, exist_ok=True)
     teacher = untied_teacher(Path(options.output))
@@ -270,11 +304,17 @@ def main() -> None:
     pin(options, teacher, blocks)
     table = [f"| {' | '.join(COLUMNS)} |", f"|{' :-- |' * len(COLUMNS)}"]
     ratios = []
-    for tokens in options.tokens:
-        for size_name in options.sizes:
-            rows, ratio = compare(tokens, size_name, options, teacher, blocks)
-            table += rows
-            ratios.append(ratio)
+    rates: dict[str, dict[str, tuple[float, ...]]] = {size_name: {} for size_name in options.sizes}
+    for tokens, seeds in (
+        (options.tokens, options.seeds),
+        (options.large_tokens, options.large_seeds),
+    ):
+        for size_name in options.sizes if tokens else ():
+            budget = Budget(tokens, tuple(seeds), rates[size_name])
+            trained = compare(budget, size_name, options, teacher, blocks)
+            rates[size_name] = {name: (one["learning_rate"],) for name, (one, _) in trained.items()}
+            table += rows(size_name, trained)
+            ratios.append(headline(trained))
             write_whole(Path(options.output) / "ablation.md", "\n".join(table) + "\n")
     print("\n".join(table))
     print(f"ratio: {min(ratios):.2f}x (goal 1.00x)")
