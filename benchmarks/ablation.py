@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--output", default="runs/ablation")
     parser.add_argument("--data", default="", help="text; the demo's corpus by default")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--tokens", type=int, default=32_768, help="the small budget")
+    parser.add_argument("--tokens", type=int, default=24_576, help="the small budget")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--large-tokens", type=int, default=98_304, help="0 for none")
     parser.add_argument("--large-seeds", nargs="+", type=int, default=[0])

@@ -335,7 +335,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         if "eval_loss" in entry
     }
     trainer.save_model(str(folder / "model"))
-    best_step = min(curve, key=lambda step: curve[step])
+    best_step = min(curve, key=lambda step: (math.isnan(curve[step]), curve[step]))
     if trainer.is_world_process_zero():
         for best in folder.glob("*best-*"):
             if best.name != f"best-{best_step}" or best_step == num_steps:
@@ -386,10 +386,20 @@ def _flops_per_token(arm: Arm, inputs: ArmInputs) -> float:
 
 
 def _initial_model(arm: Arm, student: Path, seed: int) -> Any:
+    """The model that an arm begins with.
+
+    Blocks have no padding, but the padding token is often the one that ends documents, whose
+    embedding torch would keep at zero: a block that begins with it then stays at zero through all
+    layers, and every norm multiplies its gradient by up to the root of 1 / epsilon.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    if arm.init == "subnet":
-        return AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    set_seed(seed)
     config = AutoConfig.from_pretrained(student)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    padding, config.pad_token_id = config.pad_token_id, None
+    if arm.init == "subnet":
+        model = AutoModelForCausalLM.from_pretrained(student, config=config, dtype=torch.float32)
+    else:
+        set_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.config.pad_token_id = padding
+    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def run_variants(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         rate: statistics.fmean(results[name]["curve"][-1]["loss"] for name in names)
         for rate, names in by_rate.items()
     }
-    rate = min(last, key=lambda one: last[one])
+    rate = min(last, key=lambda one: (math.isnan(last[one]), last[one]))  # it may have diverged
     chosen = [results[name] for name in by_rate[rate]]
     points = zip(*(result["curve"] for result in chosen), strict=True)
     finals = [result["curve"][-1]["loss"] for result in chosen]
