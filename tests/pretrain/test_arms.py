@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from tests.conftest import random_teacher
 from tests.subnet.oracles import random_layerwise_spec
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import EvalLoopOutput
 
 from headstart.held_out import mean_loss
 from headstart.pretrain import arms
@@ -108,6 +111,19 @@ def test_the_best_weights_are_kept_beside_the_last(inputs, tmp_path):
         validation = torch.from_numpy(inputs.blocks.split("validation")[:5].astype("int64"))
         assert mean_loss(model, validation, 2) == pytest.approx(losses[best], rel=1e-5)
     assert len(folders[""]) == (best not in (0, len(losses) - 1))
+
+
+def test_a_diverged_evaluation_is_not_the_best(inputs, tmp_path, monkeypatch):
+    losses = iter([5.0, math.nan, 4.0, math.nan])
+    evaluated = EvalLoopOutput(None, None, {}, 1)
+    monkeypatch.setattr(
+        DistillationTrainer,
+        "evaluation_loop",
+        lambda *args, **kwargs: evaluated._replace(metrics={"eval_loss": next(losses)}),
+    )
+    result = run_arm(SUBNET, inputs, tmp_path)
+    assert result["best"] == {"tokens": result["curve"][2]["tokens"], "loss": 4.0}
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-4"]
 
 
 def test_an_arms_own_train_keys_win(inputs, tmp_path):
@@ -315,6 +331,22 @@ def test_random_init_is_its_own_and_repeats_by_seed(inputs, tmp_path):
     runs = [run_arm(SCRATCH, short(inputs), tmp_path / name) for name in ("one", "two")]
     assert runs[0]["curve"] == runs[1]["curve"]
     torch.testing.assert_close(*(weights_of(tmp_path / name) for name in ("one", "two")))
+
+
+@pytest.mark.parametrize("init", ["random", "subnet"])
+def test_a_padding_token_that_ends_documents_is_trained_as_any_other(inputs, tmp_path, init):
+    student = tmp_path / "student"
+    shutil.copytree(inputs.student, student)
+    config = AutoConfig.from_pretrained(student)
+    config.pad_token_id = separator = int(inputs.blocks.split("train")[0, 0])
+    config.save_pretrained(student)
+    before = arms._initial_model(Arm("a", init=init), student, 42).get_input_embeddings()
+    run_arm(Arm("a", init=init), replace(inputs, student=student), tmp_path / "arm")
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "arm" / "model")
+    assert trained.config.pad_token_id == separator
+    moved = (trained.get_input_embeddings().weight - before.weight)[separator]
+    assert before.weight[separator].std() > 0.01
+    assert moved.abs().max() > 1e-3
 
 
 def test_more_validation_tokens_than_there_are_use_them_all(inputs, tmp_path):

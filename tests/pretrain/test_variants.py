@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import replace
 
 import pytest
 
+from headstart.pretrain import variants
 from headstart.pretrain.arms import Arm, ArmInputs, PretrainSettings, run_arm
 from headstart.pretrain.variants import run_variants
 
@@ -54,6 +56,21 @@ def test_one_rate_and_seed_is_the_arms_own_folder(inputs, tmp_path):
     result = run_variants(Arm("subnet"), alone, tmp_path)
     assert (tmp_path / "arm.json").is_file() and result["folder"] == ""
     assert result["loss_spread"] is None
+
+
+def test_a_rate_that_diverges_is_not_the_best(inputs, tmp_path, monkeypatch):
+    losses = {1e-4: math.nan, 1e-3: 5.0, 1e-2: math.nan}
+    trained = []
+
+    def run_arm(arm, inputs, folder):
+        trained.append(arm.learning_rate)
+        curve = [{"tokens": 0, "loss": 6.0}, {"tokens": 64, "loss": losses[arm.learning_rate]}]
+        return {"curve": curve, "seconds": 1.0}
+
+    monkeypatch.setattr(variants, "run_arm", run_arm)
+    result = run_variants(Arm("subnet", learning_rates=tuple(losses)), inputs, tmp_path)
+    assert set(trained) == set(losses)
+    assert result["learning_rate"] == 1e-3 and result["curve"][-1]["loss"] == 5.0
 
 
 @pytest.mark.parametrize(
