@@ -45,13 +45,9 @@ from headstart.search.candidate import Orders
 from headstart.search.importance import activation_importance
 from headstart.subnet.calibrate import Init, calibrate
 from headstart.subnet.count import count
-from headstart.subnet.extract import (
-    TOKENIZER_FILES,
-    extract,
-    hash_checkpoint,
-    read_tensors,
-)
-from headstart.subnet.rules import read_config
+from headstart.subnet.extract import TOKENIZER_FILES, extract, hash_checkpoint, read_tensors
+from headstart.subnet.propagate import propagation_flops
+from headstart.subnet.rules import read_config, sizes_of
 from headstart.subnet.spec import Indices, SubnetSpec
 
 
@@ -138,9 +134,13 @@ def students(
             flops = forward * calibration.numel()
         if init == "rotate+least_squares":  # whose channels are in order
             orders = replace(orders, embed=Orders.of_teacher(config).embed)
-        source = calibrate(teacher, init, calibration)
-        costs = {"calibration_flops": flops + source.flops}
-        parts = (source.teacher, size.spec(orders), found[name], costs)
+        source, spec = calibrate(teacher, init, calibration), size.spec(orders)
+        flops += source.flops
+        if source.statistics is not None:
+            cut_from = read_config(source.teacher)
+            sizes = spec.sizes(sizes_of(cut_from))
+            flops += propagation_flops(cut_from, sizes, *calibration.shape)
+        parts = (source.teacher, spec, found[name], {"calibration_flops": flops})
         extract(*parts, statistics=source.statistics)
     return found
 
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--tokens", type=int, default=24_576, help="the small budget")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--large-tokens", type=int, default=98_304, help="0 for none")
+    parser.add_argument("--large-tokens", type=int, default=65_536, help="0 for none")
     parser.add_argument("--large-seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--batch-size", type=int, default=4, help="blocks in a step")

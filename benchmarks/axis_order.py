@@ -16,7 +16,7 @@ from headstart.held_out import mean_loss
 from headstart.search.candidate import Orders
 from headstart.search.importance import UnitImportance, measure_importance
 from headstart.search.space import Space
-from headstart.subnet.extract import build_student
+from headstart.subnet.cut import build_student
 from real_teacher import BIN, CALIBRATION_TOKENS, load
 
 NUM_SHAPES = 12

@@ -40,7 +40,7 @@ from headstart.prepare import prepare
 from headstart.search.candidate import Orders
 from headstart.search.importance import measure_importance
 from headstart.subnet.calibrate import Calibration, calibrate
-from headstart.subnet.extract import build_student
+from headstart.subnet.cut import build_student
 from headstart.subnet.refit import refitted
 from headstart.subnet.rules import read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec

@@ -33,14 +33,9 @@ from headstart.search.run import SearchSettings
 from headstart.subnet.calibrate import Calibration, calibrate
 from headstart.subnet.count import Count
 from headstart.subnet.count import count as count_config
-from headstart.subnet.extract import (
-    assemble,
-    hash_checkpoint,
-    place_buffers,
-    read_tensors,
-    resolve_teacher,
-    slice_tensors,
-)
+from headstart.subnet.cut import assemble, place_buffers, slice_tensors
+from headstart.subnet.extract import hash_checkpoint, read_tensors, resolve_teacher
+from headstart.subnet.propagate import refit_on_itself
 from headstart.subnet.rules import family_of, read_config
 from headstart.subnet.spec import SubnetSpec, student_config
 
@@ -102,8 +97,10 @@ def extract(
     output_config = student_config(config, spec)
     statistics = calibration.statistics if calibration else None
     sliced = slice_tensors(tensors, config, spec, statistics)
-    parts = ((name, part.clone()) for name, part in sliced)
-    student = assemble(output_config, parts, family_of(config).aliases)
+    parts = {name: part.clone() for name, part in sliced}
+    if calibration is not None and statistics is not None:
+        parts = refit_on_itself(calibration.teacher, parts, spec, statistics)
+    student = assemble(output_config, parts.items(), family_of(config).aliases)
     student.config.dtype = student.dtype
     student.subnet_spec = spec
     return place_buffers(student, device).eval()

@@ -16,7 +16,8 @@ from headstart.search.run import load_spec
 from headstart.subnet.calibrate import ROTATED, Calibration, Init, calibrate, cut_config
 from headstart.subnet.card import licence_of
 from headstart.subnet.extract import checkpoint_files, extract, hash_checkpoint, resolve_teacher
-from headstart.subnet.rules import read_config
+from headstart.subnet.propagate import propagation_flops
+from headstart.subnet.rules import read_config, sizes_of
 from headstart.subnet.spec import student_config
 
 
@@ -77,12 +78,18 @@ def run_extract(
     if init != searched:  # the loss is another start's, and its calibration came on top
         origin.pop("loss", None)
         origin["calibration_flops"] = origin.get("calibration_flops", 0) + source.flops
+    config = read_config(source.teacher)
+    refit_flops = 0
+    if source.statistics is not None:
+        assert calibration is not None
+        sizes = kept.sizes(sizes_of(config))
+        refit_flops = propagation_flops(config, sizes, *calibration.shape)
     provenance = {
-        "calibration_flops": source.flops,
         "teacher_name": teacher_name(teacher),
         "teacher_licence": licence_of(folder),
         **origin,
         **(provenance or {}),
+        "calibration_flops": origin.get("calibration_flops", source.flops) + refit_flops,
         "teacher": str(folder),
         "teacher_hash": teacher_hash,
         "init": init,

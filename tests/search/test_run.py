@@ -27,7 +27,8 @@ from headstart.search.importance import activation_importance
 from headstart.search.racing import RacingSettings
 from headstart.search.run import SearchSettings, load_spec, search
 from headstart.subnet.count import count
-from headstart.subnet.extract import build_student, extract, hash_checkpoint
+from headstart.subnet.cut import build_student
+from headstart.subnet.extract import extract, hash_checkpoint
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec
 

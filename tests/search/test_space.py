@@ -22,7 +22,7 @@ from headstart.search.candidate import Candidate, Orders
 from headstart.search.grid import GridSettings, ladders_of
 from headstart.search.space import Space, SpaceName
 from headstart.subnet.count import amount
-from headstart.subnet.extract import build_student
+from headstart.subnet.cut import build_student
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec, check_spec, student_config
 

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from headstart.subnet import calibrate as module
 from headstart.subnet.calibrate import Init, calibrate, calibration_flops, cut_config
 from headstart.subnet.count import count
-from headstart.subnet.extract import build_student, extract
+from headstart.subnet.cut import slice_tensors, student_of
+from headstart.subnet.extract import extract, read_tensors
+from headstart.subnet.propagate import refit_on_itself
 from headstart.subnet.rules import read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec
 from headstart.subnet.statistics import statistics_flops
@@ -35,8 +37,10 @@ def test_a_student_on_disk_is_the_one_in_memory(init, teacher_folder, blocks, tm
     cut = AutoModelForCausalLM.from_pretrained(found.teacher)
     assert cut.config.tie_word_embeddings == (init != "rotate+least_squares")
     spec = random_spec(cut, layers=3, embed=30, kv_groups=1, mlp=40)
-    state = {k: v for k, v in cut.state_dict().items() if v is not None}
-    student = build_student(state, cut.config, spec, found.statistics)
+    sliced = dict(slice_tensors(read_tensors(found.teacher), cut.config, spec, found.statistics))
+    if found.statistics is not None:
+        sliced = refit_on_itself(found.teacher, sliced, spec, found.statistics)
+    student = student_of(sliced.items(), cut.config, spec)
     out = extract(found.teacher, spec, tmp_path / "out", statistics=found.statistics)
     written = AutoModelForCausalLM.from_pretrained(out)
     assert type(written) is type(cut)

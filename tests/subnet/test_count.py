@@ -16,7 +16,8 @@ from headstart.subnet.count import (
     non_embedding_parameters,
     parameters,
 )
-from headstart.subnet.extract import build_student, extract
+from headstart.subnet.cut import build_student
+from headstart.subnet.extract import extract
 from headstart.subnet.rules import layouts_of, sizes_of
 
 SHAPES = {

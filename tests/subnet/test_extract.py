@@ -18,7 +18,8 @@ from tests.subnet.oracles import (
 )
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from headstart.subnet.extract import build_student, extract
+from headstart.subnet.cut import build_student
+from headstart.subnet.extract import extract
 from headstart.subnet.rotary import head_sizes, rotary_pairs
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec, student_config

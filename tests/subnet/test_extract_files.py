@@ -12,13 +12,8 @@ from tests.conftest import random_teacher
 from tests.subnet.oracles import assert_same_tensors, random_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headstart.subnet.extract import (
-    build_student,
-    checkpoint_files,
-    extract,
-    hash_checkpoint,
-    slice_tensors,
-)
+from headstart.subnet.cut import build_student, slice_tensors
+from headstart.subnet.extract import checkpoint_files, extract, hash_checkpoint
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec
 

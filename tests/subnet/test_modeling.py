@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Stat
 
 from headstart.subnet import modeling
 from headstart.subnet.count import count
-from headstart.subnet.extract import build_student, extract
+from headstart.subnet.cut import build_student
+from headstart.subnet.extract import extract
 from headstart.subnet.rules import LAYERWISE_PREFIX, read_config, sizes_of
 
 KINDS = [*TEACHERS, *DESCENDANTS]

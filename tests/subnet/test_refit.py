@@ -9,7 +9,8 @@ from tests.subnet.test_statistics import activations
 from transformers import AutoModelForCausalLM
 
 from headstart.subnet.axes import kept_indices
-from headstart.subnet.extract import build_student, extract, slice_tensors
+from headstart.subnet.cut import build_student, slice_tensors
+from headstart.subnet.extract import extract
 from headstart.subnet.refit import refitted
 from headstart.subnet.rules import family_of, layouts_of, sizes_of
 from headstart.subnet.spec import SubnetSpec

@@ -6,7 +6,8 @@ from tests.conftest import random_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headstart.subnet.count import count
-from headstart.subnet.extract import build_student, checkpoint_files
+from headstart.subnet.cut import build_student
+from headstart.subnet.extract import checkpoint_files
 from headstart.subnet.rotate import (
     check_rotates,
     principal_basis,

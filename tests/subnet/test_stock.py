@@ -11,7 +11,7 @@ from tests.subnet.oracles import random_layerwise_spec, random_spec
 from transformers import AutoModelForCausalLM
 
 from headstart.subnet.count import count
-from headstart.subnet.extract import build_student
+from headstart.subnet.cut import build_student
 from headstart.subnet.rules import is_layerwise, sizes_of
 from headstart.subnet.spec import SubnetSpec, stock_obstacle
 from headstart.subnet.stock import stock_config, stock_sizes, stock_tensors

@@ -17,7 +17,7 @@ from headstart.held_out import summed_loss
 from headstart.pretrain.chunked import chunked_sum
 from headstart.pretrain.losses import forward_kl
 from headstart.search.candidate import Candidate, Orders
-from headstart.subnet.extract import build_student, slice_tensors
+from headstart.subnet.cut import build_student, slice_tensors
 from headstart.subnet.rules import sizes_of
 from headstart.subnet.spec import SubnetSpec
 from headstart.subnet.statistics import Statistics

@@ -17,6 +17,7 @@ from headstart.search.racing import rung_blocks
 from headstart.search.run import IMPORTANCE_FLOPS, SearchSettings, space_of
 from headstart.subnet.calibrate import calibration_flops, cut_config
 from headstart.subnet.count import Measure, amount, inference_flops_per_token
+from headstart.subnet.propagate import propagation_flops
 from headstart.subnet.rules import layouts_of, sizes_of
 
 if TYPE_CHECKING:
@@ -114,7 +115,11 @@ def plan_search(
     teacher_flops = inference_flops_per_token(layouts, sizes, context_length)
     calibration = round(passes * settings.calibration_tokens * teacher_flops)
     num_blocks = -(-settings.calibration_tokens // context_length)
-    calibration += calibration_flops(config, settings.init, num_blocks, context_length)
+    text = (num_blocks, context_length)
+    calibration += calibration_flops(config, settings.init, *text)
+    if settings.init != "slice":  # of which the chosen one is refitted on itself
+        refits = (propagation_flops(config, {**sizes, **shape}, *text) for shape in shapes)
+        calibration += round(statistics.mean(refits))
     finals = settings.finalists
     trained_tokens = finals.steps * finals.batch_size * context_length
     return SearchPlan(

@@ -23,6 +23,7 @@ from headstart.subnet.extract import hash_checkpoint
 from headstart.subnet.rotate import check_rotates, principal_basis, rotated_config, write_rotated
 from headstart.subnet.rules import layouts_of, read_config, sizes_of
 from headstart.subnet.statistics import (
+    TOKENS_PER_BATCH,
     Statistics,
     cached_statistics,
     collect_statistics,
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 Init = Literal["slice", "least_squares", "rotate+least_squares"]
 ROTATED: Init = "rotate+least_squares"
 """The one whose students are cut out of a teacher in another basis."""
-
-TOKENS_PER_BATCH = 2048
-"""Enough for a device to be busy; a fixed number, so that it need not be part of a cache's key."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,7 @@ def calibrate(
     statistics = cached_statistics(
         cache_root() / "statistics", key, lambda folder: _collect(teacher, blocks, folder)
     )
+    statistics = replace(statistics, blocks=blocks)
     flops = calibration_flops(config, init, *blocks.shape)
     if init == "least_squares":
         return Calibration(teacher, statistics, flops)

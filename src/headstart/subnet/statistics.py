@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+TOKENS_PER_BATCH = 2048
+"""Enough for a device to be busy; a fixed number, so that it need not be part of a cache's key."""
+
+
 @dataclass(frozen=True)
 class Statistics:
     """The moments of a teacher's activations over calibration tokens.
@@ -39,10 +43,12 @@ class Statistics:
         folder: holds the files that `collect_statistics` wrote.
         basis: of the residual stream, where the teacher is a rotated one, whose gains are ones;
             None for the teacher that was measured.
+        blocks: the calibration tokens, where they are at hand.
     """
 
     folder: Path
     basis: Float[Tensor, "embed components"] | None = field(default=None, compare=False)
+    blocks: Int[Tensor, "blocks tokens"] | None = field(default=None, compare=False)
 
     def gram(self, source: str) -> Float[Tensor, "units units"]:
         """Mean over tokens of x x^T, where x is what linear layers read; see `sources_of`."""
@@ -164,7 +170,7 @@ def collect_statistics(
     calls: dict[torch.Size, list[dict[str, Any]]] = {}  # which depend on the batch's shape alone
     hidden = []
     for batch in batches:
-        embedded, arguments = _layer_arguments(teacher, layers, batch.to(teacher.device))
+        embedded, arguments = layer_arguments(teacher, layers, batch.to(teacher.device))
         hidden.append(embedded)
         calls.setdefault(batch.shape, arguments)
 
@@ -181,7 +187,7 @@ def collect_statistics(
     _write(folder, teacher, None, sums, num_tokens)
 
 
-def _layer_arguments(
+def layer_arguments(
     teacher: PreTrainedModel, layers: Sequence[nn.Module], batch: Int[Tensor, "batch tokens"]
 ) -> tuple[Float[Tensor, "batch tokens embed"], list[dict[str, Any]]]:
     """What the first layer is given, and the other arguments of every layer.
@@ -212,18 +218,18 @@ def _summing(teacher: PreTrainedModel, layer: int | None) -> Iterator[dict[str, 
     sources, rms_norms = set(sources_of(config).values()), rms_norms_of(config)
 
     def add(name: str, value: Tensor) -> None:
-        wide = value.to(_widest(value.device))
+        wide = value.to(widest(value.device))
         sums[name] = sums[name].add_(wide) if name in sums else wide
 
     def add_moments(name: str, values: Tensor) -> None:
-        tokens = _tokens(values)
+        tokens = rows_of(values)
         add(f"{name}.gram", tokens.T @ tokens)
         add(f"{name}.mean", tokens.sum(dim=0))
 
     def of_norm(name: str, pattern: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if pattern in rms_norms:
-                tokens = _tokens(inputs[0])
+                tokens = rows_of(inputs[0])
                 mean_square = tokens.square().mean(dim=-1, keepdim=True)
                 tokens = tokens * (mean_square + config.rms_norm_eps).rsqrt()
                 if pattern in _stream_norms(config):
@@ -261,12 +267,12 @@ def _norms(teacher: PreTrainedModel, layer: int | None) -> dict[str, nn.Module]:
     }
 
 
-def _tokens(values: Float[Tensor, "*batch units"]) -> Float[Tensor, "tokens units"]:
+def rows_of(values: Float[Tensor, "*batch units"]) -> Float[Tensor, "tokens units"]:
     """Activations as rows, half precisions as float32."""
     return values.flatten(0, -2).to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -1,0 +1,349 @@
+"""Least squares layer by layer: each layer makes up for what those before it got wrong.
+
+`refit` tells what a linear layer has lost from the teacher's own activations. A student's layers
+see other ones, since all layers before them are cut as well, and their errors add up. Here both
+models go through the same text side by side, and in the order in which the student computes, with
+x the student's inputs and z the teacher's, each linear layer becomes the one that comes closest
+
+- to the teacher's output W z, where it reads the stream,
+- to the teacher's output and what the student's stream lacks by then, where it writes to it,
+
+with a ridge towards what it was. The last layer before removed ones also makes up for those.
+
+Source: targets of the whole model on the small one's inputs as in GPTAQ (arXiv 2504.02692), which
+quantises; here the stream's error is added to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headstart.device import default_device, load_frozen
+from headstart.progress import progress
+from headstart.subnet.axes import dimensions_of, kept_indices, shape_of
+from headstart.subnet.count import inference_flops_per_token
+from headstart.subnet.cut import student_of
+from headstart.subnet.refit import RIDGE
+from headstart.subnet.rules import family_of, layouts_of, read_config, sizes_of
+from headstart.subnet.spec import SubnetSpec, sizes_in_layer
+from headstart.subnet.statistics import (
+    TOKENS_PER_BATCH,
+    Statistics,
+    layer_arguments,
+    rms_norms_of,
+    rows_of,
+    sources_of,
+    widest,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Batches = Sequence[Int[Tensor, "batch tokens"]]
+
+
+def can_propagate(config: PreTrainedConfig) -> bool:
+    """Whether what linear layers of a model write is added to the stream as it is.
+
+    In Gemma 3 and OLMo 2 a norm stands in between.
+    """
+    norms = (*rms_norms_of(config), *family_of(config).readers)
+    return all(
+        pattern in family_of(config).readers
+        for pattern in norms
+        if layouts_of(config)[pattern] == "embed"
+    )
+
+
+def groups_of(config: PreTrainedConfig, has_narrow_heads: bool) -> list[list[str]]:
+    """The linear layers of one layer, by patterns of their weights, in the order of computation.
+
+    Those that read the same are together. Queries of narrower heads, and what reads the same, are
+    left out, since they were scaled when they were cut.
+    """
+    groups: dict[str, list[str]] = {}
+    for pattern, source in sources_of(config).items():
+        if "{i}" in pattern:
+            groups.setdefault(source, []).append(pattern)
+    scaled = set(family_of(config).queries) if has_narrow_heads else set()
+    return [group for group in groups.values() if not scaled.intersection(group)]
+
+
+class _Side:
+    """One of the two models, and its hidden states of all batches on their way through it."""
+
+    def __init__(self, model: PreTrainedModel, batches: Batches) -> None:
+        pattern, number = family_of(model.config).layer, sizes_of(model.config)["layers"]
+        self.model = model
+        self.layers = [model.get_submodule(pattern.format(i=layer)) for layer in range(number)]
+        self.shapes = [batch.shape for batch in batches]
+        self.calls: dict[torch.Size, list[dict[str, Any]]] = {}
+        self.hidden: list[Tensor] = []
+        for batch in batches:
+            embedded, calls = layer_arguments(model, self.layers, batch.to(model.device))
+            self.hidden.append(embedded)
+            self.calls.setdefault(batch.shape, calls)
+
+    def run(self, layer: int, see: Mapping[str, Callable[[Tensor, Tensor], None]]) -> list[Tensor]:
+        """What a layer makes of the hidden states.
+
+        Args:
+            layer: its number.
+            see: linear layer, by its weight's pattern -> what is called with its input and output
+                for every batch.
+        """
+        with ExitStack() as undo:
+            for pattern, call in see.items():
+                hook = self.linear(pattern, layer).register_forward_hook(
+                    lambda module, inputs, output, call=call: call(inputs[0], output)
+                )
+                undo.callback(hook.remove)
+            return [
+                self.layers[layer](states, **self.calls[shape][layer])
+                for states, shape in zip(self.hidden, self.shapes, strict=True)
+            ]
+
+    def linear(self, pattern: str, layer: int | None) -> nn.Linear:
+        found = self.model.get_submodule(pattern.format(i=layer).removesuffix(".weight"))
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def normed(self, norm: str) -> list[Tensor]:
+        """What a norm outside the layers makes of the hidden states."""
+        module = self.model.get_submodule(norm.removesuffix(".weight"))
+        return [module(states) for states in self.hidden]
+
+
+def refit_on_itself(
+    teacher: Path, sliced: Mapping[str, Tensor], spec: SubnetSpec, statistics: Statistics
+) -> dict[str, Tensor]:
+    """A calibrated student's tensors, after what `propagated` makes of them.
+
+    Args:
+        teacher: folder of the checkpoint that it was cut out of.
+        sliced: its tensors by their names in files, on the CPU.
+        spec: what it has kept.
+        statistics: by which it was refitted so far; their text, if they have it, is read again.
+    """
+    config, text = read_config(teacher), statistics.blocks
+    if text is None or not can_propagate(config):
+        return dict(sliced)
+    aliases = family_of(config).aliases
+    tensors = {aliases.get(name, name): tensor for name, tensor in sliced.items()}
+    model = load_frozen(teacher, default_device())
+    copies = ((name, one.to(model.device, model.dtype, copy=True)) for name, one in tensors.items())
+    student = student_of(copies, config, spec)
+    batches = text.split(max(1, TOKENS_PER_BATCH // text.shape[1]))  # type: ignore[no-untyped-call]
+    with progress("refit", text.numel() * len(spec.layers), "tokens in layers") as advance:
+        tensors |= propagated(model, student, tensors, spec, batches, advance)
+    return {name: tensors[aliases.get(name, name)] for name in sliced}
+
+
+@torch.no_grad()
+def propagated(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    spec: SubnetSpec,
+    batches: Batches,
+    on_batch: Callable[[int], None] = lambda num_tokens: None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Refit a student on what it computes itself.
+
+    Args:
+        teacher: the whole teacher, in eval mode; it is left as it was.
+        student: cut out of it, on the same device; its linear layers are changed one by one.
+        tensors: the student's, by their names in the model, as precise as they shall be.
+        spec: what the student has kept.
+        batches: calibration token ids.
+        on_batch: called for each of the student's layers with the tokens of each batch done, for
+            progress.
+
+    Yields:
+        (name, tensor) pairs of linear layers, in the order of computation: of all that come after
+        something was removed. None for a family that cannot.
+    """
+    config = teacher.config
+    if not can_propagate(config):
+        return
+    layouts, sizes = layouts_of(config), sizes_of(config)
+    groups = groups_of(config, spec.head_dim is not None)
+    whole, kept = _Side(teacher, batches), _Side(student, batches)
+    embed = torch.tensor(spec.embed, device=teacher.device)
+    for layer in range(spec.layers[0]):
+        whole.hidden = whole.run(layer, {})
+    is_same = len(embed) == sizes["embed"] and spec.layers[0] == 0
+    for position, (layer, following) in enumerate(
+        zip(spec.layers, (*spec.layers[1:], sizes["layers"]), strict=True)
+    ):
+        lacking = [
+            states[..., embed].float() - less.float()
+            for states, less in zip(whole.hidden, kept.hidden, strict=True)
+        ]
+        said = _advance(whole, layer, following, groups, embed)
+        is_same = is_same and following == layer + 1 and _is_whole(spec, position, sizes)
+        for group in () if is_same else groups:
+            inputs: list[Tensor] = []
+            kept.run(position, {group[0]: lambda x, y: inputs.append(x)})  # noqa: B023
+            if _reads_stream(layouts[group[0]]):
+                moments = _moments(inputs, said[group[0]], _has_bias(group[0], layouts), True)
+                for pattern in group:
+                    rows = kept_indices(layouts[pattern], sizes, spec.kept_in_layer(position))[0]
+                    wanted = _parameters(whole.linear(pattern, layer), rows) @ moments[1]
+                    yield from _refit(kept, pattern, position, tensors, moments[0], wanted)
+            else:
+                (pattern,) = group
+                targets = [y.float() + e for y, e in zip(said[pattern], lacking, strict=True)]
+                moments = _moments(inputs, targets, _has_bias(pattern, layouts), False)
+                yield from _refit(kept, pattern, position, tensors, *moments)
+                linear = kept.linear(pattern, position)
+                lacking = [y - linear(x).float() for x, y in zip(inputs, targets, strict=True)]
+        kept.hidden = kept.run(position, {})
+        for batch in batches:
+            on_batch(batch.numel())
+    for norm, readers in family_of(config).readers.items():
+        for pattern in set(readers) & set(layouts) if "{i}" not in norm and not is_same else ():
+            moments = _moments(kept.normed(norm), whole.normed(norm), False, True)
+            wanted = _parameters(whole.linear(pattern, None)) @ moments[1]
+            yield from _refit(kept, pattern, None, tensors, moments[0], wanted)
+
+
+def _advance(
+    teacher: _Side,
+    layer: int,
+    following: int,
+    groups: Sequence[Sequence[str]],
+    embed: Int[Tensor, " kept"],
+) -> dict[str, list[Tensor]]:
+    """Take the teacher's hidden states to the next kept layer.
+
+    Returns:
+        For the first of every group, and each batch: what it reads, or the kept channels of what
+        it writes; the last writer's with what all removed layers up to the next kept one write.
+    """
+    layouts = layouts_of(teacher.model.config)
+    said: dict[str, list[Tensor]] = {group[0]: [] for group in groups}
+
+    def see(pattern: str) -> Callable[[Tensor, Tensor], None]:
+        if _reads_stream(layouts[pattern]):
+            return lambda x, y: said[pattern].append(x)
+        return lambda x, y: said[pattern].append(y[..., embed])
+
+    teacher.hidden = behind = teacher.run(layer, {pattern: see(pattern) for pattern in said})
+    for removed in range(layer + 1, following):
+        teacher.hidden = teacher.run(removed, {})
+    if following > layer + 1:
+        *_, last = (pattern for pattern in said if not _reads_stream(layouts[pattern]))
+        said[last] = [
+            written + (states - before)[..., embed]
+            for written, states, before in zip(said[last], teacher.hidden, behind, strict=True)
+        ]
+    return said
+
+
+def _refit(
+    student: _Side,
+    pattern: str,
+    layer: int | None,
+    tensors: Mapping[str, Tensor],
+    gram: Float[Tensor, "inputs inputs"],
+    wanted: Float[Tensor, "outputs inputs"],
+) -> Iterator[tuple[str, Tensor]]:
+    """Change a linear layer of the student for the moments of its inputs and its targets.
+
+    Args:
+        gram: mean of x x^T; with a bias, x has a last number that is one.
+        wanted: mean of y x^T.
+    """
+    linear, stem = student.linear(pattern, layer), pattern.format(i=layer).removesuffix("weight")
+    names = [f"{stem}{kind}" for kind, _ in linear.named_parameters()]
+    before = torch.column_stack([tensors[name].to(gram) for name in names])
+    ridge = torch.full_like(gram.diagonal(), RIDGE * gram.diagonal().mean().item())
+    ridge[linear.in_features :] = 0  # a bias needs none
+    ridge += torch.finfo(gram.dtype).tiny
+    factor = torch.linalg.cholesky(gram + ridge.diag())
+    after = before + torch.cholesky_solve((wanted - before @ gram).T, factor).T
+    for name, part in zip(names, after.split(linear.in_features, dim=1), strict=True):  # type: ignore[no-untyped-call]
+        fitted = part.reshape(tensors[name].shape).to(tensors[name].dtype)
+        student.model.get_parameter(name).copy_(fitted)
+        yield name, fitted
+
+
+def _moments(
+    inputs: Sequence[Float[Tensor, "batch tokens inputs"]],
+    targets: Sequence[Float[Tensor, "batch tokens targets"]],
+    has_bias: bool,
+    biases_targets: bool,
+) -> tuple[Float[Tensor, "inputs inputs"], Float[Tensor, "targets inputs"]]:
+    """Means over tokens of x x^T and y x^T.
+
+    Args:
+        has_bias: x is given a last number that is one,
+        biases_targets: and so is y.
+    """
+    gram: Any = 0
+    cross: Any = 0
+    for some, wanted in zip(inputs, targets, strict=True):
+        x, y = rows_of(some), rows_of(wanted)
+        if has_bias:
+            ones = x.new_ones(len(x), 1)
+            x, y = torch.cat([x, ones], 1), torch.cat([y, ones], 1) if biases_targets else y
+        gram = gram + (x.T @ x).to(widest(x.device))
+        cross = cross + (y.T @ x).to(widest(x.device))
+    num_tokens = sum(some[..., 0].numel() for some in inputs)
+    return gram / num_tokens, cross / num_tokens
+
+
+def _parameters(linear: nn.Linear, rows: Int[Tensor, " rows"] | None = None) -> Tensor:
+    """A linear layer's weight with its bias, if it has one, as the last column."""
+    columns = torch.column_stack(list(linear.parameters())).to(widest(linear.weight.device))
+    return columns if rows is None else columns[rows.to(columns.device)]
+
+
+def _reads_stream(layout: str) -> bool:
+    return dimensions_of(layout)[1:] == (("embed",),)
+
+
+def _has_bias(pattern: str, layouts: Mapping[str, str]) -> bool:
+    return f"{pattern.removesuffix('.weight')}.bias" in layouts
+
+
+def _is_whole(spec: SubnetSpec, position: int, sizes: Mapping[str, Any]) -> bool:
+    """Whether a layer has kept all that its teacher's layer has."""
+    kept = spec.kept_in_layer(position)
+    return all(len(units) == sizes[axis] for axis, units in kept.items())
+
+
+def propagation_flops(
+    config: PreTrainedConfig, student_sizes: Mapping[str, Any], num_blocks: int, block_length: int
+) -> int:
+    """FLOPs of `propagated`: the teacher's forward pass, the student's once for each group of
+    linear layers and once more, and the products of activations.
+
+    Args:
+        config: the teacher's.
+        student_sizes: axis -> size; a tuple gives a size for each layer.
+        num_blocks: of the calibration text.
+        block_length: tokens in each.
+    """
+    if not can_propagate(config):
+        return 0
+    layouts, sizes = layouts_of(config), sizes_of(config)
+    groups = groups_of(config, student_sizes["head_dim"] != sizes["head_dim"])
+    of_teacher = inference_flops_per_token(layouts, sizes, block_length)
+    of_student = inference_flops_per_token(layouts, student_sizes, block_length)
+    products = 0
+    for layer in range(student_sizes["layers"]):
+        for pattern, *_ in groups:
+            inputs = shape_of(layouts[pattern], sizes_in_layer(student_sizes, layer))[1]
+            of_targets = sizes if _reads_stream(layouts[pattern]) else student_sizes
+            products += inputs * (inputs + of_targets["embed"])
+    per_token = of_teacher + (1 + len(groups)) * of_student + 2 * products
+    return int(per_token) * num_blocks * block_length
