@@ -7,13 +7,13 @@ Cuts the demo's teacher (SmolLM2-135M-Instruct, dequantised) along single axes: 
 to 512 neurons, its width from 576 to 384 and to 288 channels. Neurons and channels are the most
 active ones; in a second row neurons are those that contribute most. Of the rotated teacher,
 channels are the first. Each cut is scored on held-out text with every `init`; in between stand the
-teacher's numbers with norms rescaled only ("norms"), and the rotated teacher's without and with
-that.
+teacher's numbers with norms rescaled only ("norms"), layers refitted by the teacher's activations
+alone, as the search scores them ("once"), and the rotated teacher's in all these ways.
 
 The goals are of a first experiment on WikiText-2, which refitted output projections only. This is
 another text, so what is compared is the share of the plain slice's loss over the teacher's that the
 best start wins back; the ratio is ours over the first experiment's, where it is least. Calibration
-is timed from an empty cache in a process of its own.
+is timed from an empty cache in a process of its own, with the refit of a student of half the width.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from headstart.prepare import prepare
 from headstart.search.candidate import Orders
 from headstart.search.importance import measure_importance
 from headstart.subnet.calibrate import Calibration, calibrate
-from headstart.subnet.cut import build_student
+from headstart.subnet.cut import build_student, slice_tensors, student_of
+from headstart.subnet.extract import read_tensors
+from headstart.subnet.propagate import refit_on_itself
 from headstart.subnet.refit import refitted
 from headstart.subnet.rules import read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec
@@ -77,7 +79,7 @@ def losses(
     orders: tuple[Orders, Orders],
     blocks: Int[Tensor, "blocks tokens"],
 ) -> dict[str, list[float]]:
-    """Of each cut: plain, with norms rescaled, and refitted."""
+    """Of each cut: plain, with norms rescaled, refitted once, and on itself."""
     model = AutoModelForCausalLM.from_pretrained(source.teacher, dtype=torch.float32)
     config = read_config(source.teacher)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -87,10 +89,13 @@ def losses(
     for name, spec in cuts(config, *orders).items():
         # A stiff ridge leaves linear layers as they are.
         stiff = dict(refitted(state.items(), config, spec, source.statistics, ridge=1e12))
+        once = dict(slice_tensors(state.items(), config, spec, source.statistics))
+        itself = refit_on_itself(source.teacher, once, spec, source.statistics)
         students = (
             build_student(state, config, spec),
             build_student(stiff, config, spec),
-            build_student(state, config, spec, source.statistics),
+            student_of(once.items(), config, spec),
+            student_of(itself.items(), config, spec),
         )
         found[name] = [mean_loss(student, blocks, 4) for student in students]
     return found
@@ -100,7 +105,13 @@ def measure(teacher: Path, blocks: Int[Tensor, "blocks tokens"], cache: str) -> 
     """Seconds of a calibration with an empty cache, and the process' peak of resident bytes."""
     os.environ["HEADSTART_CACHE"] = cache
     start = time.perf_counter()
-    calibrate(teacher, "rotate+least_squares", blocks)
+    source = calibrate(teacher, "rotate+least_squares", blocks)
+    assert source.statistics is not None
+    config = read_config(source.teacher)
+    spec = replace(SubnetSpec.identity(sizes_of(config)), embed=tuple(range(288)))
+    tensors = read_tensors(source.teacher)
+    once = dict(slice_tensors(tensors, config, spec, source.statistics))
+    refit_on_itself(source.teacher, once, spec, source.statistics)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return seconds, peak * (1 if sys.platform == "darwin" else 1024)
@@ -135,7 +146,8 @@ def main() -> None:
         teacher_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         allowed_bytes = teacher_bytes + ALLOWED_BYTES
         print(
-            f"calibration on {calibration.numel():,} tokens, rotation included: {seconds:.0f} s "
+            f"calibration on {calibration.numel():,} tokens, rotation and one student's refit "
+            f"included: {seconds:.0f} s "
             f"(at most {ALLOWED_SECONDS}), {peak_bytes / 1e6:,.0f} MB (at most "
             f"{allowed_bytes / 1e6:,.0f}, the teacher and 2 GB)"
         )
@@ -156,7 +168,8 @@ def main() -> None:
     for name, found in losses(rotated, (in_basis, contributing), blocks).items():
         rows[name] += found
     print(f"the whole teacher: {whole:.3f} nats")
-    heads = ("slice", "norms", "least_squares", "rotate", "norms", "rotate+least_squares")
+    heads = ("slice", "norms", "once", "least_squares", "rotate", "norms", "once")
+    heads += ("rotate+least_squares",)
     print(f"{'':16} {''.join(f'{head:>21}' for head in heads)}")
     for name, found in rows.items():
         print(f"{name:16} {''.join(f'{loss:21.3f}' for loss in found)}")
