@@ -30,7 +30,7 @@ from headstart.progress import progress
 from headstart.subnet.axes import dimensions_of, kept_indices, shape_of
 from headstart.subnet.count import inference_flops_per_token
 from headstart.subnet.cut import student_of
-from headstart.subnet.refit import RIDGE
+from headstart.subnet.refit import RIDGE, ROWS_AT_ONCE
 from headstart.subnet.rules import family_of, layouts_of, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec, sizes_in_layer
 from headstart.subnet.statistics import (
@@ -196,8 +196,8 @@ def propagated(
                 moments = _moments(inputs, said[group[0]], _has_bias(group[0], layouts), True)
                 for pattern in group:
                     rows = kept_indices(layouts[pattern], sizes, spec.kept_in_layer(position))[0]
-                    wanted = _parameters(whole.linear(pattern, layer), rows) @ moments[1]
-                    yield from _refit(kept, pattern, position, tensors, moments[0], wanted)
+                    taught_by = (whole.linear(pattern, layer), rows)
+                    yield from _refit(kept, pattern, position, tensors, *moments, taught_by)
             else:
                 (pattern,) = group
                 targets = [y.float() + e for y, e in zip(said[pattern], lacking, strict=True)]
@@ -208,11 +208,15 @@ def propagated(
         kept.hidden = kept.run(position, {})
         for batch in batches:
             on_batch(batch.numel())
+    if is_same:
+        return
     for norm, readers in family_of(config).readers.items():
-        for pattern in set(readers) & set(layouts) if "{i}" not in norm and not is_same else ():
+        for pattern in readers:
+            if "{i}" in pattern or pattern not in layouts:
+                continue
             moments = _moments(kept.normed(norm), whole.normed(norm), False, True)
-            wanted = _parameters(whole.linear(pattern, None)) @ moments[1]
-            yield from _refit(kept, pattern, None, tensors, moments[0], wanted)
+            taught_by = (whole.linear(pattern, None), torch.arange(sizes["vocab"]))
+            yield from _refit(kept, pattern, None, tensors, *moments, taught_by)
 
 
 def _advance(
@@ -254,26 +258,43 @@ def _refit(
     layer: int | None,
     tensors: Mapping[str, Tensor],
     gram: Float[Tensor, "inputs inputs"],
-    wanted: Float[Tensor, "outputs inputs"],
+    cross: Float[Tensor, "targets inputs"],
+    taught_by: tuple[nn.Linear, Int[Tensor, " outputs"]] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Change a linear layer of the student for the moments of its inputs and its targets.
+    """Change a linear layer of the student for the moments of its inputs x and of targets y.
 
     Args:
         gram: mean of x x^T; with a bias, x has a last number that is one.
-        wanted: mean of y x^T.
+        cross: mean of y x^T.
+        taught_by: the linear layer of which some rows turn y into the outputs that are wanted; None
+            where y are these.
     """
     linear, stem = student.linear(pattern, layer), pattern.format(i=layer).removesuffix("weight")
     names = [f"{stem}{kind}" for kind, _ in linear.named_parameters()]
-    before = torch.column_stack([tensors[name].to(gram) for name in names])
     ridge = torch.full_like(gram.diagonal(), RIDGE * gram.diagonal().mean().item())
     ridge[linear.in_features :] = 0  # a bias needs none
-    ridge += torch.finfo(gram.dtype).tiny
-    factor = torch.linalg.cholesky(gram + ridge.diag())
-    after = before + torch.cholesky_solve((wanted - before @ gram).T, factor).T
-    for name, part in zip(names, after.split(linear.in_features, dim=1), strict=True):  # type: ignore[no-untyped-call]
-        fitted = part.reshape(tensors[name].shape).to(tensors[name].dtype)
-        student.model.get_parameter(name).copy_(fitted)
-        yield name, fitted
+    factor = torch.linalg.cholesky(gram + (ridge + torch.finfo(gram.dtype).tiny).diag())
+    fitted = {name: torch.empty_like(tensors[name]) for name in names}
+    for rows in torch.arange(linear.out_features).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+        before = _columns([tensors[name] for name in names], rows, gram)
+        if taught_by is None:
+            wanted = cross[rows.to(cross.device)]
+        else:
+            teacher, of_teacher = taught_by
+            wanted = _columns(list(teacher.parameters()), of_teacher[rows], gram) @ cross
+        after = before + torch.cholesky_solve((wanted - before @ gram).T, factor).T
+        for name, part in zip(names, after.tensor_split([linear.in_features], dim=1), strict=False):
+            fitted[name][rows] = part.reshape(fitted[name][rows].shape).to(fitted[name])
+    for name, parameter in fitted.items():
+        student.model.get_parameter(name).copy_(parameter)
+        yield name, parameter
+
+
+def _columns(
+    parts: Sequence[Tensor], rows: Int[Tensor, " rows"], like: Tensor
+) -> Float[Tensor, "rows inputs"]:
+    """Some rows of a weight, with its bias as the last column if there is one."""
+    return torch.column_stack([part[rows.to(part.device)] for part in parts]).to(like)
 
 
 def _moments(
@@ -299,12 +320,6 @@ def _moments(
         cross = cross + (y.T @ x).to(widest(x.device))
     num_tokens = sum(some[..., 0].numel() for some in inputs)
     return gram / num_tokens, cross / num_tokens
-
-
-def _parameters(linear: nn.Linear, rows: Int[Tensor, " rows"] | None = None) -> Tensor:
-    """A linear layer's weight with its bias, if it has one, as the last column."""
-    columns = torch.column_stack(list(linear.parameters())).to(widest(linear.weight.device))
-    return columns if rows is None else columns[rows.to(columns.device)]
 
 
 def _reads_stream(layout: str) -> bool:
