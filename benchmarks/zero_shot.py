@@ -87,6 +87,8 @@ def losses(
     assert source.statistics is not None
     found = {}
     for name, spec in cuts(config, *orders).items():
+        if source.statistics.basis is not None and len(spec.embed) == sizes_of(config)["embed"]:
+            continue  # a rotation turns the stream alone
         # A stiff ridge leaves linear layers as they are.
         stiff = dict(refitted(state.items(), config, spec, source.statistics, ridge=1e12))
         once = dict(slice_tensors(state.items(), config, spec, source.statistics))
