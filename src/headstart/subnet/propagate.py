@@ -17,7 +17,7 @@ quantises; here the stream's error is added to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,10 @@ def groups_of(config: PreTrainedConfig, has_narrow_heads: bool) -> list[list[str
     return [group for group in groups.values() if not scaled.intersection(group)]
 
 
+class _Reached(Exception):
+    """The rest of a layer need not be computed."""
+
+
 class _Side:
     """One of the two models, and its hidden states of all batches on their way through it."""
 
@@ -91,7 +95,9 @@ class _Side:
             self.hidden.append(embedded)
             self.calls.setdefault(batch.shape, calls)
 
-    def run(self, layer: int, see: Mapping[str, Callable[[Tensor, Tensor], None]]) -> list[Tensor]:
+    def run(
+        self, layer: int, see: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None
+    ) -> list[Tensor]:
         """What a layer makes of the hidden states.
 
         Args:
@@ -100,7 +106,7 @@ class _Side:
                 for every batch.
         """
         with ExitStack() as undo:
-            for pattern, call in see.items():
+            for pattern, call in (see or {}).items():
                 hook = self.linear(pattern, layer).register_forward_hook(
                     lambda module, inputs, output, call=call: call(inputs[0], output)
                 )
@@ -109,6 +115,23 @@ class _Side:
                 self.layers[layer](states, **self.calls[shape][layer])
                 for states, shape in zip(self.hidden, self.shapes, strict=True)
             ]
+
+    def inputs(self, pattern: str, layer: int) -> list[Tensor]:
+        """What a linear layer reads; its layer is computed up to there."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0])
+            raise _Reached
+
+        hook = self.linear(pattern, layer).register_forward_pre_hook(stop)
+        try:
+            for states, shape in zip(self.hidden, self.shapes, strict=True):
+                with suppress(_Reached):
+                    self.layers[layer](states, **self.calls[shape][layer])
+        finally:
+            hook.remove()
+        return found
 
     def linear(self, pattern: str, layer: int | None) -> nn.Linear:
         found = self.model.get_submodule(pattern.format(i=layer).removesuffix(".weight"))
@@ -178,7 +201,7 @@ def propagated(
     whole, kept = _Side(teacher, batches), _Side(student, batches)
     embed = torch.tensor(spec.embed, device=teacher.device)
     for layer in range(spec.layers[0]):
-        whole.hidden = whole.run(layer, {})
+        whole.hidden = whole.run(layer)
     is_same = len(embed) == sizes["embed"] and spec.layers[0] == 0
     for position, (layer, following) in enumerate(
         zip(spec.layers, (*spec.layers[1:], sizes["layers"]), strict=True)
@@ -190,8 +213,7 @@ def propagated(
         said = _advance(whole, layer, following, groups, embed)
         is_same = is_same and following == layer + 1 and _is_whole(spec, position, sizes)
         for group in () if is_same else groups:
-            inputs: list[Tensor] = []
-            kept.run(position, {group[0]: lambda x, y: inputs.append(x)})  # noqa: B023
+            inputs = kept.inputs(group[0], position)
             if _reads_stream(layouts[group[0]]):
                 moments = _moments(inputs, said[group[0]], _has_bias(group[0], layouts), True)
                 for pattern in group:
@@ -205,7 +227,10 @@ def propagated(
                 yield from _refit(kept, pattern, position, tensors, *moments)
                 linear = kept.linear(pattern, position)
                 lacking = [y - linear(x).float() for x, y in zip(inputs, targets, strict=True)]
-        kept.hidden = kept.run(position, {})
+        kept.hidden = [
+            (states[..., embed].float() - short).to(states.dtype)
+            for states, short in zip(whole.hidden, lacking, strict=True)
+        ]
         for batch in batches:
             on_batch(batch.numel())
     if is_same:
@@ -242,7 +267,7 @@ def _advance(
 
     teacher.hidden = behind = teacher.run(layer, {pattern: see(pattern) for pattern in said})
     for removed in range(layer + 1, following):
-        teacher.hidden = teacher.run(removed, {})
+        teacher.hidden = teacher.run(removed)
     if following > layer + 1:
         *_, last = (pattern for pattern in said if not _reads_stream(layouts[pattern]))
         said[last] = [
@@ -339,8 +364,8 @@ def _is_whole(spec: SubnetSpec, position: int, sizes: Mapping[str, Any]) -> bool
 def propagation_flops(
     config: PreTrainedConfig, student_sizes: Mapping[str, Any], num_blocks: int, block_length: int
 ) -> int:
-    """FLOPs of `propagated`: the teacher's forward pass, the student's once for each group of
-    linear layers and once more, and the products of activations.
+    """FLOPs of `propagated`: the teacher's forward pass, two of the student, whose layers are
+    computed in part for each group of linear layers, and the products of activations.
 
     Args:
         config: the teacher's.
@@ -360,5 +385,5 @@ def propagation_flops(
             inputs = shape_of(layouts[pattern], sizes_in_layer(student_sizes, layer))[1]
             of_targets = sizes if _reads_stream(layouts[pattern]) else student_sizes
             products += inputs * (inputs + of_targets["embed"])
-    per_token = of_teacher + (1 + len(groups)) * of_student + 2 * products
+    per_token = of_teacher + 2 * (of_student + products)
     return int(per_token) * num_blocks * block_length
