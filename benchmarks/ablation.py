@@ -16,7 +16,8 @@ passes; a sweep's other rates and evaluations are not charged. Killed and starte
 more budgets, sizes, seeds or rates may be added later, and sizes may be trained by processes of
 their own, as long as the teacher is there. The table is printed and kept as
 `ablation.md`. The ratio is the budget over the tokens in which the best calibrated arm without
-distillation reaches what the importance slice ends with, at the size and budget where it is least.
+distillation reaches what the importance slice ends with, where it is least; a start that is there
+before training counts as one step.
 """
 
 from __future__ import annotations
@@ -223,11 +224,12 @@ def compare(
 
 
 def headline(trained: Trained) -> float:
-    """The budget over the tokens in which the best calibrated arm matches the importance slice."""
-    last = trained[IMPORTANCE][1][-1]
-    matches = [reached(trained[name][1], "tokens", last["loss"]) for name in CALIBRATED]
+    """The budget over the tokens in which the best calibrated arm matches the importance slice, at
+    least those of one step."""
+    result, curve = trained[IMPORTANCE]
+    matches = [reached(trained[name][1], "tokens", curve[-1]["loss"]) for name in CALIBRATED]
     soonest = min((match for match in matches if match is not None), default=float("inf"))
-    return last["tokens"] / max(soonest, 1)
+    return float(curve[-1]["tokens"] / max(soonest, result["tokens_per_step"]))
 
 
 def rows(size_name: str, trained: Trained) -> list[str]:
