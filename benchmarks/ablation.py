@@ -8,8 +8,9 @@ Students of one architecture, about two and four times smaller than the demo's t
 random weights; with the first units of every axis; with the most important ones; with the same,
 refitted by least squares; and as that of the rotated teacher. All embeddings are untied, as
 rotation needs them to be, so that at each size every arm has the same parameters. At the small
-budget each arm is trained at every learning rate with the first seed, and at the rate that ends
-lowest with all seeds, of which the mean is compared; the large budget takes that rate over.
+budget each arm is trained at three learning rates with the first seed, calibrated starts at lower
+ones, and at the rate that ends lowest with all seeds, of which the mean is compared; the large
+budget takes that rate over.
 
 FLOPs charge an arm with the importance pass, calibration, training and the teacher's forward
 passes; a sweep's other rates and evaluations are not charged. Killed and started again, it goes on;
@@ -207,7 +208,9 @@ def compare(
             arm = Arm(
                 name,
                 init="random" if start == SCRATCH else "subnet",
-                learning_rates=budget.rates.get(name, tuple(options.learning_rates)),
+                learning_rates=budget.rates.get(
+                    name, tuple(options.low_rates if start in CALIBRATED else options.rates)
+                ),
                 kd=kd,
             )
             inputs = ArmInputs(
@@ -292,7 +295,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--large-tokens", type=int, default=65_536, help="0 for none")
     parser.add_argument("--large-seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument(
+        "--low-rates",
+        nargs="+",
+        type=float,
+        default=[1e-4, 3e-4, 1e-3],
+        help="of calibrated starts, which have more to lose",
+    )
     parser.add_argument("--batch-size", type=int, default=4, help="blocks in a step")
     parser.add_argument("--block-length", type=int, default=256, help="tokens")
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
