@@ -138,12 +138,12 @@ def students(
             orders = replace(orders, embed=Orders.of_teacher(config).embed)
         source, spec = calibrate(teacher, init, calibration), size.spec(orders)
         flops += source.flops
-        if source.statistics is not None:
+        if source.blocks is not None:
             cut_from = read_config(source.teacher)
             sizes = spec.sizes(sizes_of(cut_from))
             flops += propagation_flops(cut_from, sizes, *calibration.shape)
         parts = (source.teacher, spec, found[name], {"calibration_flops": flops})
-        extract(*parts, statistics=source.statistics)
+        extract(*parts, statistics=source.statistics, blocks=source.blocks)
     return found
 
 

@@ -92,7 +92,8 @@ def losses(
         # A stiff ridge leaves linear layers as they are.
         stiff = dict(refitted(state.items(), config, spec, source.statistics, ridge=1e12))
         once = dict(slice_tensors(state.items(), config, spec, source.statistics))
-        itself = refit_on_itself(source.teacher, once, spec, source.statistics)
+        assert source.blocks is not None
+        itself = refit_on_itself(source.teacher, once, spec, source.blocks)
         students = (
             build_student(state, config, spec),
             build_student(stiff, config, spec),
@@ -113,7 +114,7 @@ def measure(teacher: Path, blocks: Int[Tensor, "blocks tokens"], cache: str) -> 
     spec = replace(SubnetSpec.identity(sizes_of(config)), embed=tuple(range(288)))
     tensors = read_tensors(source.teacher)
     once = dict(slice_tensors(tensors, config, spec, source.statistics))
-    refit_on_itself(source.teacher, once, spec, source.statistics)
+    refit_on_itself(source.teacher, once, spec, blocks)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return seconds, peak * (1 if sys.platform == "darwin" else 1024)

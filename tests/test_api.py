@@ -20,6 +20,7 @@ from headstart.held_out import mean_loss
 from headstart.prepare import prepare
 from headstart.search.evolution import EvolutionSettings
 from headstart.search.grid import GridSettings
+from headstart.subnet.calibrate import calibrate
 from headstart.subnet.cut import build_student
 from headstart.subnet.extract import extract as extract_to_disk
 from headstart.subnet.rules import sizes_of
@@ -120,14 +121,13 @@ def test_a_calibrated_student_is_what_was_scored_and_refitted(
     monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
     data = headstart.DataSettings(block_length=32, search_fraction=0.2)
-    settings = replace(SETTINGS, init=init)
+    settings = replace(SETTINGS, init=init, scored_as="refitted")
     parts = (teacher_folder, corpus, headstart.Bin(30_000, 45_000), tmp_path / "run", settings)
     found = headstart.search(*parts, data=data)
     assert headstart.search(*parts, data=data) == found
-    assert found.calibration.statistics is not None
-    without_text = replace(found.calibration.statistics, blocks=None)
-    as_scored = replace(found.calibration, statistics=without_text)
     blocks = prepare(replace(data, source=str(corpus)), teacher_folder)
+    text = blocks.spread("train", settings.calibration_tokens)
+    as_scored = replace(calibrate(teacher_folder, init, text), blocks=None)
     losses = [
         mean_loss(
             headstart.extract(teacher_folder, found.spec, calibration),

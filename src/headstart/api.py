@@ -95,11 +95,11 @@ def extract(
         config, tensors = teacher.config, iter(teacher.state_dict().items())
         device = teacher.device
     output_config = student_config(config, spec)
-    statistics = calibration.statistics if calibration else None
-    sliced = slice_tensors(tensors, config, spec, statistics)
+    calibration = calibration or Calibration(Path())
+    sliced = slice_tensors(tensors, config, spec, calibration.statistics)
     parts = {name: part.clone() for name, part in sliced}
-    if calibration is not None and statistics is not None:
-        parts = refit_on_itself(calibration.teacher, parts, spec, statistics)
+    if calibration.blocks is not None:
+        parts = refit_on_itself(calibration.teacher, parts, spec, calibration.blocks)
     student = assemble(output_config, parts.items(), family_of(config).aliases)
     student.config.dtype = student.dtype
     student.subnet_spec = spec
@@ -144,7 +144,7 @@ def search(
     if recipe.search.init != "slice":  # is in the cache since the search
         parts = (recipe.teacher, recipe.data, recipe.search.calibration_tokens)
         tokens = pipeline.calibration_blocks(*parts)
-        calibration = calibrate(calibration.teacher, recipe.search.init, tokens)
+        calibration = calibrate(calibration.teacher, recipe.search.init, tokens, spec=spec)
     return Found(spec, outcome["loss"], outcome["parameters"], outcome, calibration)
 
 

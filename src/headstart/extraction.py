@@ -12,7 +12,7 @@ from torch import Tensor
 from headstart.assets import DEMO, demo_teacher, teacher_name
 from headstart.progress import progress
 from headstart.result import SEARCH_COSTS
-from headstart.search.run import load_spec
+from headstart.search.run import is_measured, load_spec
 from headstart.subnet.calibrate import ROTATED, Calibration, Init, calibrate, cut_config
 from headstart.subnet.card import licence_of
 from headstart.subnet.extract import checkpoint_files, extract, hash_checkpoint, resolve_teacher
@@ -71,29 +71,28 @@ def run_extract(
     teacher_hash = hash_checkpoint(folder)
     source = Calibration(folder)
     if calibration is not None:
-        source = calibrate(folder, init, calibration, teacher_hash)
+        source = calibrate(folder, init, calibration, teacher_hash, kept)
     origin = {
         key: found[key] for key in (*SEARCH_COSTS, "loss", "parameters", "bin") if key in found
     }
-    if init != searched:  # the loss is another start's, and its calibration came on top
+    if init != searched:  # the loss is another start's
         origin.pop("loss", None)
-        origin["calibration_flops"] = origin.get("calibration_flops", 0) + source.flops
-    config = read_config(source.teacher)
-    refit_flops = 0
-    if source.statistics is not None:
-        assert calibration is not None
-        sizes = kept.sizes(sizes_of(config))
-        refit_flops = propagation_flops(config, sizes, *calibration.shape)
+    flops = origin.get("calibration_flops", 0)
+    if init != searched or not is_measured(init, found.get("scored_as")):
+        flops += source.flops
+    if source.blocks is not None:
+        config = read_config(source.teacher)
+        flops += propagation_flops(config, kept.sizes(sizes_of(config)), *source.blocks.shape)
     provenance = {
         "teacher_name": teacher_name(teacher),
         "teacher_licence": licence_of(folder),
         **origin,
         **(provenance or {}),
-        "calibration_flops": origin.get("calibration_flops", source.flops) + refit_flops,
+        "calibration_flops": flops,
         "teacher": str(folder),
         "teacher_hash": teacher_hash,
         "init": init,
     }
     with progress("extract", len(checkpoint_files(source.teacher)), "tensors") as advance:
         parts = (source.teacher, kept, out_folder, provenance)
-        return extract(*parts, lambda name: advance(), source.statistics)
+        return extract(*parts, lambda name: advance(), source.statistics, source.blocks)

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -20,12 +20,16 @@ from headstart.held_out import mean_loss
 from headstart.prepare import prepare
 from headstart.search.bins import BinSettings
 from headstart.search.evolution import EvolutionSettings
+from headstart.search.grid import GridSettings
 from headstart.search.plan import plan_search
 from headstart.search.racing import RacingSettings
-from headstart.search.run import SearchSettings, search, space_of
+from headstart.search.run import SearchSettings, load_spec, search, space_of
 from headstart.search.space import SpaceName
-from headstart.subnet.calibrate import Init, calibration_flops
-from headstart.subnet.rules import read_config
+from headstart.subnet.calibrate import Init, calibrate, calibration_flops, cut_config
+from headstart.subnet.count import count
+from headstart.subnet.extract import extract
+from headstart.subnet.propagate import propagation_flops
+from headstart.subnet.rules import read_config, sizes_of
 
 BLOCK_LENGTH = 32
 SETTINGS = SearchSettings(
@@ -53,20 +57,44 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("space", get_args(SpaceName))
-@pytest.mark.parametrize("init", get_args(Init))
-def test_the_winners_score_is_that_of_the_extracted_student(
-    init: Init, space: SpaceName, teacher_folder: Path, blocks: TokenBlocks, tmp_path: Path
+@pytest.mark.parametrize(
+    ("init", "scored_as"),
+    [
+        ("slice", "slice"),
+        ("least_squares", "slice"),
+        ("least_squares", "refitted"),
+        ("rotate+least_squares", "slice"),
+        ("rotate+least_squares", "refitted"),
+    ],
+)
+def test_the_winners_score_is_that_of_the_student_cut_so(
+    init: Init,
+    scored_as: Literal["slice", "refitted"],
+    space: SpaceName,
+    teacher_folder: Path,
+    blocks: TokenBlocks,
+    tmp_path: Path,
 ) -> None:
-    settings = replace(SETTINGS, init=init, space=space)
+    settings = replace(SETTINGS, init=init, scored_as=scored_as, space=space)
     found = search(teacher_folder, blocks, settings, tmp_path)
     calibration = blocks.spread("train", settings.calibration_tokens)
-    out = run_extract(
-        teacher_folder, tmp_path / "search.json", tmp_path / "out", calibration=calibration
+    source = calibrate(teacher_folder, init, calibration)
+    as_scored = extract(
+        source.teacher,
+        load_spec(tmp_path / "search.json"),
+        tmp_path / "as-scored",
+        statistics=source.statistics if scored_as == "refitted" else None,
     )
-    student = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    student = AutoModelForCausalLM.from_pretrained(as_scored, dtype=torch.float32).eval()
     loss = mean_loss(student, blocks.first("search", settings.tokens), 4)
     assert loss == pytest.approx(found["loss"], abs=1e-4)
     assert student.num_parameters() == found["parameters"]
+    out = run_extract(
+        teacher_folder, tmp_path / "search.json", tmp_path / "out", calibration=calibration
+    )
+    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    logits = [model(calibration[:1]).logits for model in (student, again)]
+    assert torch.equal(*logits) == (init == "slice")  # the others are refitted on themselves
     written = json.loads((out / "subnet.json").read_text())
     assert written["init"] == found["init"] == init
     assert written["teacher"] == found["teacher"]["name"] == str(teacher_folder)
@@ -86,12 +114,41 @@ def test_calibration_is_charged(teacher_folder: Path, blocks: TokenBlocks, tmp_p
     costs = {}
     for init in get_args(Init):
         settings = replace(SETTINGS, init=init, order="teacher", layer_order="teacher")
+        settings = replace(settings, scored_as="refitted")
         costs[init] = search(teacher_folder, blocks, settings, tmp_path / init)["calibration_flops"]
     shape = blocks.spread("train", SETTINGS.calibration_tokens).shape
     config = read_config(teacher_folder)
     for init, flops in costs.items():
         assert flops == calibration_flops(config, init, *shape)
     assert costs["slice"] == 0 < costs["least_squares"] == costs["rotate+least_squares"]
+
+
+@pytest.mark.parametrize("head_dim", [None, 8])
+@pytest.mark.parametrize("scored_as", ["slice", "refitted"])
+@pytest.mark.parametrize("init", get_args(Init))
+def test_extraction_pays_for_what_was_not_measured_yet(
+    init: Init,
+    scored_as: Literal["slice", "refitted"],
+    head_dim: int | None,
+    teacher_folder: Path,
+    blocks: TokenBlocks,
+    tmp_path: Path,
+) -> None:
+    grid = GridSettings(head_dim_min=head_dim or 0)
+    settings = replace(SETTINGS, init=init, scored_as=scored_as, grid=grid)
+    found = search(teacher_folder, blocks, settings, tmp_path)
+    text = blocks.spread("train", settings.calibration_tokens)
+    out = run_extract(teacher_folder, tmp_path / "search.json", tmp_path / "out", calibration=text)
+    paid = json.loads((out / "subnet.json").read_text())["calibration_flops"]
+    config = cut_config(read_config(teacher_folder), init)
+    importance = text.numel() * count(config, BLOCK_LENGTH).inference_flops_per_token
+    measured = calibration_flops(config, init, *text.shape)
+    kept = load_spec(tmp_path / "search.json")
+    has_narrow_heads, sizes = kept.head_dim is not None, kept.sizes(sizes_of(config))
+    needs = init == "rotate+least_squares" or scored_as == "refitted" or has_narrow_heads
+    refit = propagation_flops(config, sizes, *text.shape) if init != "slice" else 0
+    assert paid == importance + measured * needs + refit
+    assert found["calibration_flops"] <= paid
 
 
 def test_the_student_of_a_rotated_teacher_has_an_output_matrix_of_its_own(
@@ -110,12 +167,19 @@ def test_the_student_of_a_rotated_teacher_has_an_output_matrix_of_its_own(
 
 def test_a_plan_charges_calibration_too(teacher_folder: Path) -> None:
     config = read_config(teacher_folder)
-    plain, refitted = (
+    sliced, refitted = (
         plan_search(config, replace(SETTINGS, init=init), BLOCK_LENGTH)
         for init in ("slice", "least_squares")
     )
+    refits = [
+        propagation_flops(config, sizes_of(config) | {"layers": layers}, 19, BLOCK_LENGTH)
+        for layers in (1, sizes_of(config)["layers"])
+    ]
+    assert refits[0] < refitted.flops[0] - sliced.flops[0] < refits[1]
+    settings = replace(SETTINGS, init="least_squares", scored_as="refitted")
+    measured = plan_search(config, settings, BLOCK_LENGTH)
     extra = calibration_flops(config, "least_squares", 19, BLOCK_LENGTH)
-    assert refitted.flops[0] == plain.flops[0] + extra
+    assert measured.flops[0] == refitted.flops[0] + extra
 
 
 def test_a_teacher_that_cannot_be_rotated_is_refused_from_its_config() -> None:

@@ -175,8 +175,8 @@ def test_what_is_paid_is_told(teacher_folder: Path, blocks: TokenBlocks, tmp_pat
     settings = replace(SETTINGS, finalists=finalists, order="taylor")
     result = search(teacher_folder, blocks, settings, tmp_path)
     assert result.keys() == {
-        "format", "teacher", "spec", "loss", "parameters", "bin", "measure", "init", "space",
-        "order", "layer_order", "fitness", "settings", "calibration_flops", "search_flops",
+        "format", "teacher", "spec", "loss", "parameters", "bin", "measure", "init", "scored_as",
+        "space", "order", "layer_order", "fitness", "settings", "calibration_flops", "search_flops",
         "search_tokens", "search_seconds", "candidates", "winner", "front",
     }  # fmt: skip
     assert result["format"] == "headstart-search-result/1"

@@ -38,10 +38,12 @@ def test_a_student_on_disk_is_the_one_in_memory(init, teacher_folder, blocks, tm
     assert cut.config.tie_word_embeddings == (init != "rotate+least_squares")
     spec = random_spec(cut, layers=3, embed=30, kv_groups=1, mlp=40)
     sliced = dict(slice_tensors(read_tensors(found.teacher), cut.config, spec, found.statistics))
-    if found.statistics is not None:
-        sliced = refit_on_itself(found.teacher, sliced, spec, found.statistics)
+    if found.blocks is not None:
+        sliced = refit_on_itself(found.teacher, sliced, spec, found.blocks)
     student = student_of(sliced.items(), cut.config, spec)
-    out = extract(found.teacher, spec, tmp_path / "out", statistics=found.statistics)
+    out = extract(
+        found.teacher, spec, tmp_path / "out", statistics=found.statistics, blocks=found.blocks
+    )
     written = AutoModelForCausalLM.from_pretrained(out)
     assert type(written) is type(cut)
     assert_same_tensors(written.state_dict(), student.state_dict())
@@ -53,7 +55,9 @@ def test_a_student_on_disk_is_the_one_in_memory(init, teacher_folder, blocks, tm
 def test_keeping_everything_keeps_the_teachers_logits(init, teacher_folder, blocks, tmp_path):
     found = calibrate(teacher_folder, init, blocks)
     spec = SubnetSpec.identity(sizes_of(read_config(found.teacher)))
-    out = extract(found.teacher, spec, tmp_path / "out", statistics=found.statistics)
+    out = extract(
+        found.teacher, spec, tmp_path / "out", statistics=found.statistics, blocks=found.blocks
+    )
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(folder) for folder in (out, teacher_folder)
     )

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from headstart.device import default_device, has_fast_bf16
 from headstart.search.racing import rung_blocks
-from headstart.search.run import IMPORTANCE_FLOPS, SearchSettings, space_of
+from headstart.search.run import IMPORTANCE_FLOPS, SearchSettings, is_measured, space_of
 from headstart.subnet.calibrate import calibration_flops, cut_config
 from headstart.subnet.count import Measure, amount, inference_flops_per_token
-from headstart.subnet.propagate import propagation_flops
+from headstart.subnet.propagate import can_propagate, propagation_flops
 from headstart.subnet.rules import layouts_of, sizes_of
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def plan_search(
     calibration = round(passes * settings.calibration_tokens * teacher_flops)
     num_blocks = -(-settings.calibration_tokens // context_length)
     text = (num_blocks, context_length)
-    calibration += calibration_flops(config, settings.init, *text)
+    if is_measured(settings.init, settings.scored_as) or not can_propagate(config):
+        calibration += calibration_flops(config, settings.init, *text)
     if settings.init != "slice":  # of which the chosen one is refitted on itself
         refits = (propagation_flops(config, {**sizes, **shape}, *text) for shape in shapes)
         calibration += round(statistics.mean(refits))

@@ -61,6 +61,8 @@ class SearchSettings:
     Attributes:
         init: how candidates and the student get their weights from the teacher: a plain "slice",
             refitted by "least_squares", or that of a teacher rotated before.
+        scored_as: whether candidates are scored as a plain "slice", or "refitted" by the moments of
+            the teacher's activations where `init` is not "slice".
         space: "coarse" keeps the first units of each axis, "fine" any of them; "uniform" has one
             size for all layers, "layerwise" one for each.
         order: what "first" means for channels, groups and neurons: most important first by one of
@@ -80,6 +82,7 @@ class SearchSettings:
     """
 
     init: Init = "slice"
+    scored_as: Literal["slice", "refitted"] = "slice"
     space: SpaceName = "coarse-uniform"
     order: Literal["activation", "contribution", "magnitude", "taylor", "teacher"] = "activation"
     layer_order: Literal["block_influence", "magnitude", "taylor", "teacher"] = "block_influence"
@@ -113,6 +116,11 @@ class SearchSettings:
                 "search.evolution.tradeoff needs every candidate's full loss; set "
                 "search.racing.rungs to 1"
             )
+
+
+def is_measured(init: Init, scored_as: str | None) -> bool:
+    """Whether a search measures the teacher's activations, for its candidates or a rotation."""
+    return init == ROTATED or (init != "slice" and scored_as == "refitted")
 
 
 def space_of(config: PreTrainedConfig, settings: SearchSettings, context_length: int) -> Space:
@@ -167,7 +175,9 @@ def search(
             return result
         tokens = blocks.spread("train", settings.calibration_tokens)
         with main_first():
-            source = calibrate(teacher, settings.init, tokens, identity["teacher_hash"])
+            source = Calibration(teacher)
+            if is_measured(settings.init, settings.scored_as):
+                source = calibrate(teacher, settings.init, tokens, identity["teacher_hash"])
         model = load_frozen(source.teacher, default_device())
         # The config as it is on disk: loading may change its precision, which bins in bytes read.
         config = read_config(source.teacher)
@@ -207,9 +217,10 @@ class _Search:
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         state = {name: one for name, one in model.state_dict().items() if name not in tied}
         orders = self.orders
-        if source.statistics is None:  # refitted candidates are no views in any order
+        moments = source.statistics if settings.scored_as == "refitted" else None
+        if moments is None:  # refitted candidates are no views in any order
             orders = put_in_order(state, self.config, orders)
-        place = (held_out.to(model.device), self.batch_size, source.statistics)
+        place = (held_out.to(model.device), self.batch_size, moments)
         parts = (state, self.config, orders, *place)
         self.fitness = (
             DivergenceFromTeacher(*parts, teacher=model)
@@ -365,6 +376,7 @@ class _Search:
             "bin": [self.bin.low, self.bin.high],
             "measure": self.bin.measure,
             "init": settings.init,
+            "scored_as": settings.scored_as,
             "space": settings.space,
             "order": settings.order,
             "layer_order": settings.layer_order,

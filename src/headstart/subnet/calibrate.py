@@ -7,7 +7,7 @@ so that search and extraction calibrate once.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,8 +20,10 @@ from headstart.device import default_device, has_fast_bf16, load_frozen
 from headstart.progress import progress
 from headstart.subnet.count import inference_flops_per_token
 from headstart.subnet.extract import hash_checkpoint
+from headstart.subnet.propagate import can_propagate
 from headstart.subnet.rotate import check_rotates, principal_basis, rotated_config, write_rotated
 from headstart.subnet.rules import layouts_of, read_config, sizes_of
+from headstart.subnet.spec import SubnetSpec
 from headstart.subnet.statistics import (
     TOKENS_PER_BATCH,
     Statistics,
@@ -44,13 +46,15 @@ class Calibration:
 
     Attributes:
         teacher: folder of the checkpoint that is cut, the rotated one if it is rotated.
-        statistics: of its activations, by which what is kept is refitted; None for plain slices.
+        statistics: of its activations, by which what is kept is refitted; None to keep it.
         flops: what calibration cost, whether or not it was in the cache.
+        blocks: tokens on which the student is then refitted layer by layer; None for plain slices.
     """
 
     teacher: Path
     statistics: Statistics | None = None
     flops: int = 0
+    blocks: Int[Tensor, "blocks tokens"] | None = field(default=None, compare=False)
 
 
 def cut_config(config: PreTrainedConfig, init: Init) -> PreTrainedConfig:
@@ -67,7 +71,11 @@ def cut_config(config: PreTrainedConfig, init: Init) -> PreTrainedConfig:
 
 
 def calibrate(
-    teacher: Path, init: Init, blocks: Int[Tensor, "blocks tokens"], teacher_hash: str = ""
+    teacher: Path,
+    init: Init,
+    blocks: Int[Tensor, "blocks tokens"],
+    teacher_hash: str = "",
+    spec: SubnetSpec | None = None,
 ) -> Calibration:
     """Measure a teacher, and rotate it if asked, or find both in the cache.
 
@@ -77,6 +85,8 @@ def calibrate(
             "rotate+least_squares" writes a rotated teacher to the cache too.
         blocks: calibration token ids.
         teacher_hash: of the teacher's files, where it is known already.
+        spec: of the only student that will be cut, if it is known. One with whole heads is refitted
+            layer by layer alone, which ends in the same place, unless its family cannot be.
 
     Raises:
         ValueError: there is no text, or the teacher cannot be rotated.
@@ -86,6 +96,8 @@ def calibrate(
     config = read_config(teacher)
     if init == ROTATED:
         check_rotates(config)
+    elif spec is not None and spec.head_dim is None and can_propagate(config):
+        return Calibration(teacher, blocks=blocks)
     key = {
         "teacher": teacher_hash or hash_checkpoint(teacher),
         "tokens": _hash(blocks),
@@ -94,10 +106,9 @@ def calibrate(
     statistics = cached_statistics(
         cache_root() / "statistics", key, lambda folder: _collect(teacher, blocks, folder)
     )
-    statistics = replace(statistics, blocks=blocks)
     flops = calibration_flops(config, init, *blocks.shape)
     if init == "least_squares":
-        return Calibration(teacher, statistics, flops)
+        return Calibration(teacher, statistics, flops, blocks)
     kept = cache_root() / "rotated" / statistics.folder.name
     if not kept.is_dir():
         with finished_folder(kept) as folder:
@@ -106,7 +117,7 @@ def calibrate(
             (folder / "teacher").mkdir()
             write_rotated(teacher, basis, folder / "teacher")
     basis = load_file(kept / "basis.safetensors")["basis"]
-    return Calibration(kept / "teacher", replace(statistics, basis=basis), flops)
+    return Calibration(kept / "teacher", replace(statistics, basis=basis), flops, blocks)
 
 
 def _collect(teacher: Path, blocks: Int[Tensor, "blocks tokens"], folder: Path) -> None:

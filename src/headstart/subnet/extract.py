@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import xxhash
+from jaxtyping import Int
 from torch import Tensor
 
 import headstart
@@ -128,6 +129,7 @@ def extract(
     provenance: Mapping[str, Any] | None = None,
     on_tensor: Callable[[str], None] = lambda name: None,
     statistics: Statistics | None = None,
+    blocks: Int[Tensor, "blocks tokens"] | None = None,
 ) -> Path:
     """Cut a sub-network out of a checkpoint and write it as an ordinary Hugging Face folder.
 
@@ -140,8 +142,8 @@ def extract(
         out_folder: where the student goes; must not exist yet.
         provenance: more entries for `subnet.json`, such as the bin and the score.
         on_tensor: called with each teacher tensor's name, for progress.
-        statistics: as for `slice_tensors`; if they have their text, the student is refitted on
-            what it computes too.
+        statistics: as for `slice_tensors`.
+        blocks: token ids on which the student is refitted layer by layer; None leaves it.
 
     Raises:
         ValueError: the teacher cannot be read, the spec does not fit it, or the folder exists.
@@ -161,8 +163,8 @@ def extract(
 
     tensors = map(reported, read_tensors(folder))  # a loop would hold on to its last tensor
     sliced = dict(map(_alone, slice_tensors(tensors, config, spec, statistics)))
-    if statistics is not None:
-        sliced = refit_on_itself(folder, sliced, spec, statistics)
+    if blocks is not None:
+        sliced = refit_on_itself(folder, sliced, spec, blocks)
     if is_layerwise(output_config):  # whose loading knows no other names than the model's own
         aliases = family_of(config).aliases
         sliced = {aliases.get(name, name): tensor for name, tensor in sliced.items()}

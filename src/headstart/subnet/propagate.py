@@ -35,7 +35,6 @@ from headstart.subnet.rules import family_of, layouts_of, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec, sizes_in_layer
 from headstart.subnet.statistics import (
     TOKENS_PER_BATCH,
-    Statistics,
     layer_arguments,
     rms_norms_of,
     rows_of,
@@ -145,26 +144,29 @@ class _Side:
 
 
 def refit_on_itself(
-    teacher: Path, sliced: Mapping[str, Tensor], spec: SubnetSpec, statistics: Statistics
+    teacher: Path,
+    sliced: Mapping[str, Tensor],
+    spec: SubnetSpec,
+    blocks: Int[Tensor, "blocks tokens"],
 ) -> dict[str, Tensor]:
-    """A calibrated student's tensors, after what `propagated` makes of them.
+    """A student's tensors, after what `propagated` makes of them.
 
     Args:
         teacher: folder of the checkpoint that it was cut out of.
         sliced: its tensors by their names in files, on the CPU.
         spec: what it has kept.
-        statistics: by which it was refitted so far; their text, if they have it, is read again.
+        blocks: calibration token ids.
     """
-    config, text = read_config(teacher), statistics.blocks
-    if text is None or not can_propagate(config):
+    config = read_config(teacher)
+    if not can_propagate(config):
         return dict(sliced)
     aliases = family_of(config).aliases
     tensors = {aliases.get(name, name): tensor for name, tensor in sliced.items()}
     model = load_frozen(teacher, default_device())
     copies = ((name, one.to(model.device, model.dtype, copy=True)) for name, one in tensors.items())
     student = student_of(copies, config, spec)
-    batches = text.split(max(1, TOKENS_PER_BATCH // text.shape[1]))  # type: ignore[no-untyped-call]
-    with progress("refit", text.numel() * len(spec.layers), "tokens in layers") as advance:
+    batches = blocks.split(max(1, TOKENS_PER_BATCH // blocks.shape[1]))  # type: ignore[no-untyped-call]
+    with progress("refit", blocks.numel() * len(spec.layers), "tokens in layers") as advance:
         tensors |= propagated(model, student, tensors, spec, batches, advance)
     return {name: tensors[aliases.get(name, name)] for name in sliced}
 

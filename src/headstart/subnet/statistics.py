@@ -43,12 +43,10 @@ class Statistics:
         folder: holds the files that `collect_statistics` wrote.
         basis: of the residual stream, where the teacher is a rotated one, whose gains are ones;
             None for the teacher that was measured.
-        blocks: the calibration tokens, where they are at hand.
     """
 
     folder: Path
     basis: Float[Tensor, "embed components"] | None = field(default=None, compare=False)
-    blocks: Int[Tensor, "blocks tokens"] | None = field(default=None, compare=False)
 
     def gram(self, source: str) -> Float[Tensor, "units units"]:
         """Mean over tokens of x x^T, where x is what linear layers read; see `sources_of`."""
