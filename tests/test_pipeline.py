@@ -32,6 +32,7 @@ from headstart.recipe import Recipe, recipe_from_dict
 from headstart.result import match_of
 from headstart.scoreboard import EvaluationSettings, run_evaluate
 from headstart.subnet.count import count
+from headstart.subnet.propagate import propagation_flops
 from headstart.subnet.rules import sizes_of
 
 BLOCK_LENGTH = 32
@@ -102,7 +103,10 @@ def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str])
     candidates = result["search"]["candidates"]
     assert costs["search_tokens"] == sum(one["tokens"] for one in candidates)
     assert {one["tokens"] for one in candidates} <= {32, 64, 256}  # racing: of 1, 2, 8 blocks
-    assert costs["calibration_flops"] == 512 * teacher_flops.inference_flops_per_token
+    config = AutoConfig.from_pretrained(recipe["teacher"])
+    sizes = sizes_of(AutoConfig.from_pretrained(student))
+    refit = propagation_flops(config, sizes, 512 // BLOCK_LENGTH, BLOCK_LENGTH)
+    assert costs["calibration_flops"] == 512 * teacher_flops.inference_flops_per_token + refit
     upfront = costs["calibration_flops"] + costs["search_flops"]
     per_token = student_flops.training_flops_per_token
     assert scratch["curve"][-1]["flops"] == 1920 * per_token
@@ -158,7 +162,7 @@ def test_a_student_from_the_stages_is_charged_with_its_search(
     (outcome,) = run_search(recipe_from_dict(recipe))
     spec = Path(recipe["output"]) / "search.json"
     recipe |= {"student": str(tmp_path / "student"), "output": str(tmp_path / "trained")}
-    run_extract(recipe["teacher"], spec, Path(recipe["student"]))
+    run_extract(recipe["teacher"], spec, Path(recipe["student"]), init="slice")
     result = run_pretrain(recipe_from_dict(recipe))
     upfront = outcome["calibration_flops"] + outcome["search_flops"]
     scratch, subnet, _ = result["arms"]
@@ -279,6 +283,7 @@ def test_layerwise_spaces_can_be_searched_and_run(recipe: dict[str, Any]) -> Non
 def test_a_plan_needs_no_weights_and_bounds_the_tokens(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
+    recipe["search"]["init"] = "slice"  # whose student costs nothing more to cut out
     (outcome,) = run_search(recipe_from_dict(recipe))
     bare = tmp_path / "bare"
     bare.mkdir()

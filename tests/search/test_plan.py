@@ -37,6 +37,7 @@ CONFIG = LlamaConfig(
     head_dim=8,
 )
 SETTINGS = SearchSettings(
+    init="slice",
     bin=BinSettings(low=40_000, high=90_000),
     grid=GridSettings(embed_step=16, mlp_step=16),
     evolution=EvolutionSettings(population=8, generations=5, elites=3),

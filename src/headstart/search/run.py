@@ -81,7 +81,7 @@ class SearchSettings:
         batch_size: blocks per forward pass; 0 for as many as fit.
     """
 
-    init: Init = "slice"
+    init: Init = "least_squares"
     scored_as: Literal["slice", "refitted"] = "slice"
     space: SpaceName = "coarse-uniform"
     order: Literal["activation", "contribution", "magnitude", "taylor", "teacher"] = "activation"
