@@ -75,8 +75,8 @@ def extract(
     Args:
         teacher: in memory it is left as it is, and shares nothing with the student.
         spec: what to keep, such as `search(...).spec`.
-        calibration: `search(...).calibration`, where its settings have another `init` than "slice";
-            the teacher is then read from where that has it.
+        calibration: `search(...).calibration`, by which the student is refitted as the settings'
+            `init` says; the teacher is then read from where that has it. None cuts a plain slice.
 
     Returns:
         A transformers model in eval mode on the teacher's device and in its precision, ready to

@@ -105,9 +105,10 @@ def _parser() -> argparse.ArgumentParser:
         "extract",
         _extract,
         "Cut a sub-network out of a teacher as an ordinary checkpoint.",
-        "headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/\n"
+        "headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/ "
+        "--data corpus.jsonl\n"
         "  headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/ "
-        "--init least_squares --data corpus.jsonl",
+        "--init slice",
     )
     extract.add_argument("--teacher", required=True, help="a folder or a hub id")
     extract.add_argument("--spec", required=True, type=Path, help="search.json or subnet.json")

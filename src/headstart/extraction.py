@@ -67,7 +67,7 @@ def run_extract(
         )
     student_config(cut_config(read_config(folder), init), kept)  # refuses what cannot be cut
     if init != "slice" and calibration is None:
-        raise ValueError(f"init {init} needs text to calibrate with; give --data")
+        raise ValueError(f"init {init} needs text to calibrate with; give --data, or --init slice")
     teacher_hash = hash_checkpoint(folder)
     source = Calibration(folder)
     if calibration is not None:
