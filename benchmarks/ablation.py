@@ -136,7 +136,8 @@ def students(
             flops = forward * calibration.numel()
         if init == "rotate+least_squares":  # whose channels are in order
             orders = replace(orders, embed=Orders.of_teacher(config).embed)
-        source, spec = calibrate(teacher, init, calibration), size.spec(orders)
+        spec = size.spec(orders)
+        source = calibrate(teacher, init, calibration, spec=spec)
         flops += source.flops
         if source.blocks is not None:
             cut_from = read_config(source.teacher)

@@ -16,6 +16,7 @@ from headstart.subnet.spec import SubnetSpec
 from headstart.subnet.statistics import Statistics, collect_statistics
 
 KINDS = [kind for kind in [*TEACHERS, *DESCENDANTS] if not kind.startswith(("gemma3", "olmo2"))]
+PRIOR_TOKENS = 2
 CUT = {"layers": 3, "embed": 32, "kv_groups": 1, "mlp": 40}
 
 
@@ -33,7 +34,8 @@ def refit(teacher, spec, tokens, folder):
     cut.load_state_dict({name: one.clone() for name, one in cut.state_dict().items()})
     tensors = {name: one.detach().clone() for name, one in cut.named_parameters()}
     student = copy.deepcopy(cut)
-    return cut, student, dict(propagated(teacher, student, tensors, spec, tokens.split(5)))
+    parts = (teacher, student, tensors, spec, tokens.split(5))
+    return cut, student, dict(propagated(*parts, prior_tokens=PRIOR_TOKENS))
 
 
 @torch.no_grad()
@@ -90,7 +92,8 @@ def test_every_linear_layer_solves_its_ridge_regression(kind, tokens, tmp_path):
             if len(names) == 2:
                 x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
             gram, ridge = x.T @ x / len(x), torch.zeros(x.shape[1], dtype=x.dtype)
-            ridge[: small[ours][0].shape[1]] = 1e-3 * gram.diagonal().mean()
+            num_inputs = small[ours][0].shape[1]
+            ridge[:num_inputs] = PRIOR_TOKENS / tokens.numel() * gram.diagonal()[:num_inputs].mean()
             gradient = (x @ after.T - wanted).T @ x / len(x) + (after - before) * ridge
             scale = (wanted.T @ x / len(x)).abs().max()
             assert gradient.abs().max() < 1e-4 * scale, pattern
@@ -108,7 +111,7 @@ def test_the_output_matrix_comes_closest_to_the_teachers_logits(kind, tokens, tm
     cut, student, changed = refit(teacher, spec, tokens, tmp_path / "statistics")
     (x, _), (_, wanted) = (watched(one, tokens)["lm_head"] for one in (student, teacher))
     gram, before = x.T @ x / len(x), cut.lm_head.weight.double()
-    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    ridge = PRIOR_TOKENS / len(x) * gram.diagonal().mean() * torch.eye(len(gram)).double()
     expected = (wanted.T @ x / len(x) + before @ ridge) @ torch.linalg.inv(gram + ridge)
     torch.testing.assert_close(changed["lm_head.weight"].double(), expected, atol=1e-3, rtol=1e-3)
 

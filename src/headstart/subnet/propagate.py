@@ -8,7 +8,7 @@ x the student's inputs and z the teacher's, each linear layer becomes the one th
 - to the teacher's output W z, where it reads the stream,
 - to the teacher's output and what the student's stream lacks by then, where it writes to it,
 
-with a ridge towards what it was. The last layer before removed ones also makes up for those.
+drawn towards what it was. The last layer before removed ones also makes up for those.
 
 Source: targets of the whole model on the small one's inputs as in GPTAQ (arXiv 2504.02692), which
 quantises; here the stream's error is added to them.
@@ -30,7 +30,7 @@ from headstart.progress import progress
 from headstart.subnet.axes import dimensions_of, kept_indices, shape_of
 from headstart.subnet.count import inference_flops_per_token
 from headstart.subnet.cut import student_of
-from headstart.subnet.refit import RIDGE, ROWS_AT_ONCE
+from headstart.subnet.refit import ROWS_AT_ONCE
 from headstart.subnet.rules import family_of, layouts_of, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec, sizes_in_layer
 from headstart.subnet.statistics import (
@@ -46,6 +46,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Batches = Sequence[Int[Tensor, "batch tokens"]]
+
+PRIOR_TOKENS = 4096
+"""Tokens of uncorrelated inputs, as large as the calibration text's in the mean, that speak for a
+layer as it was. What a stream lacks is noisy, and with little text there is nothing else to hold on
+to: on the demo's student 2,048 tokens did best with as many or more, 32,768 with 3,000 to 5,000."""
 
 
 def can_propagate(config: PreTrainedConfig) -> bool:
@@ -179,6 +184,7 @@ def propagated(
     spec: SubnetSpec,
     batches: Batches,
     on_batch: Callable[[int], None] = lambda num_tokens: None,
+    prior_tokens: int = PRIOR_TOKENS,
 ) -> Iterator[tuple[str, Tensor]]:
     """Refit a student on what it computes itself.
 
@@ -190,12 +196,13 @@ def propagated(
         batches: calibration token ids.
         on_batch: called for each of the student's layers with the tokens of each batch done, for
             progress.
+        prior_tokens: that speak for a layer as it was, see `PRIOR_TOKENS`.
 
     Yields:
         (name, tensor) pairs of linear layers, in the order of computation: of all that come after
         something was removed. None for a family that cannot.
     """
-    config = teacher.config
+    config, prior = teacher.config, prior_tokens / sum(batch.numel() for batch in batches)
     if not can_propagate(config):
         return
     layouts, sizes = layouts_of(config), sizes_of(config)
@@ -221,12 +228,12 @@ def propagated(
                 for pattern in group:
                     rows = kept_indices(layouts[pattern], sizes, spec.kept_in_layer(position))[0]
                     taught_by = (whole.linear(pattern, layer), rows)
-                    yield from _refit(kept, pattern, position, tensors, *moments, taught_by)
+                    yield from _refit(kept, pattern, position, tensors, prior, *moments, taught_by)
             else:
                 (pattern,) = group
                 targets = [y.float() + e for y, e in zip(said[pattern], lacking, strict=True)]
                 moments = _moments(inputs, targets, _has_bias(pattern, layouts), False)
-                yield from _refit(kept, pattern, position, tensors, *moments)
+                yield from _refit(kept, pattern, position, tensors, prior, *moments)
                 linear = kept.linear(pattern, position)
                 lacking = [y - linear(x).float() for x, y in zip(inputs, targets, strict=True)]
         kept.hidden = [
@@ -243,7 +250,7 @@ def propagated(
                 continue
             moments = _moments(kept.normed(norm), whole.normed(norm), False, True)
             taught_by = (whole.linear(pattern, None), torch.arange(sizes["vocab"]))
-            yield from _refit(kept, pattern, None, tensors, *moments, taught_by)
+            yield from _refit(kept, pattern, None, tensors, prior, *moments, taught_by)
 
 
 def _advance(
@@ -284,6 +291,7 @@ def _refit(
     pattern: str,
     layer: int | None,
     tensors: Mapping[str, Tensor],
+    prior: float,
     gram: Float[Tensor, "inputs inputs"],
     cross: Float[Tensor, "targets inputs"],
     taught_by: tuple[nn.Linear, Int[Tensor, " outputs"]] | None = None,
@@ -291,6 +299,7 @@ def _refit(
     """Change a linear layer of the student for the moments of its inputs x and of targets y.
 
     Args:
+        prior: weight of the layer as it was, for each token's worth of `gram`.
         gram: mean of x x^T; with a bias, x has a last number that is one.
         cross: mean of y x^T.
         taught_by: the linear layer of which some rows turn y into the outputs that are wanted; None
@@ -298,7 +307,8 @@ def _refit(
     """
     linear, stem = student.linear(pattern, layer), pattern.format(i=layer).removesuffix("weight")
     names = [f"{stem}{kind}" for kind, _ in linear.named_parameters()]
-    ridge = torch.full_like(gram.diagonal(), RIDGE * gram.diagonal().mean().item())
+    mean_square = gram.diagonal()[: linear.in_features].mean().item()
+    ridge = torch.full_like(gram.diagonal(), prior * mean_square)
     ridge[linear.in_features :] = 0  # a bias needs none
     factor = torch.linalg.cholesky(gram + (ridge + torch.finfo(gram.dtype).tiny).diag())
     fitted = {name: torch.empty_like(tensors[name]) for name in names}
