@@ -41,7 +41,7 @@ from headstart.search.candidate import Orders
 from headstart.search.importance import measure_importance
 from headstart.subnet.calibrate import Calibration, calibrate
 from headstart.subnet.cut import build_student, slice_tensors, student_of
-from headstart.subnet.extract import read_tensors
+from headstart.subnet.extract import extract
 from headstart.subnet.propagate import refit_on_itself
 from headstart.subnet.refit import refitted
 from headstart.subnet.rules import read_config, sizes_of
@@ -112,9 +112,8 @@ def measure(teacher: Path, blocks: Int[Tensor, "blocks tokens"], cache: str) -> 
     assert source.statistics is not None
     config = read_config(source.teacher)
     spec = replace(SubnetSpec.identity(sizes_of(config)), embed=tuple(range(288)))
-    tensors = read_tensors(source.teacher)
-    once = dict(slice_tensors(tensors, config, spec, source.statistics))
-    refit_on_itself(source.teacher, once, spec, blocks)
+    parts = (source.teacher, spec, Path(cache) / "student")
+    extract(*parts, statistics=source.statistics, blocks=source.blocks)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return seconds, peak * (1 if sys.platform == "darwin" else 1024)
