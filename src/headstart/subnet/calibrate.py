@@ -25,8 +25,8 @@ from headstart.subnet.rotate import check_rotates, principal_basis, rotated_conf
 from headstart.subnet.rules import layouts_of, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec
 from headstart.subnet.statistics import (
-    TOKENS_PER_BATCH,
     Statistics,
+    batches_of,
     cached_statistics,
     collect_statistics,
     statistics_flops,
@@ -122,10 +122,9 @@ def calibrate(
 
 def _collect(teacher: Path, blocks: Int[Tensor, "blocks tokens"], folder: Path) -> None:
     model = load_frozen(teacher, default_device())
-    batches = blocks.split(max(1, TOKENS_PER_BATCH // blocks.shape[1]))  # type: ignore[no-untyped-call]
     tokens_in_layers = blocks.numel() * sizes_of(model.config)["layers"]
     with progress("calibrate", tokens_in_layers, "tokens in layers") as advance:
-        collect_statistics(model, batches, folder, advance)
+        collect_statistics(model, batches_of(blocks), folder, advance)
 
 
 def calibration_flops(

@@ -34,12 +34,12 @@ from headstart.subnet.refit import ROWS_AT_ONCE
 from headstart.subnet.rules import family_of, layouts_of, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec, sizes_in_layer
 from headstart.subnet.statistics import (
-    TOKENS_PER_BATCH,
-    layer_arguments,
-    rms_norms_of,
+    batches_of,
+    before_layers,
     rows_of,
     sources_of,
     widest,
+    writing_norms,
 )
 
 if TYPE_CHECKING:
@@ -59,12 +59,7 @@ def can_propagate(config: PreTrainedConfig) -> bool:
 
     In Gemma 3 and OLMo 2 a norm stands in between.
     """
-    norms = (*rms_norms_of(config), *family_of(config).readers)
-    return all(
-        pattern in family_of(config).readers
-        for pattern in norms
-        if layouts_of(config)[pattern] == "embed"
-    )
+    return not writing_norms(config)
 
 
 def groups_of(config: PreTrainedConfig, has_narrow_heads: bool) -> list[list[str]]:
@@ -89,16 +84,9 @@ class _Side:
     """One of the two models, and its hidden states of all batches on their way through it."""
 
     def __init__(self, model: PreTrainedModel, batches: Batches) -> None:
-        pattern, number = family_of(model.config).layer, sizes_of(model.config)["layers"]
         self.model = model
-        self.layers = [model.get_submodule(pattern.format(i=layer)) for layer in range(number)]
         self.shapes = [batch.shape for batch in batches]
-        self.calls: dict[torch.Size, list[dict[str, Any]]] = {}
-        self.hidden: list[Tensor] = []
-        for batch in batches:
-            embedded, calls = layer_arguments(model, self.layers, batch.to(model.device))
-            self.hidden.append(embedded)
-            self.calls.setdefault(batch.shape, calls)
+        self.layers, self.hidden, self.calls = before_layers(model, batches)
 
     def run(
         self, layer: int, see: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None
@@ -171,9 +159,8 @@ def refit_on_itself(
     model = load_frozen(teacher, default_device())
     copies = ((name, one.to(model.device, model.dtype, copy=True)) for name, one in tensors.items())
     student = student_of(copies, config, spec)
-    batches = blocks.split(max(1, TOKENS_PER_BATCH // blocks.shape[1]))  # type: ignore[no-untyped-call]
     with progress("refit", blocks.numel() * len(spec.layers), "tokens in layers") as advance:
-        tensors |= propagated(model, student, tensors, spec, batches, advance)
+        tensors |= propagated(model, student, tensors, spec, batches_of(blocks), advance)
     return {name: tensors[aliases.get(name, name)] for name in sliced}
 
 

@@ -29,7 +29,7 @@ from headstart.subnet.axes import dimensions_of
 from headstart.subnet.extract import TOKENIZER_FILES, read_tensors
 from headstart.subnet.families import DROPPED
 from headstart.subnet.rules import family_of, layouts_of, match_tensor, read_config
-from headstart.subnet.statistics import rms_norms_of
+from headstart.subnet.statistics import rms_norms_of, writing_norms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,7 +45,7 @@ def rotation_obstacle(config: PreTrainedConfig) -> str:
             continue
         if pattern not in rms_norms_of(config):
             return f"its {pattern} is a LayerNorm's, which subtracts the mean over channels"
-        if pattern not in family_of(config).readers:
+        if pattern in writing_norms(config):
             return f"its {pattern} scales channels on their way into the residual stream"
     return ""
 

@@ -133,6 +133,16 @@ def rms_norms_of(config: PreTrainedConfig) -> tuple[str, ...]:
     )
 
 
+def writing_norms(config: PreTrainedConfig) -> list[str]:
+    """The RMSNorms that scale channels on their way into the residual stream."""
+    readers, layouts = family_of(config).readers, layouts_of(config)
+    return [
+        pattern
+        for pattern in rms_norms_of(config)
+        if layouts[pattern] == "embed" and pattern not in readers
+    ]
+
+
 def _stream_norms(config: PreTrainedConfig) -> set[str]:
     """The RMSNorms that layers read."""
     return set(family_of(config).readers) & set(rms_norms_of(config))
@@ -161,17 +171,8 @@ def collect_statistics(
     """
     if not batches:
         raise ValueError("calibration needs at least one block; add text to the data")
-    num_layers = sizes_of(teacher.config)["layers"]
-    pattern = family_of(teacher.config).layer
-    layers = [teacher.get_submodule(pattern.format(i=layer)) for layer in range(num_layers)]
+    layers, hidden, calls = before_layers(teacher, batches)
     num_tokens = sum(batch.numel() for batch in batches)
-    calls: dict[torch.Size, list[dict[str, Any]]] = {}  # which depend on the batch's shape alone
-    hidden = []
-    for batch in batches:
-        embedded, arguments = layer_arguments(teacher, layers, batch.to(teacher.device))
-        hidden.append(embedded)
-        calls.setdefault(batch.shape, arguments)
-
     for number, layer in enumerate(layers):
         with _summing(teacher, number) as sums:
             for place, batch in enumerate(batches):
@@ -185,7 +186,33 @@ def collect_statistics(
     _write(folder, teacher, None, sums, num_tokens)
 
 
-def layer_arguments(
+def batches_of(blocks: Int[Tensor, "blocks tokens"]) -> tuple[Int[Tensor, "batch tokens"], ...]:
+    """Calibration text in the pieces that a model reads."""
+    found: tuple[Tensor, ...] = blocks.split(max(1, TOKENS_PER_BATCH // blocks.shape[1]))  # type: ignore[no-untyped-call]
+    return found
+
+
+def before_layers(
+    model: PreTrainedModel, batches: Sequence[Int[Tensor, "batch tokens"]]
+) -> tuple[
+    list[nn.Module],
+    list[Float[Tensor, "batch tokens embed"]],
+    dict[torch.Size, list[dict[str, Any]]],
+]:
+    """A model's layers; what the first is given, for each batch; and the other arguments of every
+    layer, which depend on the batch's shape alone."""
+    pattern, number = family_of(model.config).layer, sizes_of(model.config)["layers"]
+    layers = [model.get_submodule(pattern.format(i=layer)) for layer in range(number)]
+    hidden: list[Tensor] = []
+    calls: dict[torch.Size, list[dict[str, Any]]] = {}
+    for batch in batches:
+        embedded, arguments = _layer_arguments(model, layers, batch.to(model.device))
+        hidden.append(embedded)
+        calls.setdefault(batch.shape, arguments)
+    return layers, hidden, calls
+
+
+def _layer_arguments(
     teacher: PreTrainedModel, layers: Sequence[nn.Module], batch: Int[Tensor, "batch tokens"]
 ) -> tuple[Float[Tensor, "batch tokens embed"], list[dict[str, Any]]]:
     """What the first layer is given, and the other arguments of every layer.
