@@ -93,7 +93,7 @@ def losses(
         stiff = dict(refitted(state.items(), config, spec, source.statistics, ridge=1e12))
         once = dict(slice_tensors(state.items(), config, spec, source.statistics))
         assert source.blocks is not None
-        itself = refit_on_itself(source.teacher, once, spec, source.blocks)
+        itself = refit_on_itself(source.teacher, once.items(), spec, source.blocks)
         students = (
             build_student(state, config, spec),
             build_student(stiff, config, spec),

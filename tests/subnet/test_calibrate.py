@@ -39,7 +39,7 @@ def test_a_student_on_disk_is_the_one_in_memory(init, teacher_folder, blocks, tm
     spec = random_spec(cut, layers=3, embed=30, kv_groups=1, mlp=40)
     sliced = dict(slice_tensors(read_tensors(found.teacher), cut.config, spec, found.statistics))
     if found.blocks is not None:
-        sliced = refit_on_itself(found.teacher, sliced, spec, found.blocks)
+        sliced = refit_on_itself(found.teacher, sliced.items(), spec, found.blocks)
     student = student_of(sliced.items(), cut.config, spec)
     out = extract(
         found.teacher, spec, tmp_path / "out", statistics=found.statistics, blocks=found.blocks

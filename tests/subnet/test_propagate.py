@@ -169,7 +169,6 @@ def test_flops_are_what_the_passes_and_products_take(tokens):
     with FlopCounterMode(display=False) as counter:
         list(propagated(teacher, student, tensors, spec, tokens.split(8)))
     sizes = spec.sizes(sizes_of(teacher.config))
-    print("RATIO", propagation_flops(teacher.config, sizes, 16, 20) / counter.get_total_flops())
     assert propagation_flops(teacher.config, sizes, 16, 20) == pytest.approx(
         counter.get_total_flops(), rel=0.2
     )

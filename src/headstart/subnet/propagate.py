@@ -16,9 +16,10 @@ quantises; here the stream's error is added to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ from headstart.subnet.refit import ROWS_AT_ONCE
 from headstart.subnet.rules import family_of, layouts_of, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec, sizes_in_layer
 from headstart.subnet.statistics import (
+    TOKENS_PER_BATCH,
     batches_of,
     before_layers,
     rows_of,
@@ -81,17 +83,34 @@ class _Reached(Exception):
 
 
 class _Side:
-    """One of the two models, and its hidden states of all batches on their way through it."""
+    """One of the two models, and the hidden states of all tokens on their way through it.
+
+    What there is of all tokens is one tensor, which is written to in place: of many small ones
+    that come and go, allocators keep a part.
+    """
 
     def __init__(self, model: PreTrainedModel, batches: Batches) -> None:
         self.model = model
         self.shapes = [batch.shape for batch in batches]
-        self.layers, self.hidden, self.calls = before_layers(model, batches)
+        self.layers, hidden, self.calls = before_layers(model, batches)
+        self.hidden = torch.cat([states.flatten(0, 1) for states in hidden])
+
+    def batches(
+        self, all: Float[Tensor, "tokens units"]
+    ) -> Iterator[Float[Tensor, "batch tokens units"]]:
+        """Views of something that there is of all tokens."""
+        parts = all.split([shape.numel() for shape in self.shapes])  # type: ignore[no-untyped-call]
+        return (part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+    def empty(self, num_units: int) -> Float[Tensor, "tokens units"]:
+        return self.hidden.new_empty(len(self.hidden), num_units)
 
     def run(
-        self, layer: int, see: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None
-    ) -> list[Tensor]:
-        """What a layer makes of the hidden states.
+        self,
+        layer: int,
+        see: Mapping[str, Callable[[Tensor, Tensor], None]] = MappingProxyType({}),
+    ) -> None:
+        """Take the hidden states through a layer.
 
         Args:
             layer: its number.
@@ -99,27 +118,27 @@ class _Side:
                 for every batch.
         """
         with ExitStack() as undo:
-            for pattern, call in (see or {}).items():
+            for pattern, call in see.items():
                 hook = self.linear(pattern, layer).register_forward_hook(
                     lambda module, inputs, output, call=call: call(inputs[0], output)
                 )
                 undo.callback(hook.remove)
-            return [
-                self.layers[layer](states, **self.calls[shape][layer])
-                for states, shape in zip(self.hidden, self.shapes, strict=True)
-            ]
+            for states, shape in zip(self.batches(self.hidden), self.shapes, strict=True):
+                states.copy_(self.layers[layer](states, **self.calls[shape][layer]))
 
-    def inputs(self, pattern: str, layer: int) -> list[Tensor]:
+    def inputs(self, pattern: str, layer: int) -> Float[Tensor, "tokens inputs"]:
         """What a linear layer reads; its layer is computed up to there."""
-        found: list[Tensor] = []
+        linear = self.linear(pattern, layer)
+        found = self.empty(linear.in_features)
+        rest = self.batches(found)
 
         def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found.append(inputs[0])
+            next(rest).copy_(inputs[0])
             raise _Reached
 
-        hook = self.linear(pattern, layer).register_forward_pre_hook(stop)
+        hook = linear.register_forward_pre_hook(stop)
         try:
-            for states, shape in zip(self.hidden, self.shapes, strict=True):
+            for states, shape in zip(self.batches(self.hidden), self.shapes, strict=True):
                 with suppress(_Reached):
                     self.layers[layer](states, **self.calls[shape][layer])
         finally:
@@ -131,15 +150,16 @@ class _Side:
         assert isinstance(found, nn.Linear)
         return found
 
-    def normed(self, norm: str) -> list[Tensor]:
+    def normed(self, norm: str) -> Iterator[Float[Tensor, "batch tokens embed"]]:
         """What a norm outside the layers makes of the hidden states."""
-        module = self.model.get_submodule(norm.removesuffix(".weight"))
-        return [module(states) for states in self.hidden]
+        return map(
+            self.model.get_submodule(norm.removesuffix(".weight")), self.batches(self.hidden)
+        )
 
 
 def refit_on_itself(
     teacher: Path,
-    sliced: Mapping[str, Tensor],
+    sliced: Iterable[tuple[str, Tensor]],
     spec: SubnetSpec,
     blocks: Int[Tensor, "blocks tokens"],
 ) -> dict[str, Tensor]:
@@ -147,21 +167,22 @@ def refit_on_itself(
 
     Args:
         teacher: folder of the checkpoint that it was cut out of.
-        sliced: its tensors by their names in files, on the CPU.
+        sliced: (name, tensor) pairs of it by their names in files, on the CPU. None is kept that
+            was refitted, so where nothing else has them, they do not add to what is in memory.
         spec: what it has kept.
         blocks: calibration token ids.
     """
-    config = read_config(teacher)
+    config, tensors = read_config(teacher), dict(sliced)
     if not can_propagate(config):
-        return dict(sliced)
-    aliases = family_of(config).aliases
-    tensors = {aliases.get(name, name): tensor for name, tensor in sliced.items()}
+        return tensors
+    aliases, names = family_of(config).aliases, list(tensors)
+    tensors = {aliases.get(name, name): tensors.pop(name) for name in names}
     model = load_frozen(teacher, default_device())
-    copies = ((name, one.to(model.device, model.dtype, copy=True)) for name, one in tensors.items())
+    copies = ((name, tensor.to(model.device, model.dtype)) for name, tensor in tensors.items())
     student = student_of(copies, config, spec)
     with progress("refit", blocks.numel() * len(spec.layers), "tokens in layers") as advance:
         tensors |= propagated(model, student, tensors, spec, batches_of(blocks), advance)
-    return {name: tensors[aliases.get(name, name)] for name in sliced}
+    return {name: tensors[aliases.get(name, name)] for name in names}
 
 
 @torch.no_grad()
@@ -178,7 +199,8 @@ def propagated(
 
     Args:
         teacher: the whole teacher, in eval mode; it is left as it was.
-        student: cut out of it, on the same device; its linear layers are changed one by one.
+        student: cut out of it, on the same device; its linear layers are given other weights one by
+            one.
         tensors: the student's, by their names in the model, as precise as they shall be.
         spec: what the student has kept.
         batches: calibration token ids.
@@ -188,7 +210,8 @@ def propagated(
 
     Yields:
         (name, tensor) pairs of linear layers, in the order of computation: of all that come after
-        something was removed. None for a family that cannot.
+        something was removed. None for a family that cannot. The student has them too, and does
+        not copy what is on its device and in its precision.
     """
     config, prior = teacher.config, prior_tokens / sum(batch.numel() for batch in batches)
     if not can_propagate(config):
@@ -198,36 +221,32 @@ def propagated(
     whole, kept = _Side(teacher, batches), _Side(student, batches)
     embed = torch.tensor(spec.embed, device=teacher.device)
     for layer in range(spec.layers[0]):
-        whole.hidden = whole.run(layer)
+        whole.run(layer)
     is_same = len(embed) == sizes["embed"] and spec.layers[0] == 0
     for position, (layer, following) in enumerate(
         zip(spec.layers, (*spec.layers[1:], sizes["layers"]), strict=True)
     ):
-        lacking = [
-            states[..., embed].float() - less.float()
-            for states, less in zip(whole.hidden, kept.hidden, strict=True)
-        ]
+        lacking = whole.hidden[:, embed].float().sub_(kept.hidden)
         said = _advance(whole, layer, following, groups, embed)
         is_same = is_same and following == layer + 1 and _is_whole(spec, position, sizes)
         for group in () if is_same else groups:
-            inputs = kept.inputs(group[0], position)
+            inputs, taught = kept.inputs(group[0], position), said.pop(group[0])
+            has_bias = _has_bias(group[0], layouts)
             if _reads_stream(layouts[group[0]]):
-                moments = _moments(inputs, said[group[0]], _has_bias(group[0], layouts), True)
+                moments = _moments(_pieces(inputs, taught), has_bias, True)
                 for pattern in group:
                     rows = kept_indices(layouts[pattern], sizes, spec.kept_in_layer(position))[0]
                     taught_by = (whole.linear(pattern, layer), rows)
                     yield from _refit(kept, pattern, position, tensors, prior, *moments, taught_by)
             else:
                 (pattern,) = group
-                targets = [y.float() + e for y, e in zip(said[pattern], lacking, strict=True)]
-                moments = _moments(inputs, targets, _has_bias(pattern, layouts), False)
+                wanted = lacking.add_(taught)
+                moments = _moments(_pieces(inputs, wanted), has_bias, False)
                 yield from _refit(kept, pattern, position, tensors, prior, *moments)
-                linear = kept.linear(pattern, position)
-                lacking = [y - linear(x).float() for x, y in zip(inputs, targets, strict=True)]
-        kept.hidden = [
-            (states[..., embed].float() - short).to(states.dtype)
-            for states, short in zip(whole.hidden, lacking, strict=True)
-        ]
+                for x, y in _pieces(inputs, wanted):
+                    y.sub_(kept.linear(pattern, position)(x))  # what is lacking now
+            del inputs, taught
+        kept.hidden.copy_(whole.hidden[:, embed] - lacking)
         for batch in batches:
             on_batch(batch.numel())
     if is_same:
@@ -236,7 +255,8 @@ def propagated(
         for pattern in readers:
             if "{i}" in pattern or pattern not in layouts:
                 continue
-            moments = _moments(kept.normed(norm), whole.normed(norm), False, True)
+            pieces = zip(kept.normed(norm), whole.normed(norm), strict=True)
+            moments = _moments(pieces, False, True)
             taught_by = (whole.linear(pattern, None), torch.arange(sizes["vocab"]))
             yield from _refit(kept, pattern, None, tensors, prior, *moments, taught_by)
 
@@ -247,30 +267,34 @@ def _advance(
     following: int,
     groups: Sequence[Sequence[str]],
     embed: Int[Tensor, " kept"],
-) -> dict[str, list[Tensor]]:
+) -> dict[str, Float[Tensor, "tokens units"]]:
     """Take the teacher's hidden states to the next kept layer.
 
     Returns:
-        For the first of every group, and each batch: what it reads, or the kept channels of what
-        it writes; the last writer's with what all removed layers up to the next kept one write.
+        For the first of every group: what it reads, or the kept channels of what it writes; the
+        last writer's with what all removed layers up to the next kept one write.
     """
     layouts = layouts_of(teacher.model.config)
-    said: dict[str, list[Tensor]] = {group[0]: [] for group in groups}
+    said: dict[str, Tensor] = {}
 
     def see(pattern: str) -> Callable[[Tensor, Tensor], None]:
-        if _reads_stream(layouts[pattern]):
-            return lambda x, y: said[pattern].append(x)
-        return lambda x, y: said[pattern].append(y[..., embed])
+        reads = _reads_stream(layouts[pattern])
+        num_units = teacher.linear(pattern, layer).in_features if reads else len(embed)
+        said[pattern] = teacher.empty(num_units)
+        rest = teacher.batches(said[pattern])
 
-    teacher.hidden = behind = teacher.run(layer, {pattern: see(pattern) for pattern in said})
-    for removed in range(layer + 1, following):
-        teacher.hidden = teacher.run(removed)
+        def take(x: Tensor, y: Tensor) -> None:
+            next(rest).copy_(x if reads else y[..., embed])
+
+        return take
+
+    teacher.run(layer, {pattern: see(pattern) for pattern, *_ in groups})
     if following > layer + 1:
         *_, last = (pattern for pattern in said if not _reads_stream(layouts[pattern]))
-        said[last] = [
-            written + (states - before)[..., embed]
-            for written, states, before in zip(said[last], teacher.hidden, behind, strict=True)
-        ]
+        behind = teacher.hidden[:, embed]
+        for removed in range(layer + 1, following):
+            teacher.run(removed)
+        said[last] += teacher.hidden[:, embed] - behind
     return said
 
 
@@ -310,9 +334,10 @@ def _refit(
         after = before + torch.cholesky_solve((wanted - before @ gram).T, factor).T
         for name, part in zip(names, after.tensor_split([linear.in_features], dim=1), strict=False):
             fitted[name][rows] = part.reshape(fitted[name][rows].shape).to(fitted[name])
-    for name, parameter in fitted.items():
-        student.model.get_parameter(name).copy_(parameter)
-        yield name, parameter
+    for name, tensor in fitted.items():
+        parameter = student.model.get_parameter(name)
+        parameter.data = tensor.to(parameter)
+        yield name, tensor
 
 
 def _columns(
@@ -322,28 +347,37 @@ def _columns(
     return torch.column_stack([part[rows.to(part.device)] for part in parts]).to(like)
 
 
+def _pieces(
+    inputs: Float[Tensor, "tokens inputs"], targets: Float[Tensor, "tokens targets"]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of both, of some tokens at a time."""
+    pieces = (all.split(TOKENS_PER_BATCH) for all in (inputs, targets))  # type: ignore[no-untyped-call]
+    return zip(*pieces, strict=True)
+
+
 def _moments(
-    inputs: Sequence[Float[Tensor, "batch tokens inputs"]],
-    targets: Sequence[Float[Tensor, "batch tokens targets"]],
+    pieces: Iterable[tuple[Float[Tensor, "*batch inputs"], Float[Tensor, "*batch targets"]]],
     has_bias: bool,
     biases_targets: bool,
 ) -> tuple[Float[Tensor, "inputs inputs"], Float[Tensor, "targets inputs"]]:
     """Means over tokens of x x^T and y x^T.
 
     Args:
+        pieces: x and y of some tokens at a time.
         has_bias: x is given a last number that is one,
         biases_targets: and so is y.
     """
     gram: Any = 0
     cross: Any = 0
-    for some, wanted in zip(inputs, targets, strict=True):
+    num_tokens = 0
+    for some, wanted in pieces:
         x, y = rows_of(some), rows_of(wanted)
         if has_bias:
             ones = x.new_ones(len(x), 1)
             x, y = torch.cat([x, ones], 1), torch.cat([y, ones], 1) if biases_targets else y
         gram = gram + (x.T @ x).to(widest(x.device))
         cross = cross + (y.T @ x).to(widest(x.device))
-    num_tokens = sum(some[..., 0].numel() for some in inputs)
+        num_tokens += len(x)
     return gram / num_tokens, cross / num_tokens
 
 
