@@ -38,6 +38,11 @@ def refit(teacher, spec, tokens, folder):
     return cut, student, dict(propagated(*parts, prior_tokens=PRIOR_TOKENS))
 
 
+def last_norm(model):
+    """The name of the weight of the norm before the output matrix."""
+    return next(norm for norm in family_of(model.config).readers if "{i}" not in norm)
+
+
 @torch.no_grad()
 def watched(model, tokens):
     """Inputs and outputs of all linear layers and layers in one pass, by module, in float64."""
@@ -100,11 +105,14 @@ def test_every_linear_layer_solves_its_ridge_regression(kind, tokens, tmp_path):
             checked |= set(names)
     outside = {name for name in changed if not name.startswith(layer_name.split("{")[0])}
     assert checked == set(changed) - outside and len(checked) >= 3 * 4
-    assert outside == (set() if teacher.config.tie_word_embeddings else {"lm_head.weight"})
+    is_tied, norm = teacher.config.tie_word_embeddings, last_norm(teacher)
+    assert outside == {norm if is_tied else "lm_head.weight"}
     assert_same_tensors(dict(student.named_parameters()), dict(cut.named_parameters()) | changed)
 
 
-@pytest.mark.parametrize("kind", ["llama-untied-mha-biases", "gpt_neox-untied"])
+@pytest.mark.parametrize(
+    "kind", ["llama-untied-mha-biases", "gpt_neox-untied", "gemma3_text-untied"]
+)
 def test_the_output_matrix_comes_closest_to_the_teachers_logits(kind, tokens, tmp_path):
     teacher = random_teacher(kind)
     spec = random_spec(teacher, **CUT)
@@ -114,6 +122,39 @@ def test_the_output_matrix_comes_closest_to_the_teachers_logits(kind, tokens, tm
     ridge = PRIOR_TOKENS / len(x) * gram.diagonal().mean() * torch.eye(len(gram)).double()
     expected = (wanted.T @ x / len(x) + before @ ridge) @ torch.linalg.inv(gram + ridge)
     torch.testing.assert_close(changed["lm_head.weight"].double(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [k for k in [*TEACHERS, *DESCENDANTS] if "-tied" in k])
+@torch.no_grad()
+def test_gains_before_a_tied_output_matrix_come_closest_to_the_teachers_logits(
+    kind, tokens, tmp_path
+):
+    teacher = random_teacher(kind)
+    spec = random_spec(teacher, layers=3, embed=32, kv_groups=1, mlp=40)
+    cut, student, changed = refit(teacher, spec, tokens, tmp_path / "statistics")
+    name, offset = last_norm(teacher), family_of(teacher.config).norm_offset
+    norm, streams = student.get_submodule(name.removesuffix(".weight")), []
+    norm.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0]))
+    student(tokens)
+    stream = streams[0].flatten(0, 1).double()
+    bias = torch.zeros(32).double()
+    if hasattr(norm, "bias"):
+        bias = norm.bias.double()
+        stream -= stream.mean(dim=1, keepdim=True)
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    x = stream / (stream.square().mean(dim=1, keepdim=True) + epsilon).sqrt()
+    outputs = student.get_output_embeddings().weight.double()
+    # One equation for each token and logit, all less their mean over the vocabulary.
+    design = x[:, None, :] * outputs
+    wanted = copy.deepcopy(teacher).double()(tokens).logits.flatten(0, 1) - bias @ outputs.T
+    design = (design - design.mean(dim=1, keepdim=True)).flatten(0, 1)
+    wanted = (wanted - wanted.mean(dim=1, keepdim=True)).flatten()
+    gram = design.T @ design
+    ridge = PRIOR_TOKENS / tokens.numel() * gram.diagonal().mean() * torch.eye(32).double()
+    before = cut.get_parameter(name).double() + offset
+    expected = torch.linalg.solve(gram + ridge, design.T @ wanted + ridge @ before) - offset
+    torch.testing.assert_close(changed[name].double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(student.get_parameter(name), changed[name])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,20 +189,25 @@ def test_queries_of_narrower_heads_stay_as_they_were_scaled(tokens, tmp_path):
     spec = random_spec(teacher, head_dim=8, mlp=40)
     _, _, changed = refit(teacher, spec, tokens, tmp_path / "statistics")
     kinds = {name.split(".")[-2] for name in changed}
-    assert kinds == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert kinds == {"o_proj", "gate_proj", "up_proj", "down_proj", "norm"}
 
 
 @pytest.mark.parametrize("kind", [k for k in DESCENDANTS if k.startswith(("gemma3", "olmo2"))])
-def test_families_that_norm_what_they_write_are_left_as_they_are(kind, tokens, tmp_path):
+def test_families_that_norm_what_they_write_are_refitted_at_the_output(kind, tokens, tmp_path):
     teacher = random_teacher(kind)
     assert not can_propagate(teacher.config)
     spec = random_spec(teacher, mlp=40)
     _, _, changed = refit(teacher, spec, tokens, tmp_path / "statistics")
-    assert not changed and propagation_flops(teacher.config, sizes_of(teacher.config), 16, 20) == 0
+    is_tied = teacher.config.tie_word_embeddings
+    assert set(changed) == {last_norm(teacher) if is_tied else "lm_head.weight"}
+    whole = SubnetSpec.identity(sizes_of(teacher.config))
+    _, _, changed = refit(teacher, whole, tokens, tmp_path / "whole")
+    assert not changed
 
 
-def test_flops_are_what_the_passes_and_products_take(tokens):
-    teacher = random_teacher("llama-untied-mha-biases")
+@pytest.mark.parametrize("kind", ["llama-untied-mha-biases", "llama-tied-gqa", "olmo2-tied"])
+def test_flops_are_what_the_passes_and_products_take(kind, tokens):
+    teacher = random_teacher(kind)
     spec = random_spec(teacher, **CUT)
     student = build_student(teacher.state_dict(), teacher.config, spec)
     student.load_state_dict({name: one.clone() for name, one in student.state_dict().items()})

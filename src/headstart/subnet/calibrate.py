@@ -18,15 +18,15 @@ from torch import Tensor
 from headstart.assets import cache_root, finished_folder
 from headstart.device import default_device, has_fast_bf16, load_frozen
 from headstart.progress import progress
-from headstart.subnet.count import inference_flops_per_token
+from headstart.subnet.count import layers_flops_per_token
 from headstart.subnet.extract import hash_checkpoint
+from headstart.subnet.forward import batches_of
 from headstart.subnet.propagate import can_propagate
 from headstart.subnet.rotate import check_rotates, principal_basis, rotated_config, write_rotated
 from headstart.subnet.rules import layouts_of, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec
 from headstart.subnet.statistics import (
     Statistics,
-    batches_of,
     cached_statistics,
     collect_statistics,
     statistics_flops,
@@ -130,11 +130,11 @@ def _collect(teacher: Path, blocks: Int[Tensor, "blocks tokens"], folder: Path) 
 def calibration_flops(
     config: PreTrainedConfig, init: Init, num_blocks: int, block_length: int
 ) -> int:
-    """What calibration costs: a forward pass over all tokens, and the products of activations."""
+    """What calibration costs: all tokens' way through the layers, and products of activations."""
     if init == "slice":
         return 0
     num_tokens = num_blocks * block_length
-    forward: int = inference_flops_per_token(layouts_of(config), sizes_of(config), block_length)
+    forward: int = layers_flops_per_token(layouts_of(config), sizes_of(config), block_length)
     return forward * num_tokens + statistics_flops(config, num_tokens)
 
 

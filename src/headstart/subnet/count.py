@@ -79,14 +79,19 @@ def inference_flops_per_token(layouts: Mapping[str, str], sizes: Sizes, context_
     Source: PaLM (arXiv 2204.02311), appendix B, whose 6N + 12 L H Q T for training is three times
     this.
     """
+    output_matrix = sizes["vocab"] * sizes["embed"]
+    return layers_flops_per_token(layouts, sizes, context_length) + 2 * output_matrix
+
+
+def layers_flops_per_token(layouts: Mapping[str, str], sizes: Sizes, context_length: int) -> Any:
+    """FLOPs of one token's way through the layers, without the output matrix."""
     matmul_parameters = sum(
         _numel(pattern, layout, sizes)
         for pattern, layout in layouts.items()
         if len(dimensions_of(layout)) == 2 and "vocab" not in axes_of(layout)
     )
-    output_matrix = sizes["vocab"] * sizes["embed"]
     heads = _numel("{i}", "(kv_groups q_per_kv head_dim)", sizes)
-    return 2 * (matmul_parameters + output_matrix + 2 * heads * context_length)
+    return 2 * (matmul_parameters + 2 * heads * context_length)
 
 
 def kv_cache_bytes_per_token(sizes: Sizes, bytes_per_number: int) -> Any:

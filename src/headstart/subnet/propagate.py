@@ -8,7 +8,8 @@ x the student's inputs and z the teacher's, each linear layer becomes the one th
 - to the teacher's output W z, where it reads the stream,
 - to the teacher's output and what the student's stream lacks by then, where it writes to it,
 
-drawn towards what it was. The last layer before removed ones also makes up for those.
+drawn towards what it was. The last layer before removed ones also makes up for those. Where the
+output matrix is the input embedding too and has to stay, the last norm's gains are what is fitted.
 
 Source: targets of the whole model on the small one's inputs as in GPTAQ (arXiv 2504.02692), which
 quantises; here the stream's error is added to them.
@@ -17,9 +18,7 @@ quantises; here the stream's error is added to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,31 +28,22 @@ from torch import Tensor, nn
 from headstart.device import default_device, load_frozen
 from headstart.progress import progress
 from headstart.subnet.axes import dimensions_of, kept_indices, shape_of
-from headstart.subnet.count import inference_flops_per_token
+from headstart.subnet.count import layers_flops_per_token
 from headstart.subnet.cut import student_of
+from headstart.subnet.forward import TOKENS_PER_BATCH, LayerwiseForward, batches_of
 from headstart.subnet.refit import ROWS_AT_ONCE
 from headstart.subnet.rules import family_of, layouts_of, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec, sizes_in_layer
-from headstart.subnet.statistics import (
-    TOKENS_PER_BATCH,
-    batches_of,
-    before_layers,
-    rows_of,
-    sources_of,
-    widest,
-    writing_norms,
-)
+from headstart.subnet.statistics import rows_of, sources_of, widest, writing_norms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Batches = Sequence[Int[Tensor, "batch tokens"]]
-
-PRIOR_TOKENS = 4096
+PRIOR_TOKENS = 1024
 """Tokens of uncorrelated inputs, as large as the calibration text's in the mean, that speak for a
 layer as it was. What a stream lacks is noisy, and with little text there is nothing else to hold on
-to. Of the weights that were tried on the demo's student, 8,192 did best with 8,192 tokens, and
-3,277 with 32,768."""
+to. Of 256, 1,024 and 4,096 it did best on the demo's student, with 2,048 tokens of text as with
+8,192; with 32,768 it is as good as 256."""
 
 
 def can_propagate(config: PreTrainedConfig) -> bool:
@@ -78,85 +68,6 @@ def groups_of(config: PreTrainedConfig, has_narrow_heads: bool) -> list[list[str
     return [group for group in groups.values() if not scaled.intersection(group)]
 
 
-class _Reached(Exception):
-    """The rest of a layer need not be computed."""
-
-
-class _Side:
-    """One of the two models, and the hidden states of all tokens on their way through it.
-
-    What there is of all tokens is one tensor, which is written to in place: of many small ones
-    that come and go, allocators keep a part.
-    """
-
-    def __init__(self, model: PreTrainedModel, batches: Batches) -> None:
-        self.model = model
-        self.shapes = [batch.shape for batch in batches]
-        self.layers, hidden, self.calls = before_layers(model, batches)
-        self.hidden = torch.cat([states.flatten(0, 1) for states in hidden])
-
-    def batches(
-        self, all: Float[Tensor, "tokens units"]
-    ) -> Iterator[Float[Tensor, "batch tokens units"]]:
-        """Views of something that there is of all tokens."""
-        parts = all.split([shape.numel() for shape in self.shapes])  # type: ignore[no-untyped-call]
-        return (part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True))
-
-    def empty(self, num_units: int) -> Float[Tensor, "tokens units"]:
-        return self.hidden.new_empty(len(self.hidden), num_units)
-
-    def run(
-        self,
-        layer: int,
-        see: Mapping[str, Callable[[Tensor, Tensor], None]] = MappingProxyType({}),
-    ) -> None:
-        """Take the hidden states through a layer.
-
-        Args:
-            layer: its number.
-            see: linear layer, by its weight's pattern -> what is called with its input and output
-                for every batch.
-        """
-        with ExitStack() as undo:
-            for pattern, call in see.items():
-                hook = self.linear(pattern, layer).register_forward_hook(
-                    lambda module, inputs, output, call=call: call(inputs[0], output)
-                )
-                undo.callback(hook.remove)
-            for states, shape in zip(self.batches(self.hidden), self.shapes, strict=True):
-                states.copy_(self.layers[layer](states, **self.calls[shape][layer]))
-
-    def inputs(self, pattern: str, layer: int) -> Float[Tensor, "tokens inputs"]:
-        """What a linear layer reads; its layer is computed up to there."""
-        linear = self.linear(pattern, layer)
-        found = self.empty(linear.in_features)
-        rest = self.batches(found)
-
-        def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            next(rest).copy_(inputs[0])
-            raise _Reached
-
-        hook = linear.register_forward_pre_hook(stop)
-        try:
-            for states, shape in zip(self.batches(self.hidden), self.shapes, strict=True):
-                with suppress(_Reached):
-                    self.layers[layer](states, **self.calls[shape][layer])
-        finally:
-            hook.remove()
-        return found
-
-    def linear(self, pattern: str, layer: int | None) -> nn.Linear:
-        found = self.model.get_submodule(pattern.format(i=layer).removesuffix(".weight"))
-        assert isinstance(found, nn.Linear)
-        return found
-
-    def normed(self, norm: str) -> Iterator[Float[Tensor, "batch tokens embed"]]:
-        """What a norm outside the layers makes of the hidden states."""
-        return map(
-            self.model.get_submodule(norm.removesuffix(".weight")), self.batches(self.hidden)
-        )
-
-
 def refit_on_itself(
     teacher: Path,
     sliced: Iterable[tuple[str, Tensor]],
@@ -173,8 +84,6 @@ def refit_on_itself(
         blocks: calibration token ids.
     """
     config, tensors = read_config(teacher), dict(sliced)
-    if not can_propagate(config):
-        return tensors
     aliases, names = family_of(config).aliases, list(tensors)
     tensors = {aliases.get(name, name): tensors.pop(name) for name in names}
     model = load_frozen(teacher, default_device())
@@ -191,7 +100,7 @@ def propagated(
     student: PreTrainedModel,
     tensors: Mapping[str, Tensor],
     spec: SubnetSpec,
-    batches: Batches,
+    batches: Sequence[Int[Tensor, "batch tokens"]],
     on_batch: Callable[[int], None] = lambda num_tokens: None,
     prior_tokens: int = PRIOR_TOKENS,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -210,19 +119,29 @@ def propagated(
 
     Yields:
         (name, tensor) pairs of linear layers, in the order of computation: of all that come after
-        something was removed. None for a family that cannot. The student has them too, and does
-        not copy what is on its device and in its precision.
+        something was removed; last of the output matrix, or of the norm before it, which for a
+        family that cannot is the only one. The student has them too, and does not copy what is on
+        its device and in its precision.
     """
     config, prior = teacher.config, prior_tokens / sum(batch.numel() for batch in batches)
-    if not can_propagate(config):
-        return
     layouts, sizes = layouts_of(config), sizes_of(config)
+    if spec.layers == tuple(range(sizes["layers"])) and all(
+        _is_whole(spec, position, sizes) for position in spec.layers
+    ):
+        return
     groups = groups_of(config, spec.head_dim is not None)
-    whole, kept = _Side(teacher, batches), _Side(student, batches)
+    whole, kept = LayerwiseForward(teacher, batches), LayerwiseForward(student, batches)
+    if not can_propagate(config):
+        for layer in range(len(whole.layers)):
+            whole.run(layer)
+        for position in range(len(kept.layers)):
+            kept.run(position, on_batch=on_batch)
+        yield from _refit_output(kept, whole, tensors, prior)
+        return
     embed = torch.tensor(spec.embed, device=teacher.device)
     for layer in range(spec.layers[0]):
         whole.run(layer)
-    is_same = len(embed) == sizes["embed"] and spec.layers[0] == 0
+    is_same = spec.layers[0] == 0
     for position, (layer, following) in enumerate(
         zip(spec.layers, (*spec.layers[1:], sizes["layers"]), strict=True)
     ):
@@ -249,20 +168,11 @@ def propagated(
         kept.hidden.copy_(whole.hidden[:, embed] - lacking)
         for batch in batches:
             on_batch(batch.numel())
-    if is_same:
-        return
-    for norm, readers in family_of(config).readers.items():
-        for pattern in readers:
-            if "{i}" in pattern or pattern not in layouts:
-                continue
-            pieces = zip(kept.normed(norm), whole.normed(norm), strict=True)
-            moments = _moments(pieces, False, True)
-            taught_by = (whole.linear(pattern, None), torch.arange(sizes["vocab"]))
-            yield from _refit(kept, pattern, None, tensors, prior, *moments, taught_by)
+    yield from _refit_output(kept, whole, tensors, prior)
 
 
 def _advance(
-    teacher: _Side,
+    teacher: LayerwiseForward,
     layer: int,
     following: int,
     groups: Sequence[Sequence[str]],
@@ -299,7 +209,7 @@ def _advance(
 
 
 def _refit(
-    student: _Side,
+    student: LayerwiseForward,
     pattern: str,
     layer: int | None,
     tensors: Mapping[str, Tensor],
@@ -338,6 +248,75 @@ def _refit(
         parameter = student.model.get_parameter(name)
         parameter.data = tensor.to(parameter)
         yield name, tensor
+
+
+def _refit_output(
+    student: LayerwiseForward,
+    teacher: LayerwiseForward,
+    tensors: Mapping[str, Tensor],
+    prior: float,
+) -> Iterator[tuple[str, Tensor]]:
+    """Change the output matrix, or the gains before it; both models are through their layers."""
+    layouts = layouts_of(teacher.model.config)
+    for norm, readers in family_of(teacher.model.config).readers.items():
+        for pattern in (pattern for pattern in readers if "{i}" not in pattern):
+            if pattern in layouts:
+                pieces = zip(student.normed(norm), teacher.normed(norm), strict=True)
+                moments = _moments(pieces, False, True)
+                outputs = teacher.linear(pattern, None)
+                taught_by = (outputs, torch.arange(outputs.out_features))
+                yield from _refit(student, pattern, None, tensors, prior, *moments, taught_by)
+            else:
+                yield from _refit_gains(student, teacher, norm, tensors, prior)
+
+
+def _refit_gains(
+    student: LayerwiseForward,
+    teacher: LayerwiseForward,
+    norm: str,
+    tensors: Mapping[str, Tensor],
+    prior: float,
+) -> Iterator[tuple[str, Tensor]]:
+    """Change the gains of the last norm for an output matrix that cannot be, being the input's too.
+
+    The student's logits are to come closest to the teacher's, both less their mean over the
+    vocabulary, which a softmax does not see. With E the student's output matrix and F the
+    teacher's, both less the mean of their rows, x the student's normalised stream, b its norm's
+    bias, and z what the teacher's norm makes, the gains g minimise the mean of
+    |E (g x + b) - F z|^2, drawn towards what they were.
+    """
+    offset, gains = family_of(student.model.config).norm_offset, tensors[norm]
+    stem, parameter = norm.removesuffix("weight"), student.model.get_parameter(norm)
+    parameter.data = torch.ones_like(parameter) - offset
+    outputs, theirs = (side.model.get_output_embeddings().weight for side in (student, teacher))
+    of_outputs, with_theirs = _covariances(outputs, outputs), _covariances(outputs, theirs)
+    bias = tensors.get(f"{stem}bias", torch.zeros(1)).to(of_outputs)
+    gram: Any = 0
+    cross: Any = 0
+    for some, wanted in zip(student.normed(norm), teacher.normed(norm), strict=True):
+        x = rows_of(some).to(of_outputs) - bias
+        y = rows_of(wanted).to(of_outputs) @ with_theirs.T - of_outputs @ bias.expand(x.shape[1])
+        gram = gram + of_outputs * (x.T @ x)
+        cross = cross + (x * y).sum(dim=0)
+    num_tokens, before = len(student.hidden), gains.to(of_outputs) + offset
+    ridge = prior * gram.diagonal().mean() / num_tokens
+    factor = torch.linalg.cholesky(gram / num_tokens + ridge * torch.eye(len(gram)).to(gram))
+    after = torch.cholesky_solve((cross / num_tokens + ridge * before)[:, None], factor)[:, 0]
+    fitted = (after - offset).to(gains)
+    parameter.data = fitted.to(parameter)
+    yield norm, fitted
+
+
+def _covariances(
+    some: Float[Tensor, "rows embed"], others: Float[Tensor, "rows channels"]
+) -> Float[Tensor, "embed channels"]:
+    """Sums over rows of two matrices' products of columns, less the means of these."""
+    wide = widest(some.device)
+    means = [matrix.mean(dim=0, dtype=wide) for matrix in (some, others)]
+    parts = zip(some.split(ROWS_AT_ONCE), others.split(ROWS_AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
+    products = sum((a.to(wide) - means[0]).T @ (b.to(wide) - means[1]) for a, b in parts)
+    assert isinstance(products, Tensor)
+    return products
 
 
 def _columns(
@@ -398,8 +377,9 @@ def _is_whole(spec: SubnetSpec, position: int, sizes: Mapping[str, Any]) -> bool
 def propagation_flops(
     config: PreTrainedConfig, student_sizes: Mapping[str, Any], num_blocks: int, block_length: int
 ) -> int:
-    """FLOPs of `propagated`: the teacher's forward pass, two of the student, whose layers are
-    computed in part for each group of linear layers, and the products of activations.
+    """FLOPs of `propagated`: one pass through the teacher's layers and two through the student's,
+    which are computed in part for each group of linear layers, and the products of activations.
+    Where the output alone is refitted, the student has one pass.
 
     Args:
         config: the teacher's.
@@ -407,17 +387,17 @@ def propagation_flops(
         num_blocks: of the calibration text.
         block_length: tokens in each.
     """
-    if not can_propagate(config):
-        return 0
     layouts, sizes = layouts_of(config), sizes_of(config)
-    groups = groups_of(config, student_sizes["head_dim"] != sizes["head_dim"])
-    of_teacher = inference_flops_per_token(layouts, sizes, block_length)
-    of_student = inference_flops_per_token(layouts, student_sizes, block_length)
-    products = 0
+    groups, passes = groups_of(config, student_sizes["head_dim"] != sizes["head_dim"]), 2
+    if not can_propagate(config):
+        groups, passes = [], 1
+    of_teacher = layers_flops_per_token(layouts, sizes, block_length)
+    of_student = layers_flops_per_token(layouts, student_sizes, block_length)
+    products = student_sizes["embed"] * (student_sizes["embed"] + sizes["embed"])
     for layer in range(student_sizes["layers"]):
         for pattern, *_ in groups:
             inputs = shape_of(layouts[pattern], sizes_in_layer(student_sizes, layer))[1]
             of_targets = sizes if _reads_stream(layouts[pattern]) else student_sizes
             products += inputs * (inputs + of_targets["embed"])
-    per_token = of_teacher + 2 * (of_student + products)
+    per_token = of_teacher + passes * of_student + 2 * products
     return int(per_token) * num_blocks * block_length

@@ -22,14 +22,11 @@ from torch import Tensor, nn
 
 from headstart.assets import finished_folder
 from headstart.subnet.axes import axes_of, dimensions_of, shape_of
+from headstart.subnet.forward import LayerwiseForward
 from headstart.subnet.rules import family_of, layouts_of, sizes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-TOKENS_PER_BATCH = 2048
-"""Enough for a device to be busy; a fixed number, so that it need not be part of a cache's key."""
 
 
 @dataclass(frozen=True)
@@ -171,69 +168,17 @@ def collect_statistics(
     """
     if not batches:
         raise ValueError("calibration needs at least one block; add text to the data")
-    layers, hidden, calls = before_layers(teacher, batches)
-    num_tokens = sum(batch.numel() for batch in batches)
-    for number, layer in enumerate(layers):
+    states = LayerwiseForward(teacher, batches)
+    num_tokens = len(states.hidden)
+    for number in range(len(states.layers)):
         with _summing(teacher, number) as sums:
-            for place, batch in enumerate(batches):
-                hidden[place] = layer(hidden[place], **calls[batch.shape][number])
-                on_batch(batch.numel())
+            states.run(number, on_batch=on_batch)
         _write(folder, teacher, number, sums, num_tokens)
     with _summing(teacher, None) as sums:
-        for norm in _norms(teacher, None).values():
-            for states in hidden:
-                norm(states)
+        for norm in _norms(teacher, None):
+            for _ in states.normed(norm):
+                pass
     _write(folder, teacher, None, sums, num_tokens)
-
-
-def batches_of(blocks: Int[Tensor, "blocks tokens"]) -> tuple[Int[Tensor, "batch tokens"], ...]:
-    """Calibration text in the pieces that a model reads."""
-    found: tuple[Tensor, ...] = blocks.split(max(1, TOKENS_PER_BATCH // blocks.shape[1]))  # type: ignore[no-untyped-call]
-    return found
-
-
-def before_layers(
-    model: PreTrainedModel, batches: Sequence[Int[Tensor, "batch tokens"]]
-) -> tuple[
-    list[nn.Module],
-    list[Float[Tensor, "batch tokens embed"]],
-    dict[torch.Size, list[dict[str, Any]]],
-]:
-    """A model's layers; what the first is given, for each batch; and the other arguments of every
-    layer, which depend on the batch's shape alone."""
-    pattern, number = family_of(model.config).layer, sizes_of(model.config)["layers"]
-    layers = [model.get_submodule(pattern.format(i=layer)) for layer in range(number)]
-    hidden: list[Tensor] = []
-    calls: dict[torch.Size, list[dict[str, Any]]] = {}
-    for batch in batches:
-        embedded, arguments = _layer_arguments(model, layers, batch.to(model.device))
-        hidden.append(embedded)
-        calls.setdefault(batch.shape, arguments)
-    return layers, hidden, calls
-
-
-def _layer_arguments(
-    teacher: PreTrainedModel, layers: Sequence[nn.Module], batch: Int[Tensor, "batch tokens"]
-) -> tuple[Float[Tensor, "batch tokens embed"], list[dict[str, Any]]]:
-    """What the first layer is given, and the other arguments of every layer.
-
-    The model's own forward pass prepares them, since masks and positions may differ from layer to
-    layer; the layers stand idle meanwhile.
-    """
-    arguments: list[dict[str, Any]] = []
-    embedded: list[Tensor] = []
-
-    def idle(states: Tensor, **others: Any) -> Tensor:
-        embedded.append(states)
-        arguments.append(others)
-        return states
-
-    with ExitStack() as undo:
-        for layer in layers:
-            layer.forward = idle
-            undo.callback(delattr, layer, "forward")
-        teacher.base_model(batch, use_cache=False)
-    return embedded[0], arguments
 
 
 @contextmanager
