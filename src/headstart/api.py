@@ -97,11 +97,10 @@ def extract(
     output_config = student_config(config, spec)
     calibration = calibration or Calibration(Path())
     sliced = slice_tensors(tensors, config, spec, calibration.statistics)
-    copies = ((name, part.clone()) for name, part in sliced)
     if calibration.blocks is None:
-        parts = dict(copies)
+        parts = {name: part.clone() for name, part in sliced}
     else:
-        parts = refit_on_itself(calibration.teacher, copies, spec, calibration.blocks)
+        parts = refit_on_itself(calibration.teacher, sliced, spec, calibration.blocks)
     student = assemble(output_config, parts.items(), family_of(config).aliases)
     student.config.dtype = student.dtype
     student.subnet_spec = spec

@@ -11,6 +11,7 @@ from headstart.subnet.statistics import (
     Statistics,
     cached_statistics,
     collect_statistics,
+    products,
     rms_norms_of,
     sources_of,
     statistics_flops,
@@ -123,3 +124,16 @@ def test_flops_are_those_of_the_products():
     config = random_teacher("llama-untied-gqa").config
     in_a_layer = 2 * 48**2 + 96**2 + 80**2  # what two norms, the heads and the neurons write
     assert statistics_flops(config, 10) == 2 * 10 * (4 * in_a_layer + 48**2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_of_short_numbers_lose_nothing(dtype):
+    generator = torch.Generator().manual_seed(0)
+    some, others = (torch.randn(4, 100, units, generator=generator) for units in (40, 30))
+    some, others = some.to(dtype), others.to(dtype)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    found = products(some, others)
+    wanted = some.flatten(0, 1).double().T @ others.flatten(0, 1).double()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-6)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -162,8 +162,11 @@ def extract(
         return named_tensor
 
     tensors = map(reported, read_tensors(folder))  # a loop would hold on to its last tensor
-    parts = map(_alone, slice_tensors(tensors, config, spec, statistics))
-    sliced = dict(parts) if blocks is None else refit_on_itself(folder, parts, spec, blocks)
+    parts = slice_tensors(tensors, config, spec, statistics)
+    if blocks is None:
+        sliced = dict(map(_alone, parts))
+    else:
+        sliced = refit_on_itself(folder, parts, spec, blocks)
     if is_layerwise(output_config):  # whose loading knows no other names than the model's own
         aliases = family_of(config).aliases
         sliced = {aliases.get(name, name): tensor for name, tensor in sliced.items()}

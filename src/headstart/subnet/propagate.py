@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headstart.device import default_device, load_frozen
+from headstart.device import default_device, load_frozen, release_memory
 from headstart.progress import progress
 from headstart.subnet.axes import dimensions_of, kept_indices, shape_of
 from headstart.subnet.count import layers_flops_per_token
@@ -34,7 +34,7 @@ from headstart.subnet.forward import TOKENS_PER_BATCH, LayerwiseForward, batches
 from headstart.subnet.refit import ROWS_AT_ONCE
 from headstart.subnet.rules import family_of, layouts_of, read_config, sizes_of
 from headstart.subnet.spec import SubnetSpec, sizes_in_layer
-from headstart.subnet.statistics import rows_of, sources_of, widest, writing_norms
+from headstart.subnet.statistics import products, rows_of, sources_of, widest, writing_norms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -78,20 +78,23 @@ def refit_on_itself(
 
     Args:
         teacher: folder of the checkpoint that it was cut out of.
-        sliced: (name, tensor) pairs of it by their names in files, on the CPU. None is kept that
-            was refitted, so where nothing else has them, they do not add to what is in memory.
+        sliced: (name, tensor) pairs of it by their names in files, on the CPU.
         spec: what it has kept.
         blocks: calibration token ids.
     """
-    config, tensors = read_config(teacher), dict(sliced)
-    aliases, names = family_of(config).aliases, list(tensors)
-    tensors = {aliases.get(name, name): tensors.pop(name) for name in names}
+    config = read_config(teacher)
+    aliases = family_of(config).aliases
+    contiguous = torch.contiguous_format
+    own = {name: part.clone(memory_format=contiguous) for name, part in sliced}  # of views of files
+    tensors = {aliases.get(name, name): tensor for name, tensor in own.items()}
+    release_memory()
     model = load_frozen(teacher, default_device())
     copies = ((name, tensor.to(model.device, model.dtype)) for name, tensor in tensors.items())
     student = student_of(copies, config, spec)
     with progress("refit", blocks.numel() * len(spec.layers), "tokens in layers") as advance:
-        tensors |= propagated(model, student, tensors, spec, batches_of(blocks), advance)
-    return {name: tensors[aliases.get(name, name)] for name in names}
+        for _ in propagated(model, student, tensors, spec, batches_of(blocks), advance):
+            pass
+    return own
 
 
 @torch.no_grad()
@@ -108,9 +111,10 @@ def propagated(
 
     Args:
         teacher: the whole teacher, in eval mode; it is left as it was.
-        student: cut out of it, on the same device; its linear layers are given other weights one by
-            one.
-        tensors: the student's, by their names in the model, as precise as they shall be.
+        student: cut out of it, on the same device, with weights of its own or those of `tensors`;
+            its linear layers are changed one by one.
+        tensors: the student's, by their names in the model, as precise as they shall be; they are
+            changed in place.
         spec: what the student has kept.
         batches: calibration token ids.
         on_batch: called for each of the student's layers with the tokens of each batch done, for
@@ -120,8 +124,7 @@ def propagated(
     Yields:
         (name, tensor) pairs of linear layers, in the order of computation: of all that come after
         something was removed; last of the output matrix, or of the norm before it, which for a
-        family that cannot is the only one. The student has them too, and does not copy what is on
-        its device and in its precision.
+        family that cannot is the only one.
     """
     config, prior = teacher.config, prior_tokens / sum(batch.numel() for batch in batches)
     layouts, sizes = layouts_of(config), sizes_of(config)
@@ -233,7 +236,6 @@ def _refit(
     ridge = torch.full_like(gram.diagonal(), prior * mean_square)
     ridge[linear.in_features :] = 0  # a bias needs none
     factor = torch.linalg.cholesky(gram + (ridge + torch.finfo(gram.dtype).tiny).diag())
-    fitted = {name: torch.empty_like(tensors[name]) for name in names}
     for rows in torch.arange(linear.out_features).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
         before = _columns([tensors[name] for name in names], rows, gram)
         if taught_by is None:
@@ -243,11 +245,10 @@ def _refit(
             wanted = _columns(list(teacher.parameters()), of_teacher[rows], gram) @ cross
         after = before + torch.cholesky_solve((wanted - before @ gram).T, factor).T
         for name, part in zip(names, after.tensor_split([linear.in_features], dim=1), strict=False):
-            fitted[name][rows] = part.reshape(fitted[name][rows].shape).to(fitted[name])
-    for name, tensor in fitted.items():
-        parameter = student.model.get_parameter(name)
-        parameter.data = tensor.to(parameter)
-        yield name, tensor
+            tensors[name][rows] = part.reshape(tensors[name][rows].shape).to(tensors[name])
+    for name in names:
+        student.model.get_parameter(name).copy_(tensors[name])
+        yield name, tensors[name]
 
 
 def _refit_output(
@@ -287,7 +288,8 @@ def _refit_gains(
     """
     offset, gains = family_of(student.model.config).norm_offset, tensors[norm]
     stem, parameter = norm.removesuffix("weight"), student.model.get_parameter(norm)
-    parameter.data = torch.ones_like(parameter) - offset
+    before = gains.to(widest(gains.device)) + offset
+    parameter.fill_(1 - offset)
     outputs, theirs = (side.model.get_output_embeddings().weight for side in (student, teacher))
     of_outputs, with_theirs = _covariances(outputs, outputs), _covariances(outputs, theirs)
     bias = tensors.get(f"{stem}bias", torch.zeros(1)).to(of_outputs)
@@ -298,13 +300,13 @@ def _refit_gains(
         y = rows_of(wanted).to(of_outputs) @ with_theirs.T - of_outputs @ bias.expand(x.shape[1])
         gram = gram + of_outputs * (x.T @ x)
         cross = cross + (x * y).sum(dim=0)
-    num_tokens, before = len(student.hidden), gains.to(of_outputs) + offset
+    num_tokens = len(student.hidden)
     ridge = prior * gram.diagonal().mean() / num_tokens
     factor = torch.linalg.cholesky(gram / num_tokens + ridge * torch.eye(len(gram)).to(gram))
     after = torch.cholesky_solve((cross / num_tokens + ridge * before)[:, None], factor)[:, 0]
-    fitted = (after - offset).to(gains)
-    parameter.data = fitted.to(parameter)
-    yield norm, fitted
+    gains.copy_(after - offset)
+    parameter.copy_(gains)
+    yield norm, gains
 
 
 def _covariances(
@@ -346,18 +348,21 @@ def _moments(
         has_bias: x is given a last number that is one,
         biases_targets: and so is y.
     """
-    gram: Any = 0
-    cross: Any = 0
+    gram = cross = torch.zeros(())
     num_tokens = 0
-    for some, wanted in pieces:
-        x, y = rows_of(some), rows_of(wanted)
+    for x, y in pieces:
         if has_bias:
-            ones = x.new_ones(len(x), 1)
-            x, y = torch.cat([x, ones], 1), torch.cat([y, ones], 1) if biases_targets else y
-        gram = gram + (x.T @ x).to(widest(x.device))
-        cross = cross + (y.T @ x).to(widest(x.device))
-        num_tokens += len(x)
-    return gram / num_tokens, cross / num_tokens
+            ones = x.new_ones(*x.shape[:-1], 1)
+            x, y = torch.cat([x, ones], -1), torch.cat([y, ones], -1) if biases_targets else y
+        if num_tokens == 0:
+            gram, cross = (
+                torch.zeros(one.shape[-1], x.shape[-1], dtype=widest(x.device), device=x.device)
+                for one in (x, y)
+            )
+        gram += products(x, x)
+        cross += products(y, x)
+        num_tokens += x[..., 0].numel()
+    return gram.div_(num_tokens), cross.div_(num_tokens)
 
 
 def _reads_stream(layout: str) -> bool:

@@ -188,13 +188,13 @@ def _summing(teacher: PreTrainedModel, layer: int | None) -> Iterator[dict[str, 
     sources, rms_norms = set(sources_of(config).values()), rms_norms_of(config)
 
     def add(name: str, value: Tensor) -> None:
-        wide = value.to(widest(value.device))
-        sums[name] = sums[name].add_(wide) if name in sums else wide
+        if name not in sums:
+            sums[name] = torch.zeros_like(value, dtype=widest(value.device))
+        sums[name] += value
 
     def add_moments(name: str, values: Tensor) -> None:
-        tokens = rows_of(values)
-        add(f"{name}.gram", tokens.T @ tokens)
-        add(f"{name}.mean", tokens.sum(dim=0))
+        add(f"{name}.gram", products(values, values))
+        add(f"{name}.mean", rows_of(values).sum(dim=0))
 
     def of_norm(name: str, pattern: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -240,6 +240,33 @@ def _norms(teacher: PreTrainedModel, layer: int | None) -> dict[str, nn.Module]:
 def rows_of(values: Float[Tensor, "*batch units"]) -> Float[Tensor, "tokens units"]:
     """Activations as rows, half precisions as float32."""
     return values.flatten(0, -2).to(torch.promote_types(values.dtype, torch.float32))
+
+
+def products(
+    some: Float[Tensor, "*batch units"], others: Float[Tensor, "*batch channels"]
+) -> Float[Tensor, "units channels"]:
+    """Sums over tokens of a b^T, in float32 at least."""
+    with _matrix_instructions(some.dtype == others.dtype == torch.bfloat16):
+        return rows_of(some).T @ rows_of(others)
+
+
+@contextmanager
+def _matrix_instructions(are_short: bool) -> Iterator[None]:
+    """Let CPUs that can multiply float32 as bfloat16, adding up in float32.
+
+    Of numbers that were bfloat16 before they were float32 this loses nothing, in a third of the
+    time. Before torch 2.9 there is no such switch.
+    """
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not are_short or matmul is None:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def widest(device: torch.device) -> torch.dtype:
