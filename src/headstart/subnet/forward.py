@@ -82,7 +82,7 @@ class LayerwiseForward:
         Args:
             layer: its number.
             see: linear layer, by its weight's pattern -> what is called with its input and output
-                for every batch.
+                for every batch; where the input is the stream itself, it is overwritten later.
             on_batch: called with the tokens of each batch done, for progress.
         """
         with ExitStack() as undo:

@@ -152,22 +152,21 @@ def propagated(
         said = _advance(whole, layer, following, groups, embed)
         is_same = is_same and following == layer + 1 and _is_whole(spec, position, sizes)
         for group in () if is_same else groups:
-            inputs, taught = kept.inputs(group[0], position), said.pop(group[0])
-            has_bias = _has_bias(group[0], layouts)
+            inputs, has_bias = kept.inputs(group[0], position), _has_bias(group[0], layouts)
             if _reads_stream(layouts[group[0]]):
-                moments = _moments(_pieces(inputs, taught), has_bias, True)
+                moments = _moments(_pieces(inputs, said.pop(group[0])), has_bias, True)
                 for pattern in group:
                     rows = kept_indices(layouts[pattern], sizes, spec.kept_in_layer(position))[0]
                     taught_by = (whole.linear(pattern, layer), rows)
                     yield from _refit(kept, pattern, position, tensors, prior, *moments, taught_by)
             else:
                 (pattern,) = group
-                wanted = lacking.add_(taught)
+                wanted = lacking.add_(said.pop(pattern))
                 moments = _moments(_pieces(inputs, wanted), has_bias, False)
                 yield from _refit(kept, pattern, position, tensors, prior, *moments)
                 for x, y in _pieces(inputs, wanted):
                     y.sub_(kept.linear(pattern, position)(x))  # what is lacking now
-            del inputs, taught
+            del inputs
         kept.hidden.copy_(whole.hidden[:, embed] - lacking)
         for batch in batches:
             on_batch(batch.numel())
