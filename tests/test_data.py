@@ -522,7 +522,7 @@ def test_settings_out_of_range_are_told(
         ("suffixless", b"x", "suffixless has an unknown suffix"),
         ("a.txt", b"", r"a.txt is empty: remove it or fetch it again"),
         ("a.txt", b"\n\n \n\n", r"a.txt holds no text: every document is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), r"a.jsonl.gz holds no text"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), r"a.jsonl.gz holds no text"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl holds int, not text, in its column 'text'"),
         ("a.jsonl", b'{"id": 1, "body": "w1"}\n', r"set data.text_column to one of id, body"),
         ("a.jsonl", b'{"text": \n', r"a.jsonl holds no text"),
