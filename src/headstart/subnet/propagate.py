@@ -287,11 +287,11 @@ def _refit_gains(
     """
     offset, gains = family_of(student.model.config).norm_offset, tensors[norm]
     stem, parameter = norm.removesuffix("weight"), student.model.get_parameter(norm)
-    before = gains.to(widest(gains.device)) + offset
-    parameter.fill_(1 - offset)
     outputs, theirs = (side.model.get_output_embeddings().weight for side in (student, teacher))
     of_outputs, with_theirs = _covariances(outputs, outputs), _covariances(outputs, theirs)
     bias = tensors.get(f"{stem}bias", torch.zeros(1)).to(of_outputs)
+    before = gains.to(of_outputs) + offset
+    parameter.fill_(1 - offset)  # not before, since the two may share memory
     gram: Any = 0
     cross: Any = 0
     for some, wanted in zip(student.normed(norm), teacher.normed(norm), strict=True):
@@ -315,9 +315,9 @@ def _covariances(
     wide = widest(some.device)
     means = [matrix.mean(dim=0, dtype=wide) for matrix in (some, others)]
     parts = zip(some.split(ROWS_AT_ONCE), others.split(ROWS_AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
-    products = sum((a.to(wide) - means[0]).T @ (b.to(wide) - means[1]) for a, b in parts)
-    assert isinstance(products, Tensor)
-    return products
+    total = sum((a.to(wide) - means[0]).T @ (b.to(wide) - means[1]) for a, b in parts)
+    assert isinstance(total, Tensor)
+    return total
 
 
 def _columns(
@@ -397,11 +397,11 @@ def propagation_flops(
         groups, passes = [], 1
     of_teacher = layers_flops_per_token(layouts, sizes, block_length)
     of_student = layers_flops_per_token(layouts, student_sizes, block_length)
-    products = student_sizes["embed"] * (student_sizes["embed"] + sizes["embed"])
+    num_products = student_sizes["embed"] * (student_sizes["embed"] + sizes["embed"])
     for layer in range(student_sizes["layers"]):
         for pattern, *_ in groups:
             inputs = shape_of(layouts[pattern], sizes_in_layer(student_sizes, layer))[1]
             of_targets = sizes if _reads_stream(layouts[pattern]) else student_sizes
-            products += inputs * (inputs + of_targets["embed"])
-    per_token = of_teacher + passes * of_student + 2 * products
+            num_products += inputs * (inputs + of_targets["embed"])
+    per_token = of_teacher + passes * of_student + 2 * num_products
     return int(per_token) * num_blocks * block_length
