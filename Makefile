@@ -1,14 +1,17 @@
-# `make demo` and `make test` each make .venv, install headstart into it, and run.
+# `make demo`, `make test` and `make test-all` each make .venv, install headstart into it, and run.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: .venv/installed
 	$(BIN)/headstart demo
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

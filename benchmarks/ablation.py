@@ -30,27 +30,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
 from jaxtyping import Int
 from torch import Tensor
 
-from headstart.assets import demo_corpus, demo_teacher, finished_folder
-from headstart.data import DataSettings, TokenBlocks
-from headstart.device import default_device, load_frozen
-from headstart.files import write_json, write_whole
-from headstart.held_out import tokens_to_match
-from headstart.prepare import prepare
-from headstart.pretrain.arms import Arm, ArmInputs, PretrainSettings, run_arm
-from headstart.pretrain.losses import DistillationSettings
-from headstart.pretrain.variants import run_variants, variants_of
-from headstart.search.candidate import Orders
-from headstart.search.importance import activation_importance
-from headstart.subnet.calibrate import Init, calibrate
-from headstart.subnet.count import count
-from headstart.subnet.extract import TOKENIZER_FILES, extract, hash_checkpoint, read_tensors
-from headstart.subnet.propagate import propagation_flops
-from headstart.subnet.rules import read_config, sizes_of
-from headstart.subnet.spec import Indices, SubnetSpec
+from headstart.calibration.propagate import propagation_flops
+from headstart.calibration.start import Init, calibrate
+from headstart.demo import demo_corpus, demo_teacher
+from headstart.losses.distillation import DistillationSettings
+from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
+from headstart.model.spec import Indices, SubnetSpec
+from headstart.runs.extraction import extract_student
+from headstart.runs.result import tokens_to_match
+from headstart.searching.candidate import Orders
+from headstart.searching.importance import activation_importance
+from headstart.system.device import default_device, load_frozen
+from headstart.system.files import finished_folder, write_json, write_whole
+from headstart.text.blocks import TokenBlocks
+from headstart.text.prepare import prepare
+from headstart.text.settings import DataSettings
+from headstart.training.arms import ArmInputs, run_arm
+from headstart.training.settings import Arm, PretrainSettings
+from headstart.training.variants import run_variants, variants_of
 
 
 @dataclass(frozen=True)
@@ -102,50 +102,45 @@ def _first(order: Indices, number: int) -> Indices:
     return tuple(sorted(order[:number]))
 
 
-def untied_teacher(folder: Path) -> Path:
+def untied_teacher(folder: Path) -> Checkpoint:
     """The demo's teacher with an output matrix of its own, which computes the same."""
     target = folder / "teacher"
     if not target.is_dir():
         with finished_folder(target) as unfinished:
-            config = read_config(demo_teacher())
-            state = dict(read_tensors(demo_teacher()))
+            tied = Checkpoint.open(demo_teacher())
+            state, config = dict(tied.tensors()), tied.architecture.config
             state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
             config.tie_word_embeddings = False
-            save_torch_state_dict(state, unfinished, metadata={"format": "pt"})
-            config.save_pretrained(unfinished)
-            for pattern in TOKENIZER_FILES:
-                for file in demo_teacher().glob(pattern):
-                    shutil.copyfile(file, unfinished / file.name)
-    return target
+            write_checkpoint(unfinished, state, config)
+            copy_files(tied.folder, unfinished)
+    return Checkpoint.open(target)
 
 
 def students(
-    size: Size, teacher: Path, calibration: Int[Tensor, "blocks tokens"], folder: Path
-) -> dict[str, Path]:
+    size: Size, teacher: Checkpoint, calibration: Int[Tensor, "blocks tokens"], folder: Path
+) -> dict[str, Checkpoint]:
     """The extracted student of each start, by name; subnet.json says what it cost."""
-    config, found = read_config(teacher), {}
+    folders = {name: folder / name.replace(" ", "-") for name in STARTS}
     for name, init in STARTS.items():
-        found[name] = folder / name.replace(" ", "-")
-        if found[name].is_dir():
+        if folders[name].is_dir():
             continue
-        orders, flops = Orders.of_teacher(config), 0
+        orders, flops = Orders.of_teacher(teacher.architecture.sizes), 0
         if name != "first-k slice":
-            model = load_frozen(teacher, default_device())
+            model = load_frozen(teacher.folder, default_device())
             orders = activation_importance(model, calibration.split(4)).orders()
-            forward = count(config, calibration.shape[1]).inference_flops_per_token
-            flops = forward * calibration.numel()
+            count = teacher.architecture.count(calibration.shape[1])
+            flops = count.inference_flops_per_token * calibration.numel()
         if init == "rotate+least_squares":  # whose channels are in order
-            orders = replace(orders, embed=Orders.of_teacher(config).embed)
+            orders = replace(orders, embed=Orders.of_teacher(teacher.architecture.sizes).embed)
         spec = size.spec(orders)
         source = calibrate(teacher, init, calibration, spec=spec)
         flops += source.flops
         if source.blocks is not None:
-            cut_from = read_config(source.teacher)
-            sizes = spec.sizes(sizes_of(cut_from))
+            cut_from = source.teacher.architecture
+            sizes = spec.sizes(cut_from.sizes)
             flops += propagation_flops(cut_from, sizes, *calibration.shape)
-        parts = (source.teacher, spec, found[name], {"calibration_flops": flops})
-        extract(*parts, statistics=source.statistics, blocks=source.blocks)
-    return found
+        extract_student(source, spec, folders[name], provenance={"calibration_flops": flops})
+    return {name: Checkpoint.open(folders[name]) for name in STARTS}
 
 
 def train(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
@@ -170,9 +165,9 @@ def charged(result: dict[str, Any], arm: Arm, inputs: ArmInputs) -> list[dict[st
     """An arm's curve with FLOPs, all that the arm needed among them."""
     context = inputs.blocks.split("train").shape[1]
     student, teacher = (
-        count(read_config(one), context) for one in (inputs.student, inputs.teacher)
+        model.architecture.count(context) for model in (inputs.student, inputs.teacher)
     )
-    origin = json.loads((inputs.student / "subnet.json").read_text())
+    origin = json.loads((inputs.student.folder / "subnet.json").read_text())
     start = origin["calibration_flops"] if arm.init == "subnet" else 0
     curve = []
     for point in result["curve"]:
@@ -190,7 +185,11 @@ def reached(curve: list[dict[str, float]], unit: str, target: float) -> float | 
 
 
 def compare(
-    budget: Budget, size_name: str, options: argparse.Namespace, teacher: Path, blocks: TokenBlocks
+    budget: Budget,
+    size_name: str,
+    options: argparse.Namespace,
+    teacher: Checkpoint,
+    blocks: TokenBlocks,
 ) -> Trained:
     """Train all arms of one size and budget."""
     output = Path(options.output)
@@ -275,10 +274,10 @@ PINNED = (
 )  # fmt: skip
 
 
-def pin(options: argparse.Namespace, teacher: Path, blocks: TokenBlocks) -> None:
+def pin(options: argparse.Namespace, teacher: Checkpoint, blocks: TokenBlocks) -> None:
     """Refuse to go on in a folder whose runs were of another kind."""
     ours = {key: getattr(options, key) for key in PINNED}
-    ours |= {"text": blocks.fingerprint, "teacher": hash_checkpoint(teacher)}
+    ours |= {"text": blocks.fingerprint, "teacher": teacher.hash}
     kept = Path(options.output) / "options.json"
     if not kept.is_file():
         write_json(kept, ours)
@@ -313,7 +312,7 @@ def main() -> None:
     Path(options.output).mkdir(parents=True, exist_ok=True)
     teacher = untied_teacher(Path(options.output))
     source = options.data or str(demo_corpus())
-    blocks = prepare(DataSettings(source, block_length=options.block_length), teacher)
+    blocks = prepare(DataSettings(source, block_length=options.block_length), teacher.folder)
     pin(options, teacher, blocks)
     table = [f"| {' | '.join(COLUMNS)} |", f"|{' :-- |' * len(COLUMNS)}"]
     ratios = []

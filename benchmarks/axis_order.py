@@ -12,11 +12,11 @@ import random
 import statistics
 from typing import get_args
 
-from headstart.held_out import mean_loss
-from headstart.search.candidate import Orders
-from headstart.search.importance import UnitImportance, measure_importance
-from headstart.search.space import Space
-from headstart.subnet.cut import build_student
+from headstart.losses.next_token import mean_loss
+from headstart.model.cut import build_student
+from headstart.searching.candidate import Orders
+from headstart.searching.importance import UnitImportance, measure_importance
+from headstart.searching.space import Space
 from real_teacher import BIN, CALIBRATION_TOKENS, load
 
 NUM_SHAPES = 12
@@ -27,11 +27,12 @@ SEED = 0
 def main() -> None:
     teacher = load()
     calibration = teacher.blocks.first("train", CALIBRATION_TOKENS).split(8)
-    orders = {"teacher": Orders.of_teacher(teacher.config)}
+    orders = {"teacher": Orders.of_teacher(teacher.architecture.sizes)}
     for units in get_args(UnitImportance):
         orders[units] = measure_importance(teacher.model, calibration, units).orders()
     fitness = teacher.fitness(NUM_TOKENS)
-    space, rng = Space.build(teacher.config, "coarse-uniform", BIN), random.Random(SEED)
+    space = Space.build(teacher.architecture, "coarse-uniform", BIN)
+    rng = random.Random(SEED)
 
     header = " ".join(f"{name:>10}" for name in orders)
     print(f"{'layers':>6} {'embed':>6} {'groups':>6} {'mlp':>6}   {header}  (nats)")
@@ -39,8 +40,8 @@ def main() -> None:
     for _ in range(NUM_SHAPES):
         candidate = space.sample(rng)
         for name, order in orders.items():
-            spec = candidate.spec(teacher.config, order)
-            student = build_student(fitness.state, teacher.config, spec)
+            spec = candidate.spec(teacher.architecture, order)
+            student = build_student(fitness.state.items(), teacher.architecture, spec)
             losses[name].append(mean_loss(student, fitness.blocks, fitness.batch_size))
         sizes = candidate.sizes()
         shape = " ".join(f"{sizes[axis]:6d}" for axis in ("layers", "embed", "kv_groups", "mlp"))

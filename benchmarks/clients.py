@@ -21,14 +21,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from headstart.assets import DEMO, demo_teacher
-from headstart.export import export_gguf
-from headstart.extraction import run_extract
-from headstart.pipeline import run_search
+from headstart.demo import DEMO, demo_teacher, teacher_name
+from headstart.evaluation.tasks import task_sources, write_task
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.export import export_gguf
 from headstart.recipe import recipe_from_dict
-from headstart.subnet.count import count
-from headstart.subnet.rules import is_layerwise, read_config
-from headstart.zero_shot import task_sources, write_task
+from headstart.runs.extraction import extract_found
+from headstart.runs.stages import run_search
 from peers.environment import llama_cpp_python
 
 GOAL = 1.0
@@ -57,6 +56,7 @@ def student(space: str, folder: Path) -> Path:
         "output": str(folder / space),
         "data": {"source": DEMO},
         "search": {
+            "init": "slice",
             "space": space,
             "bin": {"around": "100M"},
             "tokens": 4096,
@@ -64,7 +64,8 @@ def student(space: str, folder: Path) -> Path:
         },
     }
     run_search(recipe_from_dict(recipe))
-    return run_extract(DEMO, folder / space / "search.json", out)
+    teacher, spec_file = Checkpoint.open(DEMO), folder / space / "search.json"
+    return extract_found(teacher, spec_file, out, provenance={"teacher_name": teacher_name(DEMO)})
 
 
 def ask(python: str | Path, worker: str, model: Path, **request: Any) -> Any:
@@ -91,19 +92,20 @@ def main() -> None:
         tasks = [str(write_task(source, Path(scratch))) for source in sources.values()]
         models = {space: student(space, folder) for space in ("coarse-uniform", "coarse-layerwise")}
         for name, model in {"teacher": demo_teacher(), **models}.items():
-            config = read_config(model)
+            architecture = Checkpoint.open(model).architecture
             found = ask(
                 sys.executable,
                 "hf_worker.py",
                 model,
                 prompts=PROMPTS,
                 num_tokens=NUM_TOKENS,
-                trusts=is_layerwise(config),
+                trusts=architecture.is_layerwise,
                 tasks=tasks,
                 limit=LIMIT,
             )
             scores = ", ".join(f"{task} {score:.3f}" for task, score in found["scores"].items())
-            print(f"{name}: {count(config, 1).parameters:,} parameters, acc_norm of {scores}")
+            parameters = architecture.count(1).parameters
+            print(f"{name}: {parameters:,} parameters, acc_norm of {scores}")
             if name == "teacher":
                 continue
             gguf = folder / f"{name}.gguf"

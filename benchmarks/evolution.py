@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from headstart.search.evolution import EvolutionSettings, evolve, ranked
-from headstart.search.journal import Journal
-from headstart.search.racing import Race, RacingSettings
-from headstart.search.space import Space, SpaceName
+from headstart.searching.evolution import EvolutionSettings, evolve, ranked
+from headstart.searching.journal import Journal
+from headstart.searching.racing import Race, RacingSettings
+from headstart.searching.space import Space, SpaceName
 from real_teacher import BIN, RealTeacher, load
 
 SEEDS = range(11)
@@ -43,7 +43,7 @@ def main() -> None:
     print(f"{'space':18} {'random':>8} {'evolution':>10} {'gain':>7}   gain of each seed")
     ratios = []
     for name in get_args(SpaceName):
-        space = Space.build(teacher.config, name, BIN)
+        space = Space.build(teacher.architecture, name, BIN)
         losses: dict[str, list[float]] = {"random": [], "evolution": []}
         for method, found in losses.items():
             for seed in SEEDS:

@@ -27,22 +27,25 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPTNeoXConfig
 
-from headstart.subnet.axes import shape_of
-from headstart.subnet.count import parameters
-from headstart.subnet.extract import extract, hash_checkpoint
-from headstart.subnet.rotary import head_channels
-from headstart.subnet.rules import layouts_of, sizes_of
-from headstart.subnet.spec import SubnetSpec
+from headstart.calibration.start import Calibration
+from headstart.model.architecture import Architecture
+from headstart.model.axes import shape_of
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.rotary import head_channels
+from headstart.model.spec import SubnetSpec
+from headstart.runs.extraction import extract_student
 
 GOAL = 1.0
 SHARD_BYTES = 5_000_000_000
-TEACHER = GPTNeoXConfig(
-    vocab_size=50_432,
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    intermediate_size=16_384,
-    dtype="bfloat16",
+TEACHER = Architecture.of(
+    GPTNeoXConfig(
+        vocab_size=50_432,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=16_384,
+        dtype="bfloat16",
+    )
 )
 LAYERS, EMBED, HEADS, HEAD_DIM, NEURONS = 24, 1024, 16, 64, 4096
 
@@ -50,10 +53,10 @@ LAYERS, EMBED, HEADS, HEAD_DIM, NEURONS = 24, 1024, 16, 64, 4096
 def make_teacher(folder: Path) -> None:
     """Write the shards one by one; their numbers do not matter to what cutting them costs."""
     folder.mkdir(parents=True)
-    sizes = sizes_of(TEACHER)
+    sizes = TEACHER.sizes
     names = {
         pattern.replace("{i}", str(layer)): shape_of(layout, sizes)
-        for pattern, layout in layouts_of(TEACHER).items()
+        for pattern, layout in TEACHER.layouts.items()
         for layer in (range(sizes["layers"]) if "{i}" in pattern else (0,))
     }
     numbers = torch.randn(1 << 20).bfloat16()
@@ -71,7 +74,7 @@ def make_teacher(folder: Path) -> None:
     write(folder, shards)
     text = json.dumps({"metadata": {}, "weight_map": index})
     (folder / "model.safetensors.index.json").write_text(text)
-    TEACHER.save_pretrained(folder)
+    TEACHER.config.save_pretrained(folder)
 
 
 def write(folder: Path, shards: list[dict[str, torch.Tensor]]) -> None:
@@ -88,24 +91,24 @@ def spread(count: int, size: int) -> tuple[int, ...]:
 
 
 def student_spec() -> SubnetSpec:
-    sizes = sizes_of(TEACHER)
+    sizes = TEACHER.sizes
     return SubnetSpec(
         layers=spread(LAYERS, sizes["layers"]),
         embed=spread(EMBED, sizes["embed"]),
         kv_groups=(spread(HEADS, sizes["kv_groups"]),) * LAYERS,
         mlp=(spread(NEURONS, sizes["mlp"]),) * LAYERS,
-        head_dim=head_channels(TEACHER, HEAD_DIM),
+        head_dim=head_channels(TEACHER.config.rope_parameters, sizes["head_dim"], HEAD_DIM),
     )
 
 
 def work(teacher: Path, out: Path) -> None:
     """Extract, and print what it took as JSON."""
     start = time.perf_counter()
-    extract(teacher, student_spec(), out)
+    extract_student(Calibration(Checkpoint.open(teacher)), student_spec(), out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_bytes = peak * (1 if sys.platform == "darwin" else 1024)
     seconds = time.perf_counter() - start
-    hash_checkpoint(teacher)
+    assert Checkpoint.open(teacher).hash
     hashing = time.perf_counter() - start - seconds
     print(json.dumps({"seconds": seconds, "hashing": hashing, "peak_bytes": peak_bytes}))
 
@@ -126,7 +129,8 @@ def main() -> None:
             # In a process of its own: Linux counts a parent's memory to its children's peak.
             subprocess.run([sys.executable, __file__, "--make", str(teacher)], check=True)
         shutil.rmtree(out, ignore_errors=True)
-        student_bytes = 2 * parameters(layouts_of(TEACHER), student_spec().sizes(sizes_of(TEACHER)))
+        student_sizes = student_spec().sizes(TEACHER.sizes)
+        student_bytes = 2 * TEACHER.amount(student_sizes, "parameters", 1)
         shard = teacher / "model-1.safetensors"
         dd = [seconds_of_dd(shard, student_bytes)]
         command = [sys.executable, __file__, "--work", str(teacher), str(out)]

@@ -27,10 +27,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from headstart.assets import demo_corpus, demo_teacher
-from headstart.data import DataSettings
-from headstart.prepare import prepare
-from headstart.search.importance import activation_importance
+from headstart.demo import demo_corpus, demo_teacher
+from headstart.searching.importance import activation_importance
+from headstart.text.prepare import prepare
+from headstart.text.settings import DataSettings
 from peers.environment import ask_whittle, litgpt_checkpoint, num_threads
 
 GOAL = 20

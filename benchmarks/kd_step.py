@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headstart.assets import demo_teacher
+from headstart.demo import demo_teacher
 from peers.environment import num_threads, trl_python
 
 GOAL, MEMORY_GOAL = 1.0, 4.0

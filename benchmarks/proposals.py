@@ -22,11 +22,10 @@ import time
 
 from transformers import GPTNeoXConfig
 
-from headstart.search.bins import Bin
-from headstart.search.candidate import Candidate
-from headstart.search.space import Space, SpaceName
-from headstart.subnet.count import amount
-from headstart.subnet.rules import sizes_of
+from headstart.model.architecture import Architecture
+from headstart.searching.bins import Bin
+from headstart.searching.candidate import Candidate
+from headstart.searching.space import Space, SpaceName
 from peers.environment import ask_whittle
 
 GOAL = 50
@@ -45,9 +44,8 @@ PARENTS = 32
 SEED = 0
 
 
-def teacher_config() -> GPTNeoXConfig:
-    """The shape of Pythia-6.9B."""
-    return GPTNeoXConfig(
+TEACHER = Architecture.of(
+    GPTNeoXConfig(
         vocab_size=50432,
         hidden_size=4096,
         num_hidden_layers=32,
@@ -55,16 +53,13 @@ def teacher_config() -> GPTNeoXConfig:
         intermediate_size=16384,
         tie_word_embeddings=False,
     )
+)
+"""The shape of Pythia-6.9B."""
 
 
 def count_parameters(candidate: Candidate) -> int:
     """Parameters of one of headstart's candidates, outside the clock."""
-    config = teacher_config()
-    sizes = {
-        axis: tuple(size) if isinstance(size, list) else size
-        for axis, size in candidate.sizes().items()
-    }
-    return int(amount(config, {**sizes_of(config), **sizes}, "parameters", 1))
+    return int(TEACHER.amount({**TEACHER.sizes, **candidate.sizes()}, "parameters", 1))
 
 
 def proposals_per_second(space: Space, low: int, high: int) -> float:
@@ -116,9 +111,7 @@ def main() -> None:
         theirs = whittle[space]
         seconds = theirs["seconds_sampling"] + theirs["seconds_counting"]
         for position, (name, (low, high)) in enumerate(bins.items()):
-            ours = proposals_per_second(
-                Space.build(teacher_config(), kind, Bin(low, high)), low, high
-            )
+            ours = proposals_per_second(Space.build(TEACHER, kind, Bin(low, high)), low, high)
             share = theirs["in_bins"][position] / theirs["candidates"]
             ratios.append(ours * seconds)
             print(

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from headstart.held_out import summed_loss
-from headstart.search.candidate import Candidate
-from headstart.search.evolution import EvolutionSettings, evolve, ranked
-from headstart.search.fitness import HeldOutLoss
-from headstart.search.journal import Journal
-from headstart.search.racing import Race, RacingSettings
-from headstart.search.space import Space
+from headstart.losses.next_token import summed_loss
+from headstart.searching.candidate import Candidate
+from headstart.searching.evolution import EvolutionSettings, evolve, ranked
+from headstart.searching.fitness import HeldOutLoss
+from headstart.searching.journal import Journal
+from headstart.searching.racing import Race, RacingSettings
+from headstart.searching.space import Space
 from real_teacher import BIN, load
 
 SEEDS = range(5)
@@ -62,7 +62,7 @@ class SharedLosses:
 
 def main() -> None:
     teacher = load()
-    space = Space.build(teacher.config, "coarse-uniform", BIN)
+    space = Space.build(teacher.architecture, "coarse-uniform", BIN)
     losses = SharedLosses(teacher.fitness(NUM_TOKENS))
     print(f"{'seed':>4} {'tokens, full':>13} {'raced':>9} {'loss, full':>11} {'raced':>9}")
     ratios, differences = [], []

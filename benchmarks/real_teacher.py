@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from headstart.cli import demo_recipe
-from headstart.data import TokenBlocks
-from headstart.device import default_device, load_frozen
-from headstart.pipeline import data_settings, teacher_folder
-from headstart.prepare import prepare
+from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import load_recipe
-from headstart.search.bins import Bin
-from headstart.search.candidate import Candidate, Orders
-from headstart.search.fitness import HeldOutLoss
-from headstart.search.importance import activation_importance
-from headstart.subnet.count import amount
-from headstart.subnet.rules import read_config, sizes_of
+from headstart.searching.bins import Bin
+from headstart.searching.candidate import Candidate, Orders
+from headstart.searching.fitness import HeldOutLoss
+from headstart.searching.importance import activation_importance
+from headstart.system.device import default_device, load_frozen
+from headstart.system.files import shipped
+from headstart.text.blocks import TokenBlocks
+from headstart.text.prepare import prepare
 
 CALIBRATION_TOKENS = 8_192
 BIN = Bin(22_000_000, 24_000_000)
@@ -28,32 +26,29 @@ class RealTeacher:
     """A teacher in memory with its importance orders and its text."""
 
     model: Any
-    config: Any
+    architecture: Architecture
     blocks: TokenBlocks
     orders: Orders
 
     def fitness(self, num_tokens: int) -> HeldOutLoss:
         """The loss on so many held-out tokens of the search split."""
-        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        tied = {"lm_head.weight"} if self.architecture.config.tie_word_embeddings else set()
         state = {name: one for name, one in self.model.state_dict().items() if name not in tied}
         held_out = self.blocks.first("search", num_tokens)
         batch_size = max(1, 2048 // held_out.shape[1])
-        return HeldOutLoss(state, self.config, self.orders, held_out, batch_size)
+        return HeldOutLoss(state, self.architecture, self.orders, held_out, batch_size)
 
     def parameters(self, candidate: Candidate) -> int:
-        sizes = {
-            axis: tuple(size) if isinstance(size, list) else size
-            for axis, size in candidate.sizes().items()
-        }
-        return int(amount(self.config, {**sizes_of(self.config), **sizes}, "parameters", 1))
+        sizes = {**self.architecture.sizes, **candidate.sizes()}
+        return int(self.architecture.amount(sizes, "parameters", 1))
 
 
 def load() -> RealTeacher:
     """The demo's teacher, its text, and the importance of its units."""
-    recipe = load_recipe(Path(demo_recipe()))
-    folder = teacher_folder(recipe)
-    blocks = prepare(data_settings(recipe.data), folder)
-    model = load_frozen(folder, default_device())
+    recipe = load_recipe(shipped("demo.yaml"))
+    teacher = Checkpoint.open(recipe.teacher)
+    blocks = prepare(recipe.data, teacher.folder)
+    model = load_frozen(teacher.folder, default_device())
     calibration = blocks.first("train", CALIBRATION_TOKENS)
     importance = activation_importance(model, calibration.split(8))
-    return RealTeacher(model, read_config(folder), blocks, importance.orders())
+    return RealTeacher(model, teacher.architecture, blocks, importance.orders())

@@ -27,14 +27,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from headstart.assets import demo_teacher
-from headstart.cli import demo_recipe
-from headstart.pipeline import data_settings
-from headstart.prepare import prepare
-from headstart.pretrain import trainer
-from headstart.pretrain.arms import Arm, ArmInputs, PretrainSettings, run_arm
-from headstart.pretrain.losses import DistillationSettings
+from headstart.demo import demo_teacher
+from headstart.losses.distillation import DistillationSettings
+from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import load_recipe
+from headstart.system.distributed import process_group
+from headstart.system.files import shipped
+from headstart.text.prepare import prepare
+from headstart.training import trainer
+from headstart.training.arms import ArmInputs, run_arm
+from headstart.training.settings import Arm, PretrainSettings
 
 GOAL = 1.0
 NUM_KILLS, NUM_STEPS = 20, 60
@@ -60,7 +62,8 @@ def work(call: Path) -> None:
             threading.Thread(target=die).start()
 
     trainer.ReportStep.on_step_end = watch  # type: ignore[method-assign]
-    run_arm(ARM, inputs, folder)
+    with process_group():
+        run_arm(ARM, inputs, folder)
 
 
 def start(processes: int, scratch: Path, *call: Any) -> bool:
@@ -68,12 +71,12 @@ def start(processes: int, scratch: Path, *call: Any) -> bool:
     pickled = scratch / "call.pickle"
     pickled.write_bytes(pickle.dumps(call))
     command = [*LAUNCHERS[processes], str(Path(__file__)), str(pickled)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(command, env=environment, capture_output=True, check=False)
     return finished.returncode == 0
 
 
-def small_model(folder: Path, layers: int, seed: int) -> Path:
+def small_model(folder: Path, layers: int, seed: int) -> Checkpoint:
     tokenizer = AutoTokenizer.from_pretrained(demo_teacher())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -86,11 +89,11 @@ def small_model(folder: Path, layers: int, seed: int) -> Path:
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
+    return Checkpoint.open(folder)
 
 
 def main() -> None:
-    data = replace(data_settings(load_recipe(demo_recipe()).data), block_length=BLOCK_LENGTH)
+    data = replace(load_recipe(shipped("demo.yaml")).data, block_length=BLOCK_LENGTH)
     blocks = prepare(data, demo_teacher())
     equal, total = 0, 0
     print("processes  starts  killed  weights that are equal")

@@ -20,17 +20,15 @@ import time
 from pathlib import Path
 from typing import get_args
 
-from headstart.cli import demo_recipe
-from headstart.pipeline import teacher_folder
+from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import load_recipe
-from headstart.search.bins import Bin
-from headstart.search.candidate import Candidate
-from headstart.search.evolution import EvolutionSettings, evolve
-from headstart.search.journal import Journal
-from headstart.search.racing import Race, RacingSettings
-from headstart.search.space import Space, SpaceName
-from headstart.subnet.count import amount
-from headstart.subnet.rules import read_config, sizes_of
+from headstart.searching.bins import Bin
+from headstart.searching.candidate import Candidate
+from headstart.searching.evolution import EvolutionSettings, evolve
+from headstart.searching.journal import Journal
+from headstart.searching.racing import Race, RacingSettings
+from headstart.searching.space import Space, SpaceName
+from headstart.system.files import shipped
 
 ALLOWANCE_BYTES = 10**9
 RESUME_GOAL_SECONDS = 5.0
@@ -46,22 +44,21 @@ class SizesOnly:
 
 
 def main() -> None:
-    recipe = load_recipe(Path(demo_recipe()))
-    config = read_config(teacher_folder(recipe))
+    teacher = Checkpoint.open(load_recipe(shipped("demo.yaml")).teacher).architecture
     peak_bytes, candidate_parameters = _search_in_a_process()
-    teacher_parameters = amount(config, sizes_of(config), "parameters", 1)
+    teacher_parameters = teacher.count(1).parameters
     allowed_bytes = 4 * (teacher_parameters + candidate_parameters) + ALLOWANCE_BYTES
     print(f"peak of the search: {peak_bytes / 1e6:,.0f} MB, allowed {allowed_bytes / 1e6:,.0f} MB")
 
     print(f"{'space':18} {'1,000':>8} {'10,000':>8} {'resume':>8}  (seconds)")
     missed = peak_bytes > allowed_bytes
     for name in get_args(SpaceName):
-        space = Space.build(config, name, Bin(20_000_000, 30_000_000))
+        space = Space.build(teacher, name, Bin(20_000_000, 30_000_000))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "search.jsonl"
-            short = _evolve(space, config, Path(folder) / "short.jsonl", 1_000)
-            long = _evolve(space, config, path, 10_000)
-            resumed = _evolve(space, config, path, 10_000)
+            short = _evolve(space, Path(folder) / "short.jsonl", 1_000)
+            long = _evolve(space, path, 10_000)
+            resumed = _evolve(space, path, 10_000)
         print(f"{name:18} {short:8.2f} {long:8.2f} {resumed:8.2f}", flush=True)
         missed |= resumed > RESUME_GOAL_SECONDS or long > 15 * short
     print(f"ratio: {allowed_bytes / peak_bytes:.2f}x (goal 1.00x)")
@@ -73,14 +70,14 @@ def _search_in_a_process() -> tuple[int, int]:
     """Peak resident bytes of a search, and its winner's parameters."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-m", "headstart.cli", "search", str(demo_recipe())]
+        command = [sys.executable, "-m", "headstart.cli", "search", str(shipped("demo.yaml"))]
         subprocess.run([*command, "--output", str(run)], check=True, capture_output=True)
         outcome = json.loads((run / "search.json").read_text())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024), outcome["parameters"]
 
 
-def _evolve(space: Space, config: object, path: Path, num_candidates: int) -> float:
+def _evolve(space: Space, path: Path, num_candidates: int) -> float:
     settings = EvolutionSettings(population=50, generations=num_candidates // 50, elites=10)
     start = time.perf_counter()
     race = Race(SizesOnly(), _nothing, Journal(path, {}), RacingSettings(rungs=1), 10)

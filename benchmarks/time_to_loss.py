@@ -26,19 +26,19 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from headstart.assets import demo_teacher
-from headstart.cli import demo_recipe
-from headstart.held_out import mean_loss
-from headstart.pipeline import data_settings
-from headstart.prepare import prepare
+from headstart.demo import demo_teacher
+from headstart.losses.next_token import mean_loss
+from headstart.model.architecture import Architecture
 from headstart.recipe import load_recipe
-from headstart.search.evolution import evolve
-from headstart.search.fitness import HeldOutLoss, fitting_batch_size, put_in_order
-from headstart.search.importance import measure_importance
-from headstart.search.journal import Evaluated, Journal
-from headstart.search.racing import Race
-from headstart.search.run import SearchSettings
-from headstart.search.space import Space
+from headstart.searching.evolution import evolve
+from headstart.searching.fitness import HeldOutLoss, fitting_batch_size, put_in_order
+from headstart.searching.importance import measure_importance
+from headstart.searching.journal import Evaluated, Journal
+from headstart.searching.racing import Race
+from headstart.searching.settings import SearchSettings
+from headstart.searching.space import Space
+from headstart.system.files import shipped
+from headstart.text.prepare import prepare
 from peers.environment import ask_whittle, litgpt_checkpoint, num_threads
 
 GOAL = 5
@@ -73,7 +73,8 @@ def headstart_seconds(
     state = {k: v.clone() for k, v in teacher.state_dict().items() if k != "lm_head.weight"}
     evolution = replace(demo.evolution, generations=MAX_GENERATIONS, seed=seed)
     bin = demo.bin.resolve(blocks.shape[1])
-    batch_size = fitting_batch_size(teacher.config, blocks.shape[1], teacher.device, 4)
+    architecture = Architecture.of(teacher.config)
+    batch_size = fitting_batch_size(architecture.sizes, blocks.shape[1], teacher.device, 4)
     whole: list[float] = []
 
     def on_score(one: Evaluated, tokens: int, replayed: bool) -> None:
@@ -87,9 +88,9 @@ def headstart_seconds(
         start = time.perf_counter()
         batches = calibration.split(batch_size)  # type: ignore[no-untyped-call]
         orders = measure_importance(teacher, batches).orders()
-        orders = put_in_order(state, teacher.config, orders)
-        space = Space.build(teacher.config, demo.space, bin, demo.grid, demo.unit_noise)
-        fitness = HeldOutLoss(state, teacher.config, orders, blocks, batch_size)
+        orders = put_in_order(state, architecture, orders)
+        space = Space.build(architecture, demo.space, bin, demo.grid, demo.unit_noise)
+        fitness = HeldOutLoss(state, architecture, orders, blocks, batch_size)
         race = Race(fitness, lambda one: 0, journal, demo.racing, evolution.elites, on_score)
         try:
             evolve(space, race, evolution)
@@ -100,9 +101,9 @@ def headstart_seconds(
 
 def main() -> None:
     torch.set_num_threads(num_threads())
-    recipe = load_recipe(Path(demo_recipe()))
+    recipe = load_recipe(shipped("demo.yaml"))
     demo, folder = recipe.search, demo_teacher()
-    prepared = prepare(data_settings(recipe.data), folder)
+    prepared = prepare(recipe.data, folder)
     calibration = prepared.first("train", demo.calibration_tokens)
     blocks = prepared.first("search", demo.tokens)
     bin = demo.bin.resolve(blocks.shape[1])

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from headstart.assets import demo_corpus, demo_teacher
-from headstart.data import DataSettings
-from headstart.prepare import prepare
+from headstart.demo import demo_corpus, demo_teacher
+from headstart.text.prepare import prepare
+from headstart.text.settings import DataSettings
 
 GOAL, MEMORY_GOAL_BYTES = 0.8, 1.5e9
 TEXT_BYTES, RAW_SHARE = 400e6, 0.1

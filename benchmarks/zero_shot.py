@@ -31,21 +31,22 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
-from headstart.assets import demo_corpus, demo_teacher
-from headstart.data import DataSettings
-from headstart.held_out import mean_loss
-from headstart.prepare import prepare
-from headstart.search.candidate import Orders
-from headstart.search.importance import measure_importance
-from headstart.subnet.calibrate import Calibration, calibrate
-from headstart.subnet.cut import build_student, slice_tensors, student_of
-from headstart.subnet.extract import extract
-from headstart.subnet.propagate import refit_on_itself
-from headstart.subnet.refit import refitted
-from headstart.subnet.rules import read_config, sizes_of
-from headstart.subnet.spec import SubnetSpec
+from headstart.calibration.least_squares import refitted
+from headstart.calibration.propagate import refit_on_itself
+from headstart.calibration.start import Calibration, calibrate
+from headstart.demo import demo_corpus, demo_teacher
+from headstart.losses.next_token import mean_loss
+from headstart.model.axes import Sizes
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.cut import assemble_student, build_student, slice_tensors
+from headstart.model.spec import SubnetSpec
+from headstart.runs.extraction import extract_student
+from headstart.searching.candidate import Orders
+from headstart.searching.importance import measure_importance
+from headstart.text.prepare import prepare
+from headstart.text.settings import DataSettings
 
 FIRST_EXPERIMENT = {
     "mlp 1536 -> 512": (5.94, 4.66),
@@ -59,9 +60,9 @@ ALLOWED_SECONDS, ALLOWED_BYTES = 180, 2 * 10**9
 BLOCK_TOKENS, ORDER_TOKENS = 512, 8_192
 
 
-def cuts(config: PreTrainedConfig, orders: Orders, contributions: Orders) -> dict[str, SubnetSpec]:
+def cuts(sizes: Sizes, orders: Orders, contributions: Orders) -> dict[str, SubnetSpec]:
     """What is kept along one axis, most important first."""
-    whole = SubnetSpec.identity(sizes_of(config))
+    whole = SubnetSpec.identity(sizes)
     active, contributing = (
         tuple(tuple(sorted(order[:512])) for order in of_layers)
         for of_layers in (orders.mlp, contributions.mlp)
@@ -80,25 +81,25 @@ def losses(
     blocks: Int[Tensor, "blocks tokens"],
 ) -> dict[str, list[float]]:
     """Of each cut: plain, with norms rescaled, refitted once, and on itself."""
-    model = AutoModelForCausalLM.from_pretrained(source.teacher, dtype=torch.float32)
-    config = read_config(source.teacher)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    model = AutoModelForCausalLM.from_pretrained(source.teacher.folder, dtype=torch.float32)
+    teacher, statistics = source.teacher.architecture, source.statistics
+    tied = {"lm_head.weight"} if teacher.config.tie_word_embeddings else set()
     state = {name: one for name, one in model.state_dict().items() if name not in tied}
-    assert source.statistics is not None
+    assert statistics is not None and source.blocks is not None
     found = {}
-    for name, spec in cuts(config, *orders).items():
-        if source.statistics.basis is not None and len(spec.embed) == sizes_of(config)["embed"]:
+    for name, spec in cuts(teacher.sizes, *orders).items():
+        if statistics.basis is not None and len(spec.embed) == teacher.sizes["embed"]:
             continue  # a rotation turns the stream alone
         # A stiff ridge leaves linear layers as they are.
-        stiff = dict(refitted(state.items(), config, spec, source.statistics, ridge=1e12))
-        once = dict(slice_tensors(state.items(), config, spec, source.statistics))
-        assert source.blocks is not None
+        stiff = refitted(state.items(), teacher, spec, statistics, ridge=1e12)
+        fitted = refitted(state.items(), teacher, spec, statistics)
+        once = dict(slice_tensors(fitted, teacher, spec))
         itself = refit_on_itself(source.teacher, once.items(), spec, source.blocks)
         students = (
-            build_student(state, config, spec),
-            build_student(stiff, config, spec),
-            student_of(once.items(), config, spec),
-            student_of(itself.items(), config, spec),
+            build_student(state.items(), teacher, spec),
+            build_student(stiff, teacher, spec),
+            assemble_student(once.items(), teacher, spec),
+            assemble_student(itself.items(), teacher, spec),
         )
         found[name] = [mean_loss(student, blocks, 4) for student in students]
     return found
@@ -108,12 +109,11 @@ def measure(teacher: Path, blocks: Int[Tensor, "blocks tokens"], cache: str) -> 
     """Seconds of a calibration with an empty cache, and the process' peak of resident bytes."""
     os.environ["HEADSTART_CACHE"] = cache
     start = time.perf_counter()
-    source = calibrate(teacher, "rotate+least_squares", blocks)
+    source = calibrate(Checkpoint.open(teacher), "rotate+least_squares", blocks)
     assert source.statistics is not None
-    config = read_config(source.teacher)
-    spec = replace(SubnetSpec.identity(sizes_of(config)), embed=tuple(range(288)))
-    parts = (source.teacher, spec, Path(cache) / "student")
-    extract(*parts, statistics=source.statistics, blocks=source.blocks)
+    whole = SubnetSpec.identity(source.teacher.architecture.sizes)
+    spec = replace(whole, embed=tuple(range(288)))
+    extract_student(source, spec, Path(cache) / "student")
     return time.perf_counter() - start, peak_bytes()
 
 
@@ -174,8 +174,9 @@ def main() -> None:
         for units in ("activation", "contribution")
     )
     del model
-    plain = calibrate(folder, "least_squares", calibration)
-    rotated = calibrate(folder, "rotate+least_squares", calibration)
+    teacher = Checkpoint.open(folder)
+    plain = calibrate(teacher, "least_squares", calibration)
+    rotated = calibrate(teacher, "rotate+least_squares", calibration)
     in_basis = replace(active, embed=tuple(range(len(active.embed))))
     rows = losses(plain, (active, contributing), blocks)
     for name, found in losses(rotated, (in_basis, contributing), blocks).items():

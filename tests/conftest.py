@@ -32,9 +32,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from headstart import device
-from headstart.pretrain import arms
-from headstart.search import plan
+from headstart.calibration import start
+from headstart.calibration.moments import Statistics
+from headstart.calibration.start import Calibration
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.spec import SubnetSpec
+from headstart.runs.extraction import extract_student
+from headstart.searching import plan
+from headstart.system import device
+from headstart.training import arguments
 
 torch.set_num_threads(1)  # on models this small, threads only wait for one another
 
@@ -85,6 +91,31 @@ DESCENDANTS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 """Families that differ from Llama in parts; the others are in `TEACHERS`."""
+
+GATE = ("llama-tied-gqa", "gpt_neox-untied", "gemma3_text-tied", "phi3-untied")
+"""One of each mechanism: tied and grouped; fused with LayerNorms and biases; norms that write to
+the stream; parts of different heights fused. The gate runs every test on these alone."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are selected by
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what only `make test-all` runs: the other families, of every test that has one of these.
+
+    A test that has none of them keeps the first of its own.
+    """
+    by_function: dict[tuple[Path, str], list[tuple[str, pytest.Item]]] = {}
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        for value in parameters.values():
+            if isinstance(value, str) and value in TEACHERS | DESCENDANTS:
+                name = getattr(item, "originalname", item.name)
+                by_function.setdefault((item.path, name), []).append((value, item))
+    for families in by_function.values():
+        found = {family for family, _ in families}
+        kept = found.intersection(GATE) or {families[0][0]}
+        for family, item in families:
+            if family not in kept:
+                item.add_marker(pytest.mark.exhaustive)
 
 
 def _shaped(kind: Any, **settings: Any) -> Any:
@@ -153,10 +184,23 @@ def random_teacher(kind: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
+def extract(
+    teacher: Path,
+    spec: SubnetSpec,
+    out_folder: Path,
+    statistics: Statistics | None = None,
+    blocks: torch.Tensor | None = None,
+    **settings: Any,
+) -> Path:
+    """Cut a student out of a folder and write it."""
+    source = Calibration(Checkpoint.open(teacher), statistics, blocks=blocks)
+    return extract_student(source, spec, Path(out_folder), **settings)
+
+
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact comparisons need float32, also where bfloat16 is fast."""
-    for module in (arms, device, plan):
+    for module in (arguments, device, plan, start):
         monkeypatch.setattr(module, "has_fast_bf16", lambda device: False)
 
 

@@ -2,7 +2,8 @@
 
 import sys
 
-from headstart import cli, device
+from headstart import cli
+from headstart.system import device
 
 if __name__ == "__main__":
     device.has_fast_bf16 = lambda device: False

@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import extract as extract_to_disk
 from tests.conftest import random_teacher
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import headstart
-from headstart import device
-from headstart.held_out import mean_loss
-from headstart.prepare import prepare
-from headstart.search.evolution import EvolutionSettings
-from headstart.search.grid import GridSettings
-from headstart.subnet.calibrate import calibrate
-from headstart.subnet.cut import build_student
-from headstart.subnet.extract import extract as extract_to_disk
-from headstart.subnet.rules import sizes_of
+from headstart.calibration.start import calibrate
+from headstart.losses.next_token import mean_loss
+from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.cut import build_student
+from headstart.searching.evolution import EvolutionSettings
+from headstart.searching.grid import GridSettings
+from headstart.system import device
+from headstart.text.prepare import prepare
 
 TOKENS = torch.arange(1, 21)[None]
 SETTINGS = headstart.SearchSettings(
@@ -87,7 +88,7 @@ def test_from_a_model_in_memory_to_a_trained_student(
 def test_extract_is_what_is_written_to_disk_and_shares_nothing(kind: str, tmp_path: Path) -> None:
     teacher = random_teacher(kind)
     teacher.save_pretrained(tmp_path / "teacher")
-    sizes = sizes_of(teacher.config)
+    sizes = Architecture.of(teacher.config).sizes
     spec = headstart.SubnetSpec(
         layers=(0, 2),
         embed=tuple(range(32)),
@@ -99,7 +100,8 @@ def test_extract_is_what_is_written_to_disk_and_shares_nothing(kind: str, tmp_pa
     )
     in_memory = headstart.extract(teacher, spec)
     from_disk = headstart.extract(tmp_path / "teacher", spec)
-    expected = build_student(teacher.state_dict(), teacher.config, spec)(TOKENS).logits
+    architecture = Architecture.of(teacher.config)
+    expected = build_student(teacher.state_dict().items(), architecture, spec)(TOKENS).logits
     with torch.no_grad():
         for student in (written, in_memory, from_disk):
             assert torch.equal(student(TOKENS).logits, expected)
@@ -122,12 +124,16 @@ def test_a_calibrated_student_is_what_was_scored_and_refitted(
     monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
     data = headstart.DataSettings(block_length=32, search_fraction=0.2)
     settings = replace(SETTINGS, init=init, scored_as="refitted")
-    parts = (teacher_folder, corpus, headstart.Bin(30_000, 45_000), tmp_path / "run", settings)
-    found = headstart.search(*parts, data=data)
-    assert headstart.search(*parts, data=data) == found
+
+    def search() -> headstart.Found:
+        bin = headstart.Bin(30_000, 45_000)
+        return headstart.search(teacher_folder, corpus, bin, tmp_path / "run", settings, data=data)
+
+    found = search()
+    assert search() == found
     blocks = prepare(replace(data, source=str(corpus)), teacher_folder)
     text = blocks.spread("train", settings.calibration_tokens)
-    as_scored = replace(calibrate(teacher_folder, init, text), blocks=None)
+    as_scored = replace(calibrate(Checkpoint.open(teacher_folder), init, text), blocks=None)
     losses = [
         mean_loss(
             headstart.extract(teacher_folder, found.spec, calibration),
@@ -142,7 +148,7 @@ def test_a_calibrated_student_is_what_was_scored_and_refitted(
 
 def test_a_narrower_head_can_be_saved(tmp_path: Path) -> None:
     teacher = random_teacher("llama-untied-gqa")
-    whole = headstart.SubnetSpec.identity(sizes_of(teacher.config))
+    whole = headstart.SubnetSpec.identity(Architecture.of(teacher.config).sizes)
     channels = (0, 2, 4, 6, 8, 10, 12, 14)
     spec = headstart.SubnetSpec(whole.layers, whole.embed, whole.kv_groups, whole.mlp, channels)
     student = headstart.extract(teacher, spec)

@@ -39,6 +39,7 @@ def files(teacher_folder: Path, corpus: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 def test_killed_by_its_clock_it_goes_on_to_the_end(files: Path, tmp_path: Path) -> None:
     script = runpy.run_path(str(SCRIPT))
     case = script["Case"]

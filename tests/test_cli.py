@@ -14,6 +14,7 @@ import pytest
 import transformers
 
 from headstart.cli import main
+from headstart.runs import stages
 
 COMMANDS = ["run", "demo", "search", "extract", "pretrain", "evaluate", "report"]
 
@@ -69,9 +70,26 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-def test_good_arguments_get_as_far_as_the_model(arguments: dict[str, str]) -> None:
-    with pytest.raises(AssertionError, match="a model was loaded"):
-        run_with(arguments)
+def test_good_arguments_get_as_far_as_the_model(
+    arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What fails there is no mistake of the user's, and the run folder keeps its traceback."""
+    assert run_with(arguments) == 1
+    kept = Path(arguments["--output"]) / "error.txt"
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == (
+        f"headstart: AssertionError: a model was loaded; the traceback is in {kept}"
+    )
+    assert "Traceback" in kept.read_text() and "in refuse" in kept.read_text()
+
+
+def test_debug_shows_the_traceback_instead(
+    arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [part for pair in arguments.items() for part in pair]
+    assert main(["run", *flags, "--debug"]) == 1
+    assert "in refuse" in capsys.readouterr().err
+    assert not (Path(arguments["--output"]) / "error.txt").exists()
 
 
 def test_missing_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +218,7 @@ def test_output_of_another_run(
     (output / "recipe.yaml").write_text("teacher: another\n")
     assert run_with(arguments) == 2
     assert "holds a run of another recipe (teacher is 'another' there" in one_sentence(capsys)
-    assert [path.name for path in output.iterdir()] == ["recipe.yaml"]
+    assert [path.name for path in output.iterdir()] == ["recipe.yaml"]  # not even a lock
 
 
 def test_reserved_train_key(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,22 +249,35 @@ def test_extract_and_report_of_a_bad_spec(
     assert not (tmp_path / "s").exists()
 
 
-def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(ValueError, match="does not exist"):
-        main(["run", "nowhere.yaml", "--debug"])
+def test_debug_shows_the_traceback_of_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "nowhere.yaml", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (OSError("no space left on device"), "headstart: no space left on device"),
+        (ValueError("not enough values"), "headstart: ValueError: not enough values"),
+        (KeyError("layers"), "headstart: KeyError: 'layers'"),
+    ],
+)
 def test_failures_that_are_no_mistake_exit_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    failure: Exception,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from headstart import pipeline
+    """Without a run folder the traceback stands on standard error, and the sentence is last."""
 
     def fail(folder: Path) -> None:
-        raise OSError("no space left on device")
+        raise failure
 
-    monkeypatch.setattr(pipeline, "run_report", fail)
+    monkeypatch.setattr(stages, "run_report", fail)
     assert main(["report", "somewhere"]) == 1
-    assert one_sentence(capsys) == "headstart: no space left on device\n"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == sentence
 
 
 def test_help_is_quick() -> None:

@@ -11,8 +11,9 @@ from typing import get_type_hints
 import yaml
 
 from headstart.cli import _parser
-from headstart.pretrain.arms import RESERVED_ARGUMENTS, Arm
 from headstart.recipe import Recipe, load_recipe
+from headstart.training.arguments import RESERVED_ARGUMENTS
+from headstart.training.settings import Arm
 
 ROOT = Path(__file__).parents[1]
 

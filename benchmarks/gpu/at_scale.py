@@ -40,7 +40,7 @@ from typing import Any
 
 import yaml
 
-from headstart.files import write_json
+from headstart.system.files import write_json
 
 UNFINISHED = 3
 THROUGHPUT = Path(__file__).parent / "throughput.py"

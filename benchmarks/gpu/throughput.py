@@ -32,14 +32,15 @@ from transformers import (
     default_data_collator,
 )
 
-from headstart.assets import DEMO, demo_teacher
-from headstart.device import default_device, load_frozen, peak_flops
-from headstart.files import write_json
-from headstart.pretrain.arms import Arm, training_arguments
-from headstart.pretrain.losses import DistillationSettings
-from headstart.pretrain.teacher import Teacher
-from headstart.pretrain.trainer import DistillationTrainer
-from headstart.subnet.count import count
+from headstart.demo import DEMO, demo_teacher
+from headstart.losses.distillation import DistillationSettings
+from headstart.model.architecture import Architecture
+from headstart.system.device import default_device, load_frozen, peak_flops
+from headstart.system.files import write_json
+from headstart.training.arguments import training_arguments
+from headstart.training.settings import Arm
+from headstart.training.teacher import Teacher
+from headstart.training.trainer import DistillationTrainer
 
 GOAL = 1.0
 KINDS = ("trainer", "headstart", "headstart+kd")
@@ -73,7 +74,7 @@ def measure(
     key = "labels" if kind == "trainer" else "input_ids"
     dataset = [dict.fromkeys(("input_ids", key), block) for block in blocks]
     tokens_per_step = given.batch * given.block
-    flops_per_token = count(config, given.block).training_flops_per_token
+    flops_per_token = Architecture.of(config).count(given.block).training_flops_per_token
     clock = Clock(given.untimed)
     with tempfile.TemporaryDirectory() as folder:
         settings = {
@@ -99,9 +100,8 @@ def measure(
             teacher = None
             if kind == "headstart+kd":
                 teacher = Teacher(load_frozen(teacher_folder, device))
-                flops_per_token += count(
-                    teacher.model.config, given.block
-                ).inference_flops_per_token
+                forward = Architecture.of(teacher.model.config).count(given.block)
+                flops_per_token += forward.inference_flops_per_token
                 if compiled:
                     teacher.compile()
             trainer = DistillationTrainer(

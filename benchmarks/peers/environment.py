@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from headstart.assets import cache_root
+from headstart.system.files import cache_root
 
 WHITTLE = "whittle==0.6.0"
 TRL = "trl==1.16.0"

@@ -34,8 +34,8 @@ def trunk(hidden: Tensor, head: Any, teacher_hidden: Tensor, teacher: Any, targe
 def headstart(
     hidden: Tensor, head: Any, teacher_hidden: Tensor, teacher: Any, targets: Tensor
 ) -> Tensor:
-    from headstart.pretrain.chunked import chunked_sum
-    from headstart.pretrain.losses import DistillationSettings, distillation_loss
+    from headstart.losses.chunked import chunked_sum
+    from headstart.losses.distillation import DistillationSettings, distillation_loss
 
     settings = DistillationSettings(ALPHA, BETA, TEMPERATURE)
 

@@ -21,23 +21,25 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from headstart import __version__, pipeline
-from headstart.data import DataSettings
-from headstart.evaluation import Scores
-from headstart.files import write_json, write_whole
-from headstart.pretrain.arms import Arm, PretrainSettings
+from headstart import __version__
+from headstart.calibration.start import Calibration, student_tensors
+from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate
+from headstart.evaluation.scores import Scores
+from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint, find_model
+from headstart.model.count import Count
+from headstart.model.cut import assemble, place_buffers, slice_tensors
+from headstart.model.spec import SubnetSpec
 from headstart.recipe import Recipe
-from headstart.scoreboard import EvaluationSettings, run_evaluate
-from headstart.search.bins import Bin, BinSettings
-from headstart.search.run import SearchSettings
-from headstart.subnet.calibrate import Calibration, calibrate
-from headstart.subnet.count import Count
-from headstart.subnet.count import count as count_config
-from headstart.subnet.cut import assemble, place_buffers, slice_tensors
-from headstart.subnet.extract import hash_checkpoint, read_tensors, resolve_teacher
-from headstart.subnet.propagate import refit_on_itself
-from headstart.subnet.rules import family_of, read_config
-from headstart.subnet.spec import SubnetSpec, student_config
+from headstart.runs import stages
+from headstart.runs.run import open_run
+from headstart.searching.bins import Bin, BinSettings
+from headstart.searching.settings import SearchSettings
+from headstart.system.distributed import from_main
+from headstart.system.errors import UserError
+from headstart.system.files import UNFINISHED, write_json, write_whole
+from headstart.text.settings import DataSettings
+from headstart.training.settings import Arm, PretrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,25 +85,19 @@ def extract(
         train, to generate and for `save_pretrained`. Its `subnet_spec` is the spec.
 
     Raises:
-        ValueError: the teacher cannot be read, or the spec does not fit it.
+        UserError: the teacher cannot be read, or the spec does not fit it.
     """
+    if calibration is None and isinstance(teacher, str | Path):
+        calibration = Calibration(Checkpoint.open(teacher))
     if calibration is not None:
-        teacher = calibration.teacher
-    if isinstance(teacher, str | Path):
-        folder = resolve_teacher(teacher)
-        config, tensors = read_config(folder), read_tensors(folder)
-        device = torch.device("cpu")
+        architecture, device = calibration.teacher.architecture, torch.device("cpu")
+        tensors = student_tensors(calibration, spec)
     else:
-        config, tensors = teacher.config, iter(teacher.state_dict().items())
-        device = teacher.device
-    output_config = student_config(config, spec)
-    calibration = calibration or Calibration(Path())
-    sliced = slice_tensors(tensors, config, spec, calibration.statistics)
-    if calibration.blocks is None:
-        parts = {name: part.clone() for name, part in sliced}
-    else:
-        parts = refit_on_itself(calibration.teacher, sliced, spec, calibration.blocks)
-    student = assemble(output_config, parts.items(), family_of(config).aliases)
+        assert not isinstance(teacher, str | Path)
+        architecture, device = Architecture.of(teacher.config), teacher.device
+        sliced = slice_tensors(teacher.state_dict().items(), architecture, spec)
+        tensors = {name: part.clone() for name, part in sliced}
+    student = assemble(architecture.student(spec), tensors.items())
     student.config.dtype = student.dtype
     student.subnet_spec = spec
     return place_buffers(student, device).eval()
@@ -129,7 +125,7 @@ def search(
         data: how the text is split and packed; its source is `text`.
 
     Raises:
-        ValueError: something does not fit, with the mend.
+        UserError: something does not fit, with the mend.
     """
     output = Path(output)
     bin_settings = BinSettings(low=str(bin.low), high=str(bin.high), measure=bin.measure)
@@ -139,13 +135,10 @@ def search(
         data=_data(text, _inputs(output), data),
         search=replace(settings or SearchSettings(), bin=bin_settings, bins=()),
     )
-    (outcome,) = pipeline.run_search(recipe)
-    spec = SubnetSpec.from_json(outcome["spec"])
-    calibration = Calibration(Path(recipe.teacher))
-    if recipe.search.init != "slice":  # is in the cache since the search
-        parts = (recipe.teacher, recipe.data, recipe.search.calibration_tokens)
-        tokens = pipeline.calibration_blocks(*parts)
-        calibration = calibrate(calibration.teacher, recipe.search.init, tokens, spec=spec)
+    with open_run(recipe) as run:
+        outcome = stages.search_stage(run)
+        spec = SubnetSpec.from_json(outcome["spec"])
+        calibration = from_main(lambda: stages.calibration_of(run, spec))
     return Found(spec, outcome["loss"], outcome["parameters"], outcome, calibration)
 
 
@@ -180,14 +173,14 @@ def pretrain(
         The content of `result.json`, which docs/result.md describes.
 
     Raises:
-        ValueError: something does not fit, with the mend.
+        UserError: something does not fit, with the mend.
     """
     output = Path(output)
     teacher_folder = _folder(teacher, tokenizer, _inputs(output) / "teacher")
     folder = _folder(student, None, _inputs(output) / "student")
     if not isinstance(student, str | Path) and not (folder / "subnet.json").is_file():
         if not hasattr(student, "subnet_spec"):
-            raise ValueError(
+            raise UserError(
                 "the student has no subnet_spec, so it was not cut out by headstart.extract; give "
                 "one that was, or its folder"
             )
@@ -201,7 +194,7 @@ def pretrain(
         pretrain=replace(settings or PretrainSettings(), tokens=tokens, arms=tuple(arms)),
         train=train or {},
     )
-    return pipeline.run_pretrain(recipe)
+    return stages.run_pretrain(recipe)
 
 
 def evaluate(
@@ -231,7 +224,7 @@ def evaluate(
         is a text; "tasks", from task to metric to value, if there are any.
 
     Raises:
-        ValueError: something does not fit, with the mend.
+        UserError: something does not fit, with the mend.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = str(_folder(model, tokenizer, Path(folder) / "model"))
@@ -249,8 +242,8 @@ def count(model: Model, context_length: int = 512) -> Count:
         context_length: tokens that attention spans, for the FLOPs.
     """
     if isinstance(model, str | Path):
-        return count_config(read_config(resolve_teacher(model)), context_length)
-    return count_config(model.config, context_length)
+        return Checkpoint.open(model).architecture.count(context_length)
+    return Architecture.of(model.config).count(context_length)
 
 
 def _inputs(output: Path) -> Path:
@@ -262,22 +255,22 @@ def _folder(model: Model, tokenizer: PreTrainedTokenizerBase | None, kept: Path)
     """The folder of a model; one in memory is written to `kept`, if it is not there already.
 
     Raises:
-        ValueError: `kept` holds another model.
+        UserError: `kept` holds another model.
     """
     if isinstance(model, str | Path):
-        return Path(model) if Path(model).is_dir() else resolve_teacher(model)
-    with tempfile.TemporaryDirectory(dir=_made(kept.parent), prefix=".unfinished-") as scratch:
+        return Path(model) if Path(model).is_dir() else find_model(model)
+    with tempfile.TemporaryDirectory(dir=_made(kept.parent), prefix=UNFINISHED) as scratch:
         written = Path(scratch) / kept.name
         model.save_pretrained(written)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         if not kept.is_dir():
             written.rename(kept)
-        elif hash_checkpoint(written) != hash_checkpoint(kept) or any(
+        elif Checkpoint.open(written).hash != Checkpoint.open(kept).hash or any(
             not (kept / file.name).is_file() or (kept / file.name).read_bytes() != file.read_bytes()
             for file in written.glob("tokenizer*")
         ):
-            raise ValueError(
+            raise UserError(
                 f"{kept} holds another model or tokenizer than the one in memory; choose another "
                 "output folder, or remove that one"
             )
@@ -289,12 +282,12 @@ def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
     data = data or DataSettings()
     if isinstance(text, str | Path):
         return replace(data, source=str(text))
-    lines = "".join(json.dumps({"text": one}, ensure_ascii=False) + "\n" for one in text)
+    lines = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in text)
     path = _made(folder) / "documents.jsonl"
     if not path.is_file():
         write_whole(path, lines)
     elif path.read_text(encoding="utf-8") != lines:
-        raise ValueError(
+        raise UserError(
             f"{path} holds other documents than those in memory; choose another output folder, or "
             "remove that one"
         )
@@ -315,6 +308,7 @@ __all__ = [
     "PretrainSettings",
     "SearchSettings",
     "SubnetSpec",
+    "UserError",
     "count",
     "evaluate",
     "extract",

@@ -6,12 +6,14 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import headstart
+from headstart.system.errors import UserError
 
 RECIPE_KEYS = """\
 Any key of the recipe can be set as --dotted.key VALUE, for example --search.evolution.population 8;
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 a mistake in what was asked.
+        The exit code: 0 done, 1 the machine's failure or our bug, 2 the user's mistake.
     """
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
@@ -30,21 +32,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.command} does not know {overrides[0]}; see its --help")
     try:
         options.handler(options, overrides)
-    except ValueError as error:
-        return _fail(error, 2, options.debug)
     except KeyboardInterrupt:
         print("headstart: stopped; the same command goes on from here", file=sys.stderr)
         return 1
-    except (RuntimeError, OSError, ImportError) as error:
-        return _fail(error, 1, options.debug)
+    except Exception as error:
+        if isinstance(error, UserError):
+            if options.debug:
+                traceback.print_exc()
+            print(f"headstart: {error}", file=sys.stderr)
+            return 2
+        _report_failure(error, None if options.debug else options.run_folder)
+        return 1
     return 0
 
 
-def _fail(error: Exception, code: int, debug: bool) -> int:
-    if debug:
-        raise error
-    print(f"headstart: {error}", file=sys.stderr)
-    return code
+def _report_failure(error: Exception, run_folder: Path | None) -> None:
+    """Say in one sentence what failed, with the traceback in the run folder if there is one."""
+    reason = (str(error).strip() or "no message").splitlines()[0]
+    if not isinstance(error, RuntimeError | OSError | ImportError):
+        reason = f"{type(error).__name__}: {reason}"
+    if run_folder is not None and (run_folder / "recipe.yaml").is_file():
+        rank = os.environ.get("RANK", "0")
+        kept = run_folder / ("error.txt" if rank == "0" else f"error-{rank}.txt")
+        kept.write_text(traceback.format_exc(), encoding="utf-8")
+        print(f"headstart: {reason}; the traceback is in {kept}", file=sys.stderr)
+        return
+    traceback.print_exc()
+    print(f"headstart: {reason}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.set_defaults(handler=handler, takes_overrides=takes_overrides)
+        command.set_defaults(handler=handler, takes_overrides=takes_overrides, run_folder=None)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         return command
 
@@ -205,14 +219,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(overrides: list[str]) -> Any:
+def _load(options: argparse.Namespace, overrides: list[str]) -> Any:
     """The recipe that a command names first, if it names one, with the overrides set."""
     _quiet()
     from headstart.recipe import load_recipe
 
+    path = None
     if overrides and not overrides[0].startswith("-"):
-        return load_recipe(Path(overrides[0]), overrides[1:])
-    return load_recipe(None, overrides)
+        path, overrides = Path(overrides[0]), overrides[1:]
+    recipe = load_recipe(path, overrides)
+    options.run_folder = Path(recipe.output)
+    return recipe
 
 
 def _quiet() -> None:
@@ -228,45 +245,42 @@ def _quiet() -> None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(overrides)
-    from headstart import pipeline
+    recipe = _load(options, overrides)
+    from headstart.runs.stages import run_recipe
 
-    pipeline.run(recipe)
+    run_recipe(recipe)
 
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
-    _run(options, [str(demo_recipe()), *overrides])
+    from headstart.system.files import shipped
 
-
-def demo_recipe() -> Path:
-    """The path of demo.yaml, in an installed package or a clone."""
-    package = Path(__file__).parent
-    installed = package / "recipes" / "demo.yaml"
-    return installed if installed.is_file() else package.parents[1] / "recipes" / "demo.yaml"
+    _run(options, [str(shipped("demo.yaml")), *overrides])
 
 
 def _search(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.resume:
         kept = options.resume / "recipe.yaml"
         if not kept.is_file():
-            raise ValueError(f"{options.resume} holds no run to resume: it has no recipe.yaml")
+            raise UserError(f"{options.resume} holds no run to resume: it has no recipe.yaml")
         overrides = [str(kept), *overrides, "--output", str(options.resume)]
-    recipe = _load(overrides)
-    from headstart import pipeline, plans
-    from headstart.distributed import is_main
+    recipe = _load(options, overrides)
+    from headstart.runs.plan import print_search_plans, teacher_architecture
+    from headstart.runs.run import bin_recipes
+    from headstart.runs.stages import run_search
+    from headstart.system.distributed import is_main
 
     if options.dry_run:
-        plans.print_search_plans(recipe)
+        print_search_plans(recipe, teacher_architecture(recipe))
         return
-    outcomes = pipeline.run_search(recipe)
-    for one, outcome in zip(pipeline.bin_recipes(recipe), outcomes, strict=True):
-        if not is_main():
-            break
+    outcomes = run_search(recipe)
+    if not is_main():
+        return
+    for of_bin, outcome in zip(bin_recipes(recipe), outcomes, strict=True):
         winner = outcome["candidates"][outcome["winner"]]
         sizes = ", ".join(f"{axis} {_range(size)}" for axis, size in winner["sizes"].items())
         print(f"{outcome['parameters']:,} parameters, {outcome['loss']:.4f} nats: {sizes}")
-        print(f"spec: {Path(one.output) / 'search.json'}")
-        print(f"report: {Path(one.output) / 'search.html'}")
+        print(f"spec: {Path(of_bin.output) / 'search.json'}")
+        print(f"report: {Path(of_bin.output) / 'search.html'}")
 
 
 def _range(size: int | list[int]) -> str:
@@ -275,53 +289,62 @@ def _range(size: int | list[int]) -> str:
 
 def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
     _quiet()
-    from headstart import pipeline
-    from headstart.data import DataSettings
-    from headstart.extraction import run_extract
-    from headstart.search.run import load_spec
+    from headstart.demo import teacher_name
+    from headstart.model.checkpoint import Checkpoint
+    from headstart.model.spec import load_spec
+    from headstart.runs.extraction import extract_found
+    from headstart.text.prepare import check_source, prepare
+    from headstart.text.settings import DataSettings
 
-    calibration = None
     load_spec(options.spec)
     if options.out.exists():
-        raise ValueError(f"{options.out} exists already; choose another folder or remove it")
+        raise UserError(f"{options.out} exists already; choose another folder or remove it")
     if options.calibration_tokens < 1:
-        raise ValueError(f"--calibration-tokens is {options.calibration_tokens}; use at least 1")
+        raise UserError(f"--calibration-tokens is {options.calibration_tokens}; use at least 1")
     if options.data and options.init == "slice":
-        raise ValueError("--data is to calibrate with, and --init slice does not; leave it out")
+        raise UserError("--data is to calibrate with, and --init slice does not; leave it out")
+    calibration_blocks = None
     if options.data:
         settings = DataSettings(
             source=options.data, text_column=options.text_column, block_length=options.block_length
         )
-        calibration = pipeline.calibration_blocks(
-            options.teacher, settings, options.calibration_tokens
-        )
-    student = run_extract(
-        options.teacher, options.spec, options.out, None, options.init, calibration
+        check_source(settings)
+    teacher = Checkpoint.open(options.teacher)
+    if options.data:
+        text = prepare(settings, teacher.folder)
+        calibration_blocks = text.spread("train", options.calibration_tokens)
+    student = extract_found(
+        teacher,
+        options.spec,
+        options.out,
+        init=options.init,
+        calibration_blocks=calibration_blocks,
+        provenance={"teacher_name": teacher_name(options.teacher)},
     )
     print(student)
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(overrides)
-    from headstart import pipeline
+    recipe = _load(options, overrides)
+    from headstart.runs.stages import run_pretrain
 
-    pipeline.run_pretrain(recipe)
+    run_pretrain(recipe)
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(overrides)
-    from headstart.plans import print_plans
-    from headstart.pretrain.plan import Hardware
+    recipe = _load(options, overrides)
+    from headstart.runs.plan import print_plans
+    from headstart.training.plan import Hardware
 
     print_plans(recipe, Hardware(options.gpus, options.peak_tflops, options.mfu))
 
 
 def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(overrides)
-    from headstart import pipeline
-    from headstart.distributed import is_main
+    recipe = _load(options, overrides)
+    from headstart.runs.stages import run_cache_teacher
+    from headstart.system.distributed import is_main
 
-    for path, manifest in pipeline.run_cache_teacher(recipe).items():
+    for path, manifest in run_cache_teacher(recipe).items():
         if is_main():
             tokens = manifest["blocks"] * (manifest["block_length"] - 1)
             num_bytes = manifest["bytes_per_token"]
@@ -332,14 +355,14 @@ def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     _quiet()
-    from headstart.data import DataSettings
-    from headstart.scoreboard import EvaluationSettings, run_evaluate, scores_table
+    from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate, scores_table
+    from headstart.text.settings import DataSettings
 
     data = None
     if options.whole_text and not options.data:
-        raise ValueError("--whole-text is of --data; give that too")
+        raise UserError("--whole-text is of --data; give that too")
     if not options.tasks and (options.task_data or options.limit is not None):
-        raise ValueError("--task-data and --limit are for --tasks; give some, or leave them out")
+        raise UserError("--task-data and --limit are for --tasks; give some, or leave them out")
     if options.data:
         data = DataSettings(
             source=options.data,
@@ -361,12 +384,12 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> None:
     _quiet()
-    from headstart.export import export_gguf, export_stock
-    from headstart.subnet.extract import resolve_teacher
+    from headstart.model.checkpoint import find_model
+    from headstart.model.export import export_gguf, export_stock
 
     if options.to == "hf" and options.converter:
-        raise ValueError("--converter is for --to gguf; leave it out")
-    model = resolve_teacher(options.model)
+        raise UserError("--converter is for --to gguf; leave it out")
+    model = find_model(options.model)
     if options.to == "hf":
         print(export_stock(model, options.out, options.pad, options.precision))
     else:
@@ -374,7 +397,7 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:
-    from headstart.pipeline import run_report
+    from headstart.runs.stages import run_report
 
     run_report(options.run_folder)
 

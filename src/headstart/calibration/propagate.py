@@ -1,0 +1,418 @@
+"""Least squares layer by layer: each layer is re-solved on what those before it really compute.
+
+`least_squares` imitates a linear layer of the teacher on the teacher's own activations. A student's
+layers see other ones, since all layers before them are cut as well, and their errors add up. Here
+both models go through the same text side by side, and in the order in which the student computes,
+with x the student's inputs and z the teacher's, each linear layer becomes the one that is closest
+
+- to the teacher's output W z, where it reads the stream,
+- to the teacher's output and what the student's stream lacks by then, where it writes to it,
+
+drawn towards what it was. The last layer before removed ones also makes up for those. Where the
+output matrix is the input embedding too and has to stay, the last norm's gains are what is fitted.
+
+Source: targets of the whole model on the small one's inputs as in GPTAQ (arXiv 2504.02692), which
+quantises; here the stream's error is added to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headstart.calibration.layer_by_layer import TOKENS_PER_BATCH, LayerwiseForward, batches_of
+from headstart.calibration.moments import (
+    ROWS_AT_ONCE,
+    products,
+    rows_of,
+    sources_of,
+    widest,
+    writing_norms,
+)
+from headstart.model.architecture import Architecture
+from headstart.model.axes import dimensions_of, kept_indices, shape_of
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.count import layers_flops_per_token
+from headstart.model.cut import assemble_student
+from headstart.model.shapes import sizes_in_layer
+from headstart.model.spec import SubnetSpec
+from headstart.system.device import default_device, load_frozen, release_memory
+from headstart.system.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PRIOR_TOKENS = 1024
+"""Tokens of uncorrelated inputs, as large as the calibration text's in the mean, that speak for a
+layer as it was. What a stream lacks is noisy, and with little text there is nothing else to hold on
+to. Of 256, 1,024 and 4,096 it did best on the demo's student, with 2,048 tokens of text as with
+8,192; with 32,768 it is as good as 256."""
+
+
+def can_propagate(architecture: Architecture) -> bool:
+    """Whether what linear layers of a model write is added to the stream as it is.
+
+    In Gemma 3 and OLMo 2 a norm stands in between.
+    """
+    return not writing_norms(architecture)
+
+
+def groups_of(architecture: Architecture, has_narrow_heads: bool) -> list[list[str]]:
+    """The linear layers of one layer, by patterns of their weights, in the order of computation.
+
+    Those that read the same are together. Queries of narrower heads, and what reads the same, are
+    left out, since they were scaled when they were cut.
+    """
+    groups: dict[str, list[str]] = {}
+    for pattern, source in sources_of(architecture).items():
+        if "{i}" in pattern:
+            groups.setdefault(source, []).append(pattern)
+    scaled = set(architecture.family.queries) if has_narrow_heads else set()
+    return [group for group in groups.values() if not scaled.intersection(group)]
+
+
+def refit_on_itself(
+    teacher: Checkpoint,
+    sliced: Iterable[tuple[str, Tensor]],
+    spec: SubnetSpec,
+    blocks: Int[Tensor, "blocks tokens"],
+) -> dict[str, Tensor]:
+    """A student's tensors, after what `propagated` makes of them.
+
+    Args:
+        teacher: the checkpoint that it was cut out of.
+        sliced: (name, tensor) pairs of it by their names in files, on the CPU.
+        spec: what it has kept.
+        blocks: calibration token ids.
+    """
+    aliases = teacher.architecture.family.aliases
+    contiguous = torch.contiguous_format
+    # Copies, since these are views of files.
+    in_files = {name: part.clone(memory_format=contiguous) for name, part in sliced}
+    tensors = {aliases.get(name, name): tensor for name, tensor in in_files.items()}
+    release_memory()
+    model = load_frozen(teacher.folder, default_device())
+    copies = ((name, tensor.to(model.device, model.dtype)) for name, tensor in tensors.items())
+    student = assemble_student(copies, teacher.architecture, spec)
+    with progress("refit", blocks.numel() * len(spec.layers), "tokens in layers") as advance:
+        for _ in propagated(model, student, tensors, spec, batches_of(blocks), advance):
+            pass
+    return in_files
+
+
+@torch.no_grad()
+def propagated(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    spec: SubnetSpec,
+    batches: Sequence[Int[Tensor, "batch tokens"]],
+    on_batch: Callable[[int], None] = lambda num_tokens: None,
+    prior_tokens: int = PRIOR_TOKENS,
+) -> Iterator[tuple[str, Tensor]]:
+    """Refit a student on what it computes itself.
+
+    Args:
+        teacher: the whole teacher, in eval mode; it is left as it was.
+        student: cut out of it, on the same device, with weights of its own or those of `tensors`;
+            its linear layers are changed one by one.
+        tensors: the student's, by their names in the model, as precise as they shall be; they are
+            changed in place.
+        spec: what the student has kept.
+        batches: calibration token ids.
+        on_batch: called for each of the student's layers with the tokens of each batch done, for
+            progress.
+        prior_tokens: that speak for a layer as it was, see `PRIOR_TOKENS`.
+
+    Yields:
+        (name, tensor) pairs of linear layers, in the order of computation: of all that come after
+        something was removed; last of the output matrix, or of the norm before it, which for a
+        family that cannot is the only one.
+    """
+    prior = prior_tokens / sum(batch.numel() for batch in batches)
+    architecture = Architecture.of(teacher.config)
+    layouts, sizes = architecture.layouts, architecture.sizes
+    if spec.layers == tuple(range(sizes["layers"])) and all(
+        _is_whole(spec, position, sizes) for position in spec.layers
+    ):
+        return
+    groups = groups_of(architecture, spec.head_dim is not None)
+    whole, kept = LayerwiseForward(teacher, batches), LayerwiseForward(student, batches)
+    if not can_propagate(architecture):
+        for layer in range(len(whole.layers)):
+            whole.run(layer)
+        for position in range(len(kept.layers)):
+            kept.run(position, on_batch=on_batch)
+        yield from _refit_output(kept, whole, tensors, prior)
+        return
+    embed = torch.tensor(spec.embed, device=teacher.device)
+    for layer in range(spec.layers[0]):
+        whole.run(layer)
+    is_same = spec.layers[0] == 0
+    for position, (layer, following) in enumerate(
+        zip(spec.layers, (*spec.layers[1:], sizes["layers"]), strict=True)
+    ):
+        lacking = whole.hidden[:, embed].float().sub_(kept.hidden)
+        teacher_values = _advance(whole, layer, following, groups, embed)
+        is_same = is_same and following == layer + 1 and _is_whole(spec, position, sizes)
+        for group in () if is_same else groups:
+            inputs, has_bias = kept.inputs(group[0], position), _has_bias(group[0], layouts)
+            if _reads_stream(layouts[group[0]]):
+                moments = _moments(_pieces(inputs, teacher_values.pop(group[0])), has_bias, True)
+                for pattern in group:
+                    rows = kept_indices(layouts[pattern], sizes, spec.kept_in_layer(position))[0]
+                    taught_by = (whole.linear(pattern, layer), rows)
+                    yield from _refit(kept, pattern, position, tensors, prior, *moments, taught_by)
+            else:
+                (pattern,) = group
+                wanted = lacking.add_(teacher_values.pop(pattern))
+                moments = _moments(_pieces(inputs, wanted), has_bias, False)
+                yield from _refit(kept, pattern, position, tensors, prior, *moments)
+                for x, y in _pieces(inputs, wanted):
+                    y.sub_(kept.linear(pattern, position)(x))  # what is lacking now
+            del inputs
+        kept.hidden.copy_(whole.hidden[:, embed] - lacking)
+        for batch in batches:
+            on_batch(batch.numel())
+    yield from _refit_output(kept, whole, tensors, prior)
+
+
+def _advance(
+    teacher: LayerwiseForward,
+    layer: int,
+    following: int,
+    groups: Sequence[Sequence[str]],
+    embed: Int[Tensor, " kept"],
+) -> dict[str, Float[Tensor, "tokens units"]]:
+    """Take the teacher's hidden states to the next kept layer.
+
+    Returns:
+        For the first of every group: what it reads, or the kept channels of what it writes; the
+        last writer's with what all removed layers up to the next kept one write.
+    """
+    layouts = teacher.architecture.layouts
+    teacher_values: dict[str, Tensor] = {}
+
+    def see(pattern: str) -> Callable[[Tensor, Tensor], None]:
+        reads = _reads_stream(layouts[pattern])
+        num_units = teacher.linear(pattern, layer).in_features if reads else len(embed)
+        teacher_values[pattern] = teacher.empty(num_units)
+        rest = teacher.batches(teacher_values[pattern])
+
+        def take(x: Tensor, y: Tensor) -> None:
+            next(rest).copy_(x if reads else y[..., embed])
+
+        return take
+
+    teacher.run(layer, {pattern: see(pattern) for pattern, *_ in groups})
+    if following > layer + 1:
+        *_, last = (pattern for pattern in teacher_values if not _reads_stream(layouts[pattern]))
+        behind = teacher.hidden[:, embed]
+        for removed in range(layer + 1, following):
+            teacher.run(removed)
+        teacher_values[last] += teacher.hidden[:, embed] - behind
+    return teacher_values
+
+
+def _refit(
+    student: LayerwiseForward,
+    pattern: str,
+    layer: int | None,
+    tensors: Mapping[str, Tensor],
+    prior: float,
+    gram: Float[Tensor, "inputs inputs"],
+    cross: Float[Tensor, "targets inputs"],
+    taught_by: tuple[nn.Linear, Int[Tensor, " outputs"]] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Change a linear layer of the student for the moments of its inputs x and of targets y.
+
+    Args:
+        prior: weight of the layer as it was, for each token's worth of `gram`.
+        gram: mean of x x^T; with a bias, x has a last number that is one.
+        cross: mean of y x^T.
+        taught_by: the linear layer of which some rows turn y into the outputs that are wanted; None
+            where y are these.
+    """
+    linear, stem = student.linear(pattern, layer), pattern.format(i=layer).removesuffix("weight")
+    names = [f"{stem}{kind}" for kind, _ in linear.named_parameters()]
+    mean_square = gram.diagonal()[: linear.in_features].mean().item()
+    ridge = torch.full_like(gram.diagonal(), prior * mean_square)
+    ridge[linear.in_features :] = 0  # a bias needs none
+    factor = torch.linalg.cholesky(gram + (ridge + torch.finfo(gram.dtype).tiny).diag())
+    for rows in torch.arange(linear.out_features).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+        before = _columns([tensors[name] for name in names], rows, gram)
+        if taught_by is None:
+            wanted = cross[rows.to(cross.device)]
+        else:
+            teacher, of_teacher = taught_by
+            wanted = _columns(list(teacher.parameters()), of_teacher[rows], gram) @ cross
+        after = before + torch.cholesky_solve((wanted - before @ gram).T, factor).T
+        for name, part in zip(names, after.tensor_split([linear.in_features], dim=1), strict=False):
+            tensors[name][rows] = part.reshape(tensors[name][rows].shape).to(tensors[name])
+    for name in names:
+        student.model.get_parameter(name).copy_(tensors[name])
+        yield name, tensors[name]
+
+
+def _refit_output(
+    student: LayerwiseForward,
+    teacher: LayerwiseForward,
+    tensors: Mapping[str, Tensor],
+    prior: float,
+) -> Iterator[tuple[str, Tensor]]:
+    """Change the output matrix, or the gains before it; both models are through their layers."""
+    layouts = teacher.architecture.layouts
+    for norm, readers in teacher.architecture.family.readers.items():
+        for pattern in (pattern for pattern in readers if "{i}" not in pattern):
+            if pattern in layouts:
+                pieces = zip(student.normed(norm), teacher.normed(norm), strict=True)
+                moments = _moments(pieces, False, True)
+                outputs = teacher.linear(pattern, None)
+                taught_by = (outputs, torch.arange(outputs.out_features))
+                yield from _refit(student, pattern, None, tensors, prior, *moments, taught_by)
+            else:
+                yield from _refit_gains(student, teacher, norm, tensors, prior)
+
+
+def _refit_gains(
+    student: LayerwiseForward,
+    teacher: LayerwiseForward,
+    norm: str,
+    tensors: Mapping[str, Tensor],
+    prior: float,
+) -> Iterator[tuple[str, Tensor]]:
+    """Change the gains of the last norm for an output matrix that cannot be, being the input's too.
+
+    The student's logits are to come closest to the teacher's, both less their mean over the
+    vocabulary, which a softmax does not see. With E the student's output matrix and F the
+    teacher's, both less the mean of their rows, x the student's normalised stream, b its norm's
+    bias, and z what the teacher's norm makes, the gains g minimise the mean of
+    |E (g x + b) - F z|^2, drawn towards what they were.
+    """
+    offset, gains = student.architecture.family.norm_offset, tensors[norm]
+    stem, parameter = norm.removesuffix("weight"), student.model.get_parameter(norm)
+    outputs, theirs = (side.model.get_output_embeddings().weight for side in (student, teacher))
+    of_outputs, with_theirs = _covariances(outputs, outputs), _covariances(outputs, theirs)
+    bias = tensors.get(f"{stem}bias", torch.zeros(1)).to(of_outputs)
+    before = gains.to(of_outputs) + offset
+    parameter.fill_(1 - offset)  # not before, since the two may share memory
+    gram: Any = 0
+    cross: Any = 0
+    for some, wanted in zip(student.normed(norm), teacher.normed(norm), strict=True):
+        x = rows_of(some).to(of_outputs) - bias
+        y = rows_of(wanted).to(of_outputs) @ with_theirs.T - of_outputs @ bias.expand(x.shape[1])
+        gram = gram + of_outputs * (x.T @ x)
+        cross = cross + (x * y).sum(dim=0)
+    num_tokens = len(student.hidden)
+    ridge = prior * gram.diagonal().mean() / num_tokens
+    factor = torch.linalg.cholesky(gram / num_tokens + ridge * torch.eye(len(gram)).to(gram))
+    after = torch.cholesky_solve((cross / num_tokens + ridge * before)[:, None], factor)[:, 0]
+    gains.copy_(after - offset)
+    parameter.copy_(gains)
+    yield norm, gains
+
+
+def _covariances(
+    some: Float[Tensor, "rows embed"], others: Float[Tensor, "rows channels"]
+) -> Float[Tensor, "embed channels"]:
+    """Sums over rows of two matrices' products of columns, less the means of these."""
+    wide = widest(some.device)
+    means = [matrix.mean(dim=0, dtype=wide) for matrix in (some, others)]
+    parts = zip(some.split(ROWS_AT_ONCE), others.split(ROWS_AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
+    total = sum((a.to(wide) - means[0]).T @ (b.to(wide) - means[1]) for a, b in parts)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _columns(
+    parts: Sequence[Tensor], rows: Int[Tensor, " rows"], like: Tensor
+) -> Float[Tensor, "rows inputs"]:
+    """Some rows of a weight, with its bias as the last column if there is one."""
+    return torch.column_stack([part[rows.to(part.device)] for part in parts]).to(like)
+
+
+def _pieces(
+    inputs: Float[Tensor, "tokens inputs"], targets: Float[Tensor, "tokens targets"]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of both, of some tokens at a time."""
+    pieces = (all.split(TOKENS_PER_BATCH) for all in (inputs, targets))  # type: ignore[no-untyped-call]
+    return zip(*pieces, strict=True)
+
+
+def _moments(
+    pieces: Iterable[tuple[Float[Tensor, "*batch inputs"], Float[Tensor, "*batch targets"]]],
+    has_bias: bool,
+    biases_targets: bool,
+) -> tuple[Float[Tensor, "inputs inputs"], Float[Tensor, "targets inputs"]]:
+    """Means over tokens of x x^T and y x^T.
+
+    Args:
+        pieces: x and y of some tokens at a time.
+        has_bias: x is given a last number that is one,
+        biases_targets: and so is y.
+    """
+    gram = cross = torch.zeros(())
+    num_tokens = 0
+    for x, y in pieces:
+        if has_bias:
+            ones = x.new_ones(*x.shape[:-1], 1)
+            x, y = torch.cat([x, ones], -1), torch.cat([y, ones], -1) if biases_targets else y
+        if num_tokens == 0:
+            gram, cross = (
+                torch.zeros(side.shape[-1], x.shape[-1], dtype=widest(x.device), device=x.device)
+                for side in (x, y)
+            )
+        gram += products(x, x)
+        cross += products(y, x)
+        num_tokens += x[..., 0].numel()
+    return gram.div_(num_tokens), cross.div_(num_tokens)
+
+
+def _reads_stream(layout: str) -> bool:
+    return dimensions_of(layout)[1:] == (("embed",),)
+
+
+def _has_bias(pattern: str, layouts: Mapping[str, str]) -> bool:
+    return f"{pattern.removesuffix('.weight')}.bias" in layouts
+
+
+def _is_whole(spec: SubnetSpec, position: int, sizes: Mapping[str, Any]) -> bool:
+    """Whether a layer has kept all that its teacher's layer has."""
+    kept = spec.kept_in_layer(position)
+    return all(len(units) == sizes[axis] for axis, units in kept.items())
+
+
+def propagation_flops(
+    architecture: Architecture,
+    student_sizes: Mapping[str, Any],
+    num_blocks: int,
+    block_length: int,
+) -> int:
+    """FLOPs of `propagated`: one pass through the teacher's layers and two through the student's,
+    which are computed in part for each group of linear layers, and the products of activations.
+    Where the output alone is refitted, the student has one pass.
+
+    Args:
+        architecture: the teacher's.
+        student_sizes: axis -> size; a tuple gives a size for each layer.
+        num_blocks: of the calibration text.
+        block_length: tokens in each.
+    """
+    layouts, sizes = architecture.layouts, architecture.sizes
+    groups, passes = groups_of(architecture, student_sizes["head_dim"] != sizes["head_dim"]), 2
+    if not can_propagate(architecture):
+        groups, passes = [], 1
+    of_teacher = layers_flops_per_token(layouts, sizes, block_length)
+    of_student = layers_flops_per_token(layouts, student_sizes, block_length)
+    num_products = student_sizes["embed"] * (student_sizes["embed"] + sizes["embed"])
+    for layer in range(student_sizes["layers"]):
+        for pattern, *_ in groups:
+            inputs = shape_of(layouts[pattern], sizes_in_layer(student_sizes, layer))[1]
+            of_targets = sizes if _reads_stream(layouts[pattern]) else student_sizes
+            num_products += inputs * (inputs + of_targets["embed"])
+    per_token = of_teacher + passes * of_student + 2 * num_products
+    return int(per_token) * num_blocks * block_length

@@ -1,0 +1,199 @@
+"""How a sub-network gets its weights: sliced, refitted, or out of a rotated teacher.
+
+What calibration makes is kept in the cache, found again by the teacher's hash and the very tokens,
+so that search and extraction calibrate once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headstart.calibration.layer_by_layer import batches_of
+from headstart.calibration.least_squares import refitted
+from headstart.calibration.moments import Statistics, collect_statistics, statistics_flops
+from headstart.calibration.propagate import can_propagate, refit_on_itself
+from headstart.calibration.rotate import (
+    check_rotates,
+    principal_basis,
+    rotated_architecture,
+    write_rotated,
+)
+from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.count import layers_flops_per_token
+from headstart.model.cut import slice_tensors
+from headstart.model.spec import SubnetSpec
+from headstart.system.device import default_device, has_fast_bf16, load_frozen
+from headstart.system.hashing import hash_tensors
+from headstart.system.memo import remembered
+from headstart.system.progress import progress
+
+STATISTICS_VERSION = 1
+ROTATED_VERSION = 1
+"""Of what the memo keeps; raise one when equal keys would give other numbers or other files."""
+
+Init = Literal["slice", "least_squares", "rotate+least_squares"]
+ROTATED: Init = "rotate+least_squares"
+"""The one whose students are cut out of a teacher in another basis."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What sub-networks are cut out of, and how.
+
+    Attributes:
+        teacher: the checkpoint that is cut, the rotated one if it is rotated.
+        statistics: of its activations, by which what is kept is refitted; None to keep it.
+        flops: what calibration cost, whether or not it was in the cache.
+        blocks: tokens on which the student is then refitted layer by layer; None for plain slices.
+    """
+
+    teacher: Checkpoint
+    statistics: Statistics | None = None
+    flops: int = 0
+    blocks: Int[Tensor, "blocks tokens"] | None = field(default=None, compare=False)
+
+
+def cut_architecture(teacher: Architecture, init: Init) -> Architecture:
+    """The architecture of the teacher that sub-networks are cut out of.
+
+    Args:
+        teacher: as it is.
+        init: a rotated teacher's embeddings are not tied.
+
+    Raises:
+        UserError: the teacher cannot be rotated.
+    """
+    return rotated_architecture(teacher) if init == ROTATED else teacher
+
+
+def is_measured(init: Init, scored_as: str | None) -> bool:
+    """Whether a search measures the teacher's activations, for its candidates or a rotation."""
+    return init == ROTATED or (init != "slice" and scored_as == "refitted")
+
+
+def calibrate(
+    teacher: Checkpoint,
+    init: Init,
+    blocks: Int[Tensor, "blocks tokens"],
+    spec: SubnetSpec | None = None,
+) -> Calibration:
+    """Measure a teacher, and rotate it if asked, or find both in the cache.
+
+    Args:
+        teacher: its checkpoint.
+        init: "slice" needs no calibration; "least_squares" the moments of activations;
+            "rotate+least_squares" writes a rotated teacher to the cache too.
+        blocks: calibration token ids.
+        spec: of the only student that will be cut, if it is known. One with whole heads is refitted
+            layer by layer alone, which ends in the same place, unless its family cannot be.
+
+    Raises:
+        UserError: there is no text, or the teacher cannot be rotated.
+    """
+    if init == "slice":
+        return Calibration(teacher)
+    if init == ROTATED:
+        check_rotates(teacher.architecture)
+    elif spec is not None and spec.head_dim is None and can_propagate(teacher.architecture):
+        return Calibration(teacher, blocks=blocks)
+    key = {
+        "teacher": teacher.hash,
+        "tokens": hash_tensors([("blocks", blocks)]),
+        "bf16": has_fast_bf16(default_device()),
+    }
+    statistics = remembered(
+        "statistics",
+        STATISTICS_VERSION,
+        key,
+        make=lambda folder: _collect(teacher, blocks, folder),
+        read=Statistics,
+    )
+    flops = calibration_flops(teacher.architecture, init, *blocks.shape)
+    if init == "least_squares":
+        return Calibration(teacher, statistics, flops, blocks)
+    rotated, basis = remembered(
+        "rotated",
+        ROTATED_VERSION,
+        [STATISTICS_VERSION, key],
+        make=lambda folder: _rotate(teacher, statistics, folder),
+        read=_read_rotated,
+    )
+    return Calibration(rotated, replace(statistics, basis=basis), flops, blocks)
+
+
+def _collect(teacher: Checkpoint, blocks: Int[Tensor, "blocks tokens"], folder: Path) -> None:
+    model = load_frozen(teacher.folder, default_device())
+    tokens_in_layers = blocks.numel() * teacher.architecture.sizes["layers"]
+    with progress("calibrate", tokens_in_layers, "tokens in layers") as advance:
+        collect_statistics(model, batches_of(blocks), folder, advance)
+
+
+def _rotate(teacher: Checkpoint, statistics: Statistics, folder: Path) -> None:
+    basis = principal_basis(statistics.residual())
+    save_file({"basis": basis.contiguous()}, folder / "basis.safetensors")
+    (folder / "teacher").mkdir()
+    write_rotated(teacher, basis, folder / "teacher")
+
+
+def _read_rotated(folder: Path) -> tuple[Checkpoint, Tensor]:
+    basis = load_file(folder / "basis.safetensors")["basis"]
+    return Checkpoint.open(folder / "teacher"), basis
+
+
+def calibration_flops(teacher: Architecture, init: Init, num_blocks: int, block_length: int) -> int:
+    """What calibration costs: all tokens' way through the layers, and products of activations."""
+    if init == "slice":
+        return 0
+    num_tokens = num_blocks * block_length
+    forward: int = layers_flops_per_token(teacher.layouts, teacher.sizes, block_length)
+    return forward * num_tokens + statistics_flops(teacher, num_tokens)
+
+
+def student_tensors(
+    calibration: Calibration,
+    spec: SubnetSpec,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """The tensors of a student, by their names in files, with memory of their own.
+
+    One teacher tensor is in memory at a time, unless the student is refitted on itself.
+
+    Args:
+        calibration: what the student is cut out of, and how it is refitted.
+        spec: what it keeps.
+        on_tensor: called for each of the teacher's tensors, for progress.
+
+    Raises:
+        UserError: the teacher cannot be read, or the spec does not fit it.
+    """
+    teacher, statistics = calibration.teacher, calibration.statistics
+
+    def reported(named_tensor: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        on_tensor()
+        return named_tensor
+
+    tensors: Iterator[tuple[str, Tensor]] = map(
+        reported, teacher.tensors()
+    )  # a loop would hold on to its last tensor
+    if statistics is not None:
+        tensors = refitted(tensors, teacher.architecture, spec, statistics)
+    sliced = slice_tensors(tensors, teacher.architecture, spec)
+    if calibration.blocks is not None:
+        return refit_on_itself(teacher, sliced, spec, calibration.blocks)
+    return dict(map(_owned_copy, sliced))
+
+
+def _owned_copy(named_tensor: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """A tensor that is no view of a larger one, which it would keep in memory."""
+    name, tensor = named_tensor
+    owns_memory = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return name, tensor if owns_memory else tensor.clone(memory_format=torch.contiguous_format)

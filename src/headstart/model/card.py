@@ -1,0 +1,121 @@
+"""The model card of a student: its README.md, from what its `subnet.json` and its training say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from headstart.model.architecture import Architecture
+from headstart.system.files import write_whole
+
+CARD = "README.md"
+UNKNOWN_LICENCE = "unknown"
+
+
+def licence_of(folder: Path) -> str:
+    """The licence that a model folder's own card names, as the hub writes it, or "unknown"."""
+    from huggingface_hub import metadata_load
+
+    path = folder / CARD
+    try:
+        metadata = (metadata_load(path) or {}) if path.is_file() else {}
+    except (yaml.YAMLError, ValueError):  # a card that nobody can read says nothing
+        metadata = {}
+    named = metadata.get("license_name") or metadata.get("license")
+    return ", ".join(named) if isinstance(named, list) else str(named or UNKNOWN_LICENCE)
+
+
+def write_card(folder: Path, notes: Mapping[str, str] | None = None) -> Path:
+    """Write the card of a student, whole or not at all.
+
+    Args:
+        folder: of the student, with config.json and `subnet.json`.
+        notes: heading -> text of more sections, such as how it was trained.
+    """
+    write_whole(folder / CARD, card_text(folder, notes or {}))
+    return folder / CARD
+
+
+def card_text(folder: Path, notes: Mapping[str, str]) -> str:
+    """The text of a student's card."""
+    from huggingface_hub import ModelCardData
+
+    origin: dict[str, Any] = json.loads((folder / "subnet.json").read_text())
+    architecture = Architecture.read(folder)
+    teacher = str(origin.get("teacher_name") or origin.get("teacher", "a model in memory"))
+    licence = origin.get("teacher_licence", UNKNOWN_LICENCE)
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", teacher) and not Path(teacher).exists()
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=licence,
+        base_model=teacher if is_on_hub else None,
+        tags=["headstart", "pruned"],
+    )
+    sizes = architecture.sizes
+    rows = "\n".join(f"| {axis} | {_size_text(size)} |" for axis, size in sizes.items())
+    parameters = architecture.count(1).parameters
+    loading = (
+        "No stock checkpoint has its shape, so it carries `modeling.py`. It loads after "
+        "`import headstart`, or without headstart by `trust_remote_code=True`:\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)\n```\n'
+        if architecture.is_layerwise
+        else "It is a stock checkpoint, which loads in every tool that reads its family:\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n'
+    )
+    stated = "its card does not say" if licence == UNKNOWN_LICENCE else licence
+    found = [f"- cut by headstart {origin.get('headstart', '')} out of `{teacher}`"]
+    found += [f"- licence of that teacher, which binds this model too: {stated}"]
+    if "bin" in origin:
+        low, high = origin["bin"]
+        found.append(f"- found by a search between {low:,} and {high:,}")
+    if "loss" in origin:
+        found.append(f"- loss in that search, before any training: {origin['loss']:.4f} nats")
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# A sub-network of {Path(teacher).name}\n",
+        f"{parameters:,} parameters.\n",
+        "\n".join(found) + "\n",
+        f"| axis | size |\n| :-- | --: |\n{rows}\n",
+        "Which units of the teacher these are, `subnet.json` tells.\n",
+        "## Loading it\n",
+        loading,
+        *(f"## {heading}\n\n{text.rstrip()}\n" for heading, text in notes.items()),
+    ]
+    return "\n".join(sections)
+
+
+def training_note(arm: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """What the card of a trained arm says of its training, from its entry in `result.json`."""
+    data = result["recipe"]["data"]
+    sources = [part["source"] for part in data["mixture"]] or [data["source"]]
+    start = "the weights cut out of the teacher" if arm["init"] == "subnet" else "random weights"
+    kd = arm["kd"]
+    distilled = (
+        f"{kd['alpha']:g} of cross-entropy and {kd['beta']:g} of {kd['divergence']} from the "
+        f"teacher at temperature {kd['temperature']:g}"
+        if kd
+        else "cross-entropy alone"
+    )
+    return (
+        f"- text: {', '.join(f'`{source}`' for source in sources)}\n"
+        f"- tokens: {arm['tokens']:,}, begun from {start}\n"
+        f"- loss trained on: {distilled}; learning rate {arm['learning_rate']:g}\n"
+        f"- validation loss: {arm['loss_before']:.4f} before, {arm['loss_final']:.4f} after "
+        f"(teacher {result['teacher']['loss']:.4f}), in nats per token\n"
+    )
+
+
+def _size_text(size: int | tuple[int, ...]) -> str:
+    if isinstance(size, int):
+        return f"{size:,}"
+    return f"{min(size):,} to {max(size):,}, by layer"

@@ -1,0 +1,177 @@
+"""Checkpoint folders: found by what a user calls them, read, hashed, and written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from headstart.demo import DEMO, demo_teacher
+from headstart.model.architecture import Architecture
+from headstart.model.card import CARD
+from headstart.system.errors import UserError
+from headstart.system.hashing import hash_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder, with what was read of it.
+
+    Attributes:
+        folder: on this machine.
+        architecture: from its config.
+    """
+
+    folder: Path
+    architecture: Architecture = field(compare=False)
+
+    @staticmethod
+    def open(model: str | Path) -> Checkpoint:
+        """Find a model and read its config.
+
+        Args:
+            model: a folder, a hub id, or "demo".
+
+        Raises:
+            UserError: as `find_model` and `Architecture.read`.
+        """
+        folder = find_model(model)
+        return Checkpoint(folder, Architecture.read(folder))
+
+    @cached_property
+    def hash(self) -> str:
+        """Of config and weights, which are read to their end when this is first asked for."""
+        weights = sorted(self.folder.glob("*.safetensors"))
+        return hash_files([self.folder / "config.json", *weights])
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> the safetensors file that holds it; errors as in `checkpoint_files`."""
+        return checkpoint_files(self.folder)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) pairs one at a time, shard by shard, memory-mapped."""
+        for name, file in sorted(self.files.items(), key=lambda named: named[1]):
+            # Opened for each, since what was read of an open shard stays mapped.
+            with open_shard(file) as shard:
+                tensor = shard.get_tensor(name)
+            yield name, tensor
+            del tensor
+
+
+def find_model(model: str | Path) -> Path:
+    """The local folder of a model; a hub id is downloaded into the hub's cache first.
+
+    Args:
+        model: a folder, a hub id, or "demo" for the demo's teacher.
+
+    Raises:
+        UserError: the folder or hub id does not exist, or holds no safetensors.
+    """
+    if model == DEMO:
+        return demo_teacher()
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = _download(str(model))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json, so it is not a model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has no .safetensors files; headstart reads no pickles, so convert the "
+            "teacher once with model.save_pretrained(folder)"
+        )
+    return folder
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, allow_patterns=["*.safetensors", "*.json", "*.txt", CARD, *TOKENIZER_FILES]
+            )
+        )
+    except (OSError, HFValidationError) as error:
+        raise UserError(
+            f"teacher {repo_id!r} is neither a folder nor a model that can be fetched from the hub "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def open_shard(file: Path) -> Any:
+    """Open one safetensors file.
+
+    Raises:
+        UserError: it is cut short, or no safetensors file at all.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise UserError(
+            f"{file} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it.
+
+    Raises:
+        UserError: the index names a file that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is no index of shards; fetch the model again") from error
+        files = {name: folder / file for name, file in names.items()}
+        for file in sorted(set(files.values())):
+            if not file.is_file():
+                raise UserError(f"{index} names {file.name}, which is missing; fetch it again")
+            with open_shard(file) as shard:
+                held = set(shard.keys())
+            if lost := [
+                name for name, place in files.items() if place == file and name not in held
+            ]:
+                raise UserError(
+                    f"{file} lacks {lost[0]!r}, which {index} says it has; fetch both again"
+                )
+        return files
+    files = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with open_shard(file) as shard:
+            files.update(dict.fromkeys(shard.keys(), file))
+    return files
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> None:
+    """Write weights and config, in shards if need be, into a folder that exists."""
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(dict(tensors), folder, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def copy_files(source: Path, folder: Path, patterns: Sequence[str] = TOKENIZER_FILES) -> None:
+    """Copy what matches some patterns, the tokenizer's files by default, from folder to folder."""
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)

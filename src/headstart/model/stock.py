@@ -1,0 +1,107 @@
+"""The stock checkpoint that computes what a layer-wise student does, where there is one.
+
+Units that a layer lacks are added as zeros: a neuron whose output nobody reads, a group of heads
+whose output is multiplied by zero. The function stays the same, at the price of more parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from headstart.model.architecture import Architecture
+from headstart.model.axes import Sizes, axes_of, place_tensor
+from headstart.model.families import DROPPED
+from headstart.model.shapes import config_values, sizes_in_layer, stock_obstacle
+from headstart.system.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def stock_sizes(architecture: Architecture) -> dict[str, Any]:
+    """The smallest sizes of a stock checkpoint that can hold a model, in zeros where it has less.
+
+    Args:
+        architecture: of any model of a family, layer-wise or not.
+
+    Raises:
+        UserError: no stock checkpoint computes what this model does; the message says why and
+            names the nearest shape that one could have.
+    """
+    sizes = architecture.sizes
+    largest = {axis: max(n) if isinstance(n, tuple) else n for axis, n in sizes.items()}
+    for groups in range(largest["kv_groups"], largest["embed"] + 1):
+        padded = {**largest, "kv_groups": groups}
+        if stock_obstacle(architecture.family, padded):
+            continue
+        if padded["kv_groups"] != sizes["kv_groups"] and (norm := _norm_over_heads(architecture)):
+            raise UserError(
+                f"{stock_obstacle(architecture.family, sizes)}, and heads of zeros would change "
+                f"what {norm} averages over; cut a student with {groups} kv_groups in every layer"
+            )
+        return padded
+    of_heads = largest["kv_groups"] * largest["q_per_kv"] * largest["head_dim"]  # always fits
+    widths = range(1, 1 + max(of_heads, 2 * largest["embed"]))
+    nearest = min(
+        (width for width in widths if _fits(architecture, largest, width)),
+        key=lambda width: abs(width - largest["embed"]),
+    )
+    raise UserError(
+        f"{stock_obstacle(architecture.family, largest)}, which zeros cannot mend; the nearest "
+        f"stock shape has embed {nearest}: cut a student of that width"
+    )
+
+
+def _fits(architecture: Architecture, sizes: Sizes, width: int) -> bool:
+    return not stock_obstacle(architecture.family, {**sizes, "embed": width})
+
+
+def _norm_over_heads(architecture: Architecture) -> str:
+    """A norm that averages over the channels of several heads, or nothing."""
+    for pattern, layout in architecture.layouts.items():
+        if "norm" in pattern and "kv_groups" in axes_of(layout):
+            return pattern
+    return ""
+
+
+def stock_config(architecture: Architecture, sizes: Sizes) -> PreTrainedConfig:
+    """The config of a family's stock code for a model of these sizes.
+
+    Args:
+        architecture: of the model, layer-wise or not.
+        sizes: of `stock_sizes`.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    family = architecture.family
+    entries = architecture.config.to_dict()
+    if architecture.is_layerwise:
+        for key in ("per_layer_config", "auto_map", "model_type"):
+            entries.pop(key, None)
+        if "head_dim" not in dict(family.config):
+            entries.pop("head_dim")
+    stock = CONFIG_MAPPING[family.name].from_dict(entries | config_values(family.config, sizes))
+    stock.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name]]
+    return stock
+
+
+def stock_tensors(
+    tensors: Iterable[tuple[str, Tensor]], architecture: Architecture, sizes: Sizes
+) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors in a stock checkpoint of these sizes, with zeros where it has less.
+
+    Args:
+        tensors: (name, tensor) pairs of the whole model, in any order.
+        architecture: of the model.
+        sizes: of `stock_sizes`.
+    """
+    in_files = {name: alias for alias, name in architecture.family.aliases.items()}
+    for name, tensor in tensors:
+        rule, layer = architecture.match(name)
+        if rule.layout != DROPPED:
+            in_layer = sizes_in_layer(architecture.sizes, layer or 0)
+            yield in_files.get(name, name), place_tensor(tensor, rule.layout, in_layer, sizes)

@@ -1,0 +1,236 @@
+"""The result of a run in words and as a table, for the terminal, for Markdown and for the page.
+
+Everything here reads one file, `result.json` (its format is documented in docs/result.md), so a
+report can be made again long after the checkpoints are gone.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from headstart.system.errors import UserError
+from headstart.system.formats import NOTHING, count_text, duration_text, flops_text
+
+Result = dict[str, Any]
+
+FORMAT = "headstart-result/1"
+SCRATCH = "scratch"
+COLUMNS = (
+    "arm",
+    "parameters",
+    "loss before",
+    "loss final",
+    "tokens to match",
+    "fewer tokens",
+    "FLOPs to match",
+    "fewer FLOPs",
+    "time",
+)
+_RESULT_KEYS = (
+    "name created command teacher student budget costs target_loss arms search recipe environment"
+)
+_ARM_KEYS = (
+    "name init kd learning_rate parameters tokens loss_before loss_final tokens_to_match "
+    "tokens_factor flops_to_match flops_factor loss_difference seconds curve"
+)
+
+
+def load_result(run_folder: Path) -> Result:
+    """Read `result.json` of a run folder and check that a report can be made of it.
+
+    Args:
+        run_folder: the folder a finished run wrote.
+
+    Returns:
+        The result, as documented in docs/result.md.
+
+    Raises:
+        UserError: the file is missing, is no JSON, has another format, or lacks keys.
+    """
+    path = Path(run_folder) / "result.json"
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give the folder of a finished run."
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}): restore the file or run again to write it anew."
+        ) from error
+    found = result.get("format") if isinstance(result, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"{path} has format {found!r}, not {FORMAT!r}: "
+            "read it with the headstart version that wrote it, or run again."
+        )
+    if missing := [key for key in _RESULT_KEYS.split() if key not in result]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: run again to write it anew.")
+    if not (isinstance(result["arms"], list) and result["arms"]):
+        raise UserError(f"{path} has no arms: run again with at least one arm in the recipe.")
+    for index, arm in enumerate(result["arms"]):
+        keys = arm if isinstance(arm, dict) else {}
+        if missing := [key for key in _ARM_KEYS.split() if key not in keys]:
+            name = keys.get("name", index)
+            raise UserError(
+                f"{path}: arm {name!r} lacks {', '.join(missing)}: run again to write it anew."
+            )
+    return result
+
+
+def factor_text(factor: float) -> str:
+    """A ratio with three digits: `11.7x`, `1.26x`, `0.48x`."""
+    decimals = 2 if factor < 9.995 else 1 if factor < 99.95 else 0
+    return f"{factor:,.{decimals}f}x"
+
+
+def size_text(size: int | list[int]) -> str:
+    """One size, or the range of the sizes of a layer-wise student."""
+    if isinstance(size, list):
+        low, high = min(size), max(size)
+        return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    return f"{size:,}"
+
+
+def _nats(loss: float) -> str:
+    return f"{loss:.2f}" if abs(loss) >= 0.1 else f"{loss:.3f}"
+
+
+def result_rows(result: Result) -> list[tuple[str, ...]]:
+    """The cells of every table of results, one row per arm, in the order of `COLUMNS`."""
+    return [_row(arm, compared=result["target_loss"] is not None) for arm in result["arms"]]
+
+
+def _row(arm: Result, compared: bool) -> tuple[str, ...]:
+    loss_final = f"{arm['loss_final']:.3f}"
+    if arm.get("loss_spread") is not None:
+        loss_final += f" ± {arm['loss_spread']:.3f}"
+    tokens = fewer_tokens = flops = fewer_flops = NOTHING
+    if compared and arm["name"] != SCRATCH:
+        loss_final += f" ({arm['loss_difference']:+.3f})".replace("-", "−")
+        if arm["tokens_to_match"] is None:
+            tokens = f"not within {arm['tokens']:,} tokens"
+        elif arm["tokens_to_match"] == 0:
+            tokens = "before training"
+        else:
+            tokens = f"{round(arm['tokens_to_match']):,}"
+        if arm["tokens_factor"] is not None:
+            fewer_tokens = factor_text(arm["tokens_factor"])
+        if arm["flops_to_match"] is not None:
+            flops = flops_text(arm["flops_to_match"])
+        if arm["flops_factor"] is not None:
+            fewer_flops = factor_text(arm["flops_factor"])
+    return (
+        arm["name"],
+        count_text(arm["parameters"]),
+        f"{arm['loss_before']:.3f}",
+        loss_final,
+        tokens,
+        fewer_tokens,
+        flops,
+        fewer_flops,
+        duration_text(arm["seconds"]),
+    )
+
+
+def result_table(result: Result) -> Table:
+    """The table of results for the terminal."""
+    student, budget = result["student"], result["budget"]
+    title = (
+        f"{result['name']}: {count_text(student['parameters'])} parameters, "
+        f"{budget['tokens']:,} tokens for each arm"
+    )
+    # All arms have the same parameters, and 80 columns are few: the title names them.
+    kept = [index for index, column in enumerate(COLUMNS) if column != "parameters"]
+    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    wrapping = {"loss final", "tokens to match", "time"}  # their cells have spaces to break at
+    for column in (COLUMNS[index] for index in kept):
+        justify: Literal["left", "right"] = "left" if column == "arm" else "right"
+        header = column.replace(" ", "\n", 1)
+        table.add_column(header, justify=justify, no_wrap=column not in wrapping)
+    for row in result_rows(result):
+        # Text, so that brackets in a name are no markup.
+        table.add_row(*(Text(row[index]) for index in kept))
+    return table
+
+
+def markdown_table(result: Result) -> str:
+    """The table of results in GitHub's Markdown, with no newline at its end."""
+    rule = [":--"] + ["--:"] * (len(COLUMNS) - 1)
+    rows = [[html.escape(cell).replace("|", r"\|") for cell in row] for row in result_rows(result)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(COLUMNS), rule, *rows])
+
+
+def best_arm(result: Result) -> Result:
+    """The arm which matched scratch's loss earliest, else the one that ended lowest."""
+    others = [arm for arm in result["arms"] if arm["name"] != SCRATCH] or result["arms"]
+    matched = [arm for arm in others if arm["tokens_to_match"] is not None]
+    if result["target_loss"] is not None and matched:
+        return min(matched, key=lambda arm: (arm["tokens_to_match"], arm["loss_final"]))
+    return min(others, key=lambda arm: arm["loss_final"])
+
+
+def headline(result: Result) -> str:
+    """What the run found, in one plain sentence, and what it cost, in a second one if known."""
+    return " ".join(filter(None, (match_sentence(result), cost_sentence(result))))
+
+
+def match_sentence(result: Result) -> str:
+    """Where the best arm stands against scratch."""
+    best, target = best_arm(result), result["target_loss"]
+    name, ends = best["name"], f"{_nats(best['loss_final'])} nats after {best['tokens']:,} tokens"
+    if target is None:
+        return f"{name} ends at {ends}; no scratch arm was run to compare it with."
+    if name == SCRATCH:
+        return f"{name} ends at {ends}; no other arm was run to compare it with."
+    loss = f"scratch's loss of {_nats(target)} nats"
+    difference = best["loss_difference"]
+    side = f"{_nats(abs(difference))} nats {'lower' if difference <= 0 else 'higher'}"
+    if best["tokens_to_match"] is None:
+        return (
+            f"No arm reaches {loss} within {best['tokens']:,} tokens; "
+            f"the closest, {name}, ends {side}."
+        )
+    if best["tokens_to_match"] == 0:
+        return f"{name} is at or below {loss} before training; at equal tokens it ends {side}."
+    matching = f"{round(best['tokens_to_match']):,} of {best['tokens']:,} tokens"
+    factor = best["tokens_factor"]
+    return f"{name} reaches {loss} after {matching}: {factor_text(factor)} fewer."
+
+
+def baseline_sentences(result: Result) -> list[str]:
+    """Which arms reach the loss of each baseline, and when."""
+    sentences = []
+    for index, baseline in enumerate(result.get("baselines", [])):
+        reached = [
+            f"{arm['name']} after {round(arm['baseline_tokens'][index]):,} tokens"
+            if arm["baseline_tokens"][index] is not None
+            else f"{arm['name']} not within {arm['tokens']:,}"
+            for arm in result["arms"]
+        ]
+        sentences.append(
+            f"{baseline['name']} ({count_text(baseline['parameters'])} parameters) has "
+            f"{baseline['loss']:.3f} nats, which is reached by: {', '.join(reached)}."
+        )
+    return sentences
+
+
+def cost_sentence(result: Result) -> str:
+    """How the FLOPs of the best arm compare with scratch's; empty if they do not."""
+    best = best_arm(result)
+    factor = best["flops_factor"]
+    if result["target_loss"] is None or best["name"] == SCRATCH or not factor:
+        return ""
+    counted = (
+        "Counting the search" if result["costs"]["search_flops"] else "With no search to count"
+    )
+    if factor >= 1:
+        return f"{counted}, it needs {factor_text(factor)} fewer FLOPs."
+    return f"{counted}, it costs {factor_text(1 / factor)} more FLOPs at this budget."

@@ -1,0 +1,160 @@
+"""Cuts a student out of its teacher and writes it as a folder that says where it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+import headstart
+from headstart.calibration.propagate import propagation_flops
+from headstart.calibration.start import (
+    ROTATED,
+    Calibration,
+    Init,
+    calibrate,
+    cut_architecture,
+    is_measured,
+    student_tensors,
+)
+from headstart.model.card import licence_of, write_card
+from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
+from headstart.model.spec import SubnetSpec, load_spec
+from headstart.runs.result import SEARCH_COSTS
+from headstart.system.errors import UserError
+from headstart.system.files import finished_folder, write_json
+from headstart.system.progress import progress
+
+
+def extract_found(
+    teacher: Checkpoint,
+    spec_file: Path,
+    out_folder: Path,
+    *,
+    init: Init | None = None,
+    calibration_blocks: Int[Tensor, "blocks tokens"] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Cut the sub-network that a spec file describes out of a teacher.
+
+    What the spec file says of its search, the costs above all, goes into `subnet.json`.
+
+    Args:
+        teacher: its checkpoint.
+        spec_file: such as `search.json`.
+        out_folder: must not exist yet.
+        init: by default that of the search which the spec is from.
+        calibration_blocks: token ids, for every `init` but "slice".
+        provenance: more entries for `subnet.json`.
+
+    Raises:
+        UserError: the spec cannot be read, teacher and spec do not fit, or there is no text to
+            calibrate with.
+    """
+    spec = load_spec(spec_file)
+    found = json.loads(spec_file.read_text())
+    searched = found.get("init", "slice")
+    init = init or searched
+    if "init" in found and (init == ROTATED) != (searched == ROTATED):
+        raise UserError(
+            f"{spec_file} counts channels of a teacher that is "
+            f"{'' if searched == ROTATED else 'not '}rotated, and --init {init} is for "
+            f"{'' if init == ROTATED else 'un'}rotated ones; use --init {searched}"
+        )
+    cut_architecture(teacher.architecture, init).student(spec)  # refuses what cannot be cut
+    if init != "slice" and calibration_blocks is None:
+        raise UserError(f"init {init} needs text to calibrate with; give --data, or --init slice")
+    source = Calibration(teacher)
+    if calibration_blocks is not None:
+        source = calibrate(teacher, init, calibration_blocks, spec)
+    origin = {
+        key: found[key] for key in (*SEARCH_COSTS, "loss", "parameters", "bin") if key in found
+    }
+    if init != searched:  # the loss is another start's
+        origin.pop("loss", None)
+    flops = origin.get("calibration_flops", 0)
+    if init != searched or not is_measured(init, found.get("scored_as")):
+        flops += source.flops
+    if source.blocks is not None:
+        cut_teacher = source.teacher.architecture
+        student_sizes = spec.sizes(cut_teacher.sizes)
+        flops += propagation_flops(cut_teacher, student_sizes, *source.blocks.shape)
+    with progress("extract", len(source.teacher.files), "tensors") as advance:
+        return extract_student(
+            source,
+            spec,
+            out_folder,
+            provenance={
+                "teacher_name": str(teacher.folder),
+                **origin,
+                **(provenance or {}),
+                "calibration_flops": flops,
+                "teacher": str(teacher.folder),
+                "teacher_hash": teacher.hash,
+                "teacher_licence": licence_of(teacher.folder),
+                "init": init,
+            },
+            on_tensor=advance,
+        )
+
+
+def extract_student(
+    source: Calibration,
+    spec: SubnetSpec,
+    out_folder: Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> Path:
+    """Cut a sub-network out of a checkpoint and write it as an ordinary Hugging Face folder.
+
+    Where the family's stock code cannot express the shape, the folder carries `modeling.py`. One
+    teacher tensor is in memory at a time; the folder appears whole or not at all.
+
+    Args:
+        source: what it is cut out of, and how it is refitted.
+        spec: what to keep.
+        out_folder: where the student goes; must not exist yet.
+        provenance: more entries for `subnet.json`, such as the bin and the score.
+        on_tensor: called for each teacher tensor, for progress.
+
+    Raises:
+        UserError: the teacher cannot be read, the spec does not fit it, or the folder exists.
+    """
+    if out_folder.exists():
+        raise UserError(f"{out_folder} exists already; choose another folder or remove it")
+    teacher = source.teacher
+    student = teacher.architecture.student(spec)
+    tensors = student_tensors(source, spec, on_tensor)
+    if student.is_layerwise:  # whose loading knows no other names than the model's own
+        aliases = student.family.aliases
+        tensors = {aliases.get(name, name): tensor for name, tensor in tensors.items()}
+    else:
+        student.config.architectures = teacher.architecture.config.architectures
+    student.config.dtype = next(iter(tensors.values())).dtype
+    origin = {
+        "teacher": str(teacher.folder),
+        "teacher_licence": licence_of(teacher.folder),
+        **(provenance or {}),
+    }
+    if "teacher_hash" not in origin:
+        origin["teacher_hash"] = teacher.hash
+    with finished_folder(out_folder) as folder:
+        write_checkpoint(folder, tensors, student.config)
+        copy_files(teacher.folder, folder)
+        write_json(
+            folder / "subnet.json",
+            {
+                "headstart": headstart.__version__,
+                "torch": str(torch.__version__),
+                **origin,
+                "spec": spec.to_json(),
+            },
+        )
+        write_card(folder)
+    return out_folder

@@ -1,0 +1,97 @@
+"""The folder of a run: whose it is, and that one process at a time works in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from headstart.recipe import Recipe, recipe_to_dict
+from headstart.system.errors import UserError
+from headstart.system.files import UNFINISHED, write_json, write_whole
+from headstart.system.settings import differences, with_defaults
+
+LOCK = ".lock"
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Find out whether the run folder is free, or holds this very run.
+
+    Raises:
+        UserError: the folder holds another run, or something that is no run.
+    """
+    folder = Path(recipe.output)
+    kept = folder / "recipe.yaml"
+    if kept.is_file():
+        # A key that a later version added stood at its default when the run was begun.
+        theirs = with_defaults(yaml.safe_load(kept.read_text()), Recipe)
+        ours = recipe_to_dict(recipe) | {"output": theirs.get("output")}  # a folder may be moved
+        for key, (here, there) in differences(ours, theirs).items():
+            raise UserError(
+                f"{folder} holds a run of another recipe ({key} is {there!r} there and {here!r} "
+                "here); choose another --output or delete the folder"
+            )
+    elif folder.exists() and not all(
+        path.name == LOCK or path.name.startswith(UNFINISHED) for path in folder.iterdir()
+    ):
+        raise UserError(
+            f"{folder} is not empty and holds no headstart run; choose another --output"
+        )
+
+
+def pin_recipe(recipe: Recipe) -> Path:
+    """Create the run folder and write its recipe, once `check_run_folder` has let it pass."""
+    folder = Path(recipe.output)
+    if not (folder / "recipe.yaml").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
+        write_whole(folder / "recipe.yaml", text)
+    return folder
+
+
+def pin_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Write the hashes of what a run reads, or hold them against those that it was begun with.
+
+    Raises:
+        UserError: something has changed since the run was begun.
+    """
+    kept = folder / "inputs.json"
+    if kept.is_file():
+        for name, before in json.loads(kept.read_text()).items():
+            if inputs.get(name) != before:
+                raise UserError(
+                    f"the {name} has changed since {folder} was begun; restore it or choose "
+                    "another --output"
+                )
+    write_json(kept, inputs)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder while the body runs.
+
+    Raises:
+        UserError: another process works in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process works in {folder}; wait for it or choose another --output"
+        ) from None
+    try:
+        for left in folder.glob(f"{UNFINISHED}*"):  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        lock.release()
+        if {path.name for path in folder.iterdir()} <= {LOCK}:  # nothing came of it
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()

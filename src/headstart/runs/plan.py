@@ -1,0 +1,87 @@
+"""What a recipe would cost, printed before money is spent; reads configs only."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+
+from headstart.calibration.start import cut_architecture
+from headstart.demo import DEMO, demo_teacher
+from headstart.model.architecture import Architecture
+from headstart.model.axes import Sizes
+from headstart.recipe import Recipe
+from headstart.runs.run import bin_recipes
+from headstart.searching.plan import SearchPlan, plan_search, plan_table
+from headstart.searching.run import space_of
+from headstart.system.errors import UserError
+from headstart.training.arguments import tokens_per_step, training_arguments
+from headstart.training.plan import ArmPlan, Batch, Hardware, arms_table, plan_arm
+from headstart.training.settings import Arm
+from headstart.training.variants import variants_of
+
+
+def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
+    """Print what searching and training would cost, for each bin; reads configs only.
+
+    The student is the shape in the bin that is nearest to the teacher's proportions.
+
+    Returns:
+        The plan of each arm, for each bin.
+    """
+    teacher, block_length = teacher_architecture(recipe), recipe.data.block_length
+    print_search_plans(recipe, teacher)
+    plans = []
+    for of_bin in bin_recipes(recipe):
+        (nearest,) = space_of(teacher, of_bin.search, block_length).proportional(1)
+        sizes = {**teacher.sizes, **nearest.sizes()}
+        cut_teacher = cut_architecture(teacher, of_bin.search.init)
+        plans.append(
+            [_plan_of(arm, of_bin, cut_teacher, sizes, hardware) for arm in of_bin.pretrain.arms]
+        )
+        named = ", ".join(f"{axis} {size}" for axis, size in nearest.sizes().items())
+        Console().print(arms_table(plans[-1], hardware, f"a student with {named}"))
+    return plans
+
+
+def _plan_of(
+    arm: Arm, recipe: Recipe, teacher: Architecture, sizes: Sizes, hardware: Hardware
+) -> ArmPlan:
+    """The plan of one arm, with its own batch, and all of its runs."""
+    arguments = training_arguments(recipe.train, arm, Path(recipe.output))
+    block_length = recipe.data.block_length
+    batch = Batch(arguments.train_batch_size, block_length, arguments.gradient_checkpointing)
+    step_tokens = tokens_per_step(arguments, block_length) * hardware.gpus
+    tokens = math.ceil(recipe.pretrain.tokens / step_tokens) * step_tokens
+    runs = len(variants_of(arm, recipe.pretrain.seeds))
+    return plan_arm(arm, tokens, teacher, sizes, batch, hardware, runs)
+
+
+def print_search_plans(recipe: Recipe, teacher: Architecture) -> list[SearchPlan]:
+    """Print what a search would do and cost, for each bin; reads configs only."""
+    plans = []
+    for of_bin in bin_recipes(recipe):
+        plans.append(plan_search(teacher, of_bin.search, recipe.data.block_length))
+        Console().print(plan_table(plans[-1], of_bin.search.bin.label()))
+    return plans
+
+
+def teacher_architecture(recipe: Recipe) -> Architecture:
+    """The architecture of a recipe's teacher, without its weights.
+
+    Raises:
+        UserError: there is no such folder or model, or no table knows its family.
+    """
+    if recipe.teacher == DEMO or Path(recipe.teacher).is_dir():
+        return Architecture.read(demo_teacher() if recipe.teacher == DEMO else Path(recipe.teacher))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(recipe.teacher)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"teacher {recipe.teacher!r} is neither a folder nor a model whose config can be "
+            f"fetched from the hub ({str(error).splitlines()[0]})"
+        ) from error
+    return Architecture.of(config)

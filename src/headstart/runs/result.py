@@ -1,0 +1,216 @@
+"""The content of `result.json`: what the arms of a run have shown."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import headstart
+from headstart.demo import DEMO, TEACHER, teacher_name
+from headstart.model.spec import load_spec
+from headstart.recipe import Recipe, recipe_to_dict
+from headstart.reports.table import FORMAT, SCRATCH
+from headstart.training.arms import ArmInputs
+
+SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
+VARIANT_KEYS = ("learning_rate", "folder", "sweep", "seeds", "loss_spread", "best")
+"""What an arm's entry takes over from its training."""
+SEARCH_KEYS = (
+    "init", "space", "order", "layer_order", "fitness", "measure", "bin", "spec", "candidates",
+    "winner", "front",
+)  # fmt: skip
+"""What `result.json` takes over from `search.json`."""
+
+
+def result_of(
+    recipe: Recipe,
+    folder: Path,
+    inputs: ArmInputs,
+    teacher_loss: float,
+    baselines: list[dict[str, Any]],
+    trained: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of `result.json`; docs/result.md documents it.
+
+    Args:
+        recipe: what was asked.
+        folder: the run folder, with `search.json` if there was a search.
+        inputs: student, teacher and text of the arms.
+        teacher_loss: on the validation split, in nats per token.
+        baselines: name, parameters and loss of each.
+        trained: what `run_variants` returned for each arm.
+    """
+    teacher, student = inputs.teacher.architecture, inputs.student.architecture
+    block_length = recipe.data.block_length
+    teacher_count, student_count = teacher.count(block_length), student.count(block_length)
+    subnet_file = inputs.student.folder / "subnet.json"
+    origin = json.loads(subnet_file.read_text())
+    found = folder / "search.json"
+    outcome = json.loads(found.read_text()) if found.is_file() else None
+    costs = {key: origin.get(key, 0) for key in SEARCH_COSTS}
+    upfront_flops = costs["calibration_flops"] + costs["search_flops"]
+    arms = []
+    for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True):
+        is_charged = arm.init == "subnet"
+        start = upfront_flops if is_charged else 0
+        curve, teacher_tokens = [], 0
+        for point in run_result["curve"]:
+            flops = start + point["tokens"] * student_count.training_flops_per_token
+            if arm.kd:
+                teacher_tokens = int(arm.kd.teacher_tokens(point["tokens"]))
+                if arm.kd.cache:  # which is asked once for each token, however often it is read
+                    teacher_tokens = min(teacher_tokens, inputs.blocks.split("train").size)
+                flops += teacher_tokens * teacher_count.inference_flops_per_token
+            curve.append({**point, "flops": flops})
+        read = len(curve) * run_result["validation_tokens"]
+        ledger = {
+            "calibration": costs["calibration_flops"] if is_charged else 0,
+            "search": costs["search_flops"] if is_charged else 0,
+            "training": run_result["tokens"] * student_count.training_flops_per_token,
+            "teacher": teacher_tokens * teacher_count.inference_flops_per_token,
+            "evaluation": read * student_count.inference_flops_per_token,
+        }
+        arms.append(
+            {
+                **asdict(arm),
+                **{key: run_result[key] for key in VARIANT_KEYS},
+                "flops": ledger,
+                "parameters": student_count.parameters,
+                "tokens": run_result["tokens"],
+                "seconds": run_result["seconds"],
+                "loss_before": curve[0]["loss"],
+                "loss_final": curve[-1]["loss"],
+                "curve": curve,
+            }
+        )
+    scratch = next((entry for entry in arms if entry["name"] == SCRATCH), None)
+    for entry in arms:
+        entry |= match_of(entry["curve"], scratch["curve"] if scratch else None)
+        for seed in entry["seeds"]:
+            points = seed.pop("curve")
+            tokens, losses = ([point[key] for point in points] for key in ("tokens", "loss"))
+            seed["loss_final"] = losses[-1]
+            target = scratch and scratch["loss_final"]
+            seed["tokens_to_match"] = target and tokens_to_match(tokens, losses, target)
+        tokens, losses = ([point[key] for point in entry["curve"]] for key in ("tokens", "loss"))
+        entry["baseline_tokens"] = [
+            tokens_to_match(tokens, losses, baseline["loss"]) for baseline in baselines
+        ]
+    return {
+        "format": FORMAT,
+        "name": folder.name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["headstart", *sys.argv[1:]]),
+        "teacher": {
+            "name": teacher_name(recipe.teacher),
+            "note": TEACHER.source if recipe.teacher == DEMO else "",
+            "parameters": teacher_count.parameters,
+            "non_embedding_parameters": teacher_count.non_embedding_parameters,
+            "loss": teacher_loss,
+            "sizes": teacher.sizes,
+        },
+        "student": {
+            "parameters": student_count.parameters,
+            "non_embedding_parameters": student_count.non_embedding_parameters,
+            "training_flops_per_token": student_count.training_flops_per_token,
+            "sizes": student.sizes,
+            "kept_layers": list(load_spec(subnet_file).layers),
+            "bin": origin.get("bin", [student_count.parameters] * 2),
+        },
+        "budget": {
+            "tokens": trained[0]["tokens"],
+            "tokens_per_step": trained[0]["tokens_per_step"],
+            "block_length": block_length,
+            "validation_tokens": trained[0]["validation_tokens"],
+        },
+        "costs": {
+            **costs,
+            "teacher_flops_per_token": teacher_count.inference_flops_per_token,
+        },
+        "baselines": baselines,
+        "target_loss": scratch["loss_final"] if scratch else None,
+        "arms": arms,
+        "search": outcome and {key: outcome[key] for key in SEARCH_KEYS},
+        "recipe": recipe_to_dict(recipe),
+        "environment": _environment(),
+    }
+
+
+def match_of(
+    curve: list[dict[str, float]], scratch: list[dict[str, float]] | None
+) -> dict[str, float | None]:
+    """When an arm's curve reaches the scratch arm's final loss, in tokens and in FLOPs.
+
+    Args:
+        curve: the arm's evaluations: tokens, FLOPs and loss, from before training on.
+        scratch: the same of the scratch arm, or None without one.
+
+    Returns:
+        tokens_to_match, tokens_factor, flops_to_match, flops_factor (None where never, or where a
+        factor would divide by zero) and loss_difference at equal tokens.
+    """
+    names = ("tokens_to_match", "tokens_factor", "flops_to_match", "flops_factor")
+    match: dict[str, float | None] = dict.fromkeys((*names, "loss_difference"))
+    if scratch is None:
+        return match
+    target = scratch[-1]["loss"]
+    match["loss_difference"] = curve[-1]["loss"] - target
+    losses = [point["loss"] for point in curve]
+    for unit in ("tokens", "flops"):
+        spent = tokens_to_match([point[unit] for point in curve], losses, target)
+        match[f"{unit}_to_match"] = spent
+        match[f"{unit}_factor"] = scratch[-1][unit] / spent if spent else None
+    return match
+
+
+def _environment() -> dict[str, str]:
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "headstart": headstart.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": f"{device} ({torch.get_num_threads()} threads)",
+    }
+
+
+def tokens_to_match(
+    tokens: Sequence[float], losses: Sequence[float], target: float
+) -> float | None:
+    """The first token count at which a loss curve is at or below a target.
+
+    Between evaluations the curve is a straight line.
+
+    Args:
+        tokens: ascending token counts of the evaluations.
+        losses: the loss at each.
+        target: the loss to reach.
+
+    Returns:
+        The token count, or None if the curve never gets there.
+
+    >>> tokens_to_match([0, 100, 200], [9.0, 7.0, 5.0], 6.0)
+    150.0
+    >>> tokens_to_match([0, 100], [9.0, 7.0], 6.0) is None
+    True
+    """
+    if losses[0] <= target:
+        return float(tokens[0])
+    for position in range(1, len(losses)):
+        before, after = losses[position - 1], losses[position]
+        if after <= target:
+            start, end = tokens[position - 1], tokens[position]
+            return start + (end - start) * (before - target) / (before - after)
+    return None

@@ -1,0 +1,164 @@
+"""A run: its recipe, folder, teacher and text, checked and prepared once for all stages.
+
+A run folder holds:
+
+    recipe.yaml               what the run is; another recipe is refused
+    inputs.json               hashes of text, teacher and given student, which may not change
+    search.jsonl, search.json the journal of the search and its outcome
+    search.html               a page about it
+    student/                  the extracted sub-network
+    compared.json             losses of the teacher and of the baselines
+    arms/NAME/                checkpoints and TensorBoard logs; then model/ and arm.json
+    result.json, report.html  the answer
+    error.txt                 the traceback of the last failure that was not the user's mistake
+
+A run over several bins holds one such folder for each, beside its own recipe.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint
+from headstart.recipe import Recipe
+from headstart.runs.folder import check_run_folder, locked, pin_inputs, pin_recipe
+from headstart.searching.run import space_of
+from headstart.system.distributed import from_main, process_group
+from headstart.system.errors import UserError
+from headstart.text.blocks import TokenBlocks
+from headstart.text.prepare import check_source, check_vocabulary, prepare
+from headstart.training.arguments import (
+    check_sharding,
+    check_step,
+    tokens_per_step,
+    training_arguments,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage is given.
+
+    Attributes:
+        recipe: of a single bin, unless the run has several.
+        folder: of the run, to which this process has the lock.
+        teacher: its checkpoint, already hashed.
+        text: in tokens.
+        student: one that was extracted before; None where a search finds it.
+    """
+
+    recipe: Recipe
+    folder: Path
+    teacher: Checkpoint
+    text: TokenBlocks
+    student: Checkpoint | None = None
+
+    def bins(self) -> list[Run]:
+        """A run for each bin, in a folder of its own; this one where there is a single bin."""
+        recipes = bin_recipes(self.recipe)
+        return [replace(self, recipe=recipe, folder=Path(recipe.output)) for recipe in recipes]
+
+
+def bin_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each bin's own run; the recipe itself where it has a single bin."""
+    if not recipe.search.bins:
+        return [recipe]
+    return [
+        replace(
+            recipe,
+            output=str(Path(recipe.output) / bin.label()),
+            search=replace(recipe.search, bin=bin, bins=()),
+        )
+        for bin in recipe.search.bins
+    ]
+
+
+@contextmanager
+def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
+    """Check a recipe, prepare its text, hash its inputs, and lock its folder for the body.
+
+    Under torchrun every process calls it, and the main one decides.
+
+    Args:
+        recipe: what is asked.
+        student: folder of an extracted student; the recipe's own, or none, if empty.
+
+    Raises:
+        UserError: the first mistake found, with its mend. Nothing costly has run by then, and
+            nothing on disk has changed.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(process_group())
+        recipes = [recipe, *bin_recipes(recipe)] if recipe.search.bins else [recipe]
+
+        def check_and_lock() -> tuple[Checkpoint, Checkpoint | None]:
+            models = _checked(recipe, student or recipe.student)
+            for of_folder in recipes:
+                check_run_folder(of_folder)
+            for of_folder in recipes:
+                stack.enter_context(locked(Path(of_folder.output)))
+            return models
+
+        teacher, given = from_main(check_and_lock)
+        text = prepare(recipe.data, teacher.folder)
+        inputs = from_main(lambda: _inputs(recipe, teacher, given, text))
+
+        def pin() -> Checkpoint:
+            for of_folder in recipes:
+                pin_inputs(pin_recipe(of_folder), inputs)
+            return teacher
+
+        yield Run(recipe, Path(recipe.output), from_main(pin), text, given)
+
+
+def _checked(recipe: Recipe, student_folder: str) -> tuple[Checkpoint, Checkpoint | None]:
+    """Find a user's mistakes before any weights are read, and the models that a recipe names."""
+    for arm in recipe.pretrain.arms:
+        check_sharding(training_arguments(recipe.train, arm, Path(recipe.output)))
+    if recipe.data.is_validation_only:
+        raise UserError(
+            "data.validation_fraction is 1 and leaves nothing to search and train on; lower it"
+        )
+    check_source(recipe.data)
+    teacher = Checkpoint.open(recipe.teacher)
+    for name in teacher.files:
+        teacher.architecture.match(name)
+    if student_folder:
+        return teacher, _given_student(Path(student_folder), recipe, teacher.architecture)
+    for of_bin in bin_recipes(recipe):
+        space_of(teacher.architecture, of_bin.search, recipe.data.block_length)
+    return teacher, None
+
+
+def _given_student(folder: Path, recipe: Recipe, teacher: Architecture) -> Checkpoint:
+    if not (folder / "subnet.json").is_file():
+        raise UserError(
+            f"{folder} holds no extracted student; give --student a folder that has one"
+        )
+    student = Checkpoint.open(folder)
+    student_rows = student.architecture.config.vocab_size
+    teacher_rows = teacher.config.vocab_size
+    if student_rows != teacher_rows and any(arm.kd for arm in recipe.pretrain.arms):
+        raise UserError(
+            f"the teacher has {teacher_rows} vocabulary rows and the student {student_rows}; use "
+            "the teacher that the student was cut from, or arms without kd"
+        )
+    return student
+
+
+def _inputs(
+    recipe: Recipe, teacher: Checkpoint, student: Checkpoint | None, text: TokenBlocks
+) -> dict[str, str]:
+    """Check the text against the models, and hash all that the run reads."""
+    check_vocabulary(text, teacher.architecture.config.vocab_size)
+    for arm in recipe.pretrain.arms:
+        arguments = training_arguments(recipe.train, arm, Path(recipe.output))
+        check_step(tokens_per_step(arguments, recipe.data.block_length), text)
+    inputs = {"data": text.fingerprint, "teacher": teacher.hash}
+    if recipe.student and student is not None:
+        inputs["student"] = student.hash
+    return inputs

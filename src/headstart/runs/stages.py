@@ -1,0 +1,251 @@
+"""The stages of a run, in order: search, extract, pretrain, report. Each goes on where it stopped.
+
+A stage is a function of a `Run` and returns what the next one needs. The commands below them open a
+run and call its stages.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from headstart.calibration.start import Calibration, calibrate
+from headstart.demo import teacher_name
+from headstart.evaluation.scores import validation_loss
+from headstart.model.card import CARD, training_note, write_card
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.spec import SubnetSpec
+from headstart.recipe import Recipe, recipe_to_dict
+from headstart.reports.page import write_html
+from headstart.reports.search import write_search_html
+from headstart.reports.table import baseline_sentences, headline, load_result, result_table
+from headstart.runs.extraction import extract_found
+from headstart.runs.result import result_of
+from headstart.runs.run import Run, open_run
+from headstart.searching.fitness import fitting_batch_size
+from headstart.searching.run import search
+from headstart.system.device import default_device, load_frozen
+from headstart.system.distributed import from_main, is_main, process_group, world_size
+from headstart.system.errors import UserError
+from headstart.system.files import write_json
+from headstart.system.progress import progress
+from headstart.text.prepare import check_source, prepare, tokenizer_hash
+from headstart.training.arms import ArmInputs
+from headstart.training.cache import CacheIdentity, TeacherCache, write_cache
+from headstart.training.teacher import Teacher
+from headstart.training.variants import run_variants
+
+
+def search_stage(run: Run) -> dict[str, Any]:
+    """Search the run's bin; the outcome is in its `search.json`."""
+    outcome = search(run.teacher, run.text, run.recipe.search, run.folder)
+    if is_main():
+        write_search_html(outcome, run.folder / "search.html")
+    return outcome
+
+
+def calibration_of(run: Run, spec: SubnetSpec) -> Calibration:
+    """What a run's student is cut out of, and how; found in the cache if the search made it."""
+    settings = run.recipe.search
+    if settings.init == "slice":
+        return Calibration(run.teacher)
+    blocks = run.text.spread("train", settings.calibration_tokens)
+    return calibrate(run.teacher, settings.init, blocks, spec=spec)
+
+
+def extract_stage(run: Run) -> Checkpoint:
+    """Cut out what the search has found, unless that is done."""
+    folder, settings = run.folder / "student", run.recipe.search
+
+    def extract() -> Checkpoint:
+        if not folder.exists():
+            needs_text = settings.init != "slice"
+            extract_found(
+                run.teacher,
+                run.folder / "search.json",
+                folder,
+                init=settings.init,
+                calibration_blocks=(
+                    run.text.spread("train", settings.calibration_tokens) if needs_text else None
+                ),
+                provenance={
+                    "teacher_name": teacher_name(run.recipe.teacher),
+                    "recipe": recipe_to_dict(run.recipe),
+                },
+            )
+        return Checkpoint.open(folder)
+
+    return from_main(extract)
+
+
+def pretrain_stage(run: Run, student: Checkpoint) -> dict[str, Any]:
+    """Train every arm and write `result.json` and `report.html`."""
+    recipe = run.recipe
+    inputs = ArmInputs(student, run.teacher, run.text, recipe.pretrain, recipe.train)
+    trained = [
+        run_variants(arm, inputs, run.folder / "arms" / arm.name) for arm in recipe.pretrain.arms
+    ]
+
+    def report() -> dict[str, Any]:
+        teacher, *baselines = _compared(run)
+        result = result_of(recipe, run.folder, inputs, teacher["loss"], baselines, trained)
+        write_json(run.folder / "result.json", result)
+        for entry in result["arms"]:
+            model = run.folder / "arms" / entry["name"] / entry["folder"] / "model"
+            if entry["init"] == "subnet" and model.is_dir():
+                _describe(model, student.folder, entry, result)
+        return run_report(run.folder)
+
+    return from_main(report)
+
+
+def _compared(run: Run) -> list[dict[str, Any]]:
+    """Losses of the teacher, then of the baselines, measured once."""
+    kept = run.folder / "compared.json"
+    if not kept.is_file():
+        compared = {"teacher": run.teacher, **_baselines(run.recipe)}
+        num_tokens = run.recipe.pretrain.validation_tokens
+        losses = [
+            {"name": name, **validation_loss(checkpoint, run.text, num_tokens)}
+            for name, checkpoint in compared.items()
+        ]
+        write_json(kept, losses)
+    read: list[dict[str, Any]] = json.loads(kept.read_text())
+    return read
+
+
+def _describe(model: Path, student: Path, arm: dict[str, Any], result: dict[str, Any]) -> None:
+    """Say beside a trained model what it was cut from and how it was trained."""
+    if not (model / CARD).is_file():  # one that is there may have been edited
+        shutil.copyfile(student / "subnet.json", model / "subnet.json")
+        write_card(model, {"Training": training_note(arm, result)})
+
+
+def _baselines(recipe: Recipe) -> dict[str, Checkpoint]:
+    return {name: Checkpoint.open(name) for name in recipe.pretrain.baselines}
+
+
+def check_comparisons(run: Run) -> None:
+    """Find out, before arms are trained, whether they can be: against baselines, from caches.
+
+    Raises:
+        UserError: a baseline is of a family that cannot be read, or has another tokenizer; or a
+            teacher cache is missing, unfinished, or of another teacher, text or setting.
+    """
+    for name, baseline in _baselines(run.recipe).items():
+        if tokenizer_hash(baseline.folder) != run.text.manifest["tokenizer"]:
+            raise UserError(
+                f"the baseline {name} has another tokenizer than the teacher, so their losses "
+                "per token do not compare; choose one with the teacher's, or compare bits per "
+                "byte with `headstart evaluate`"
+            )
+    for arm in run.recipe.pretrain.arms:
+        if arm.kd and arm.kd.cache:
+            identity = CacheIdentity.of(arm.kd, run.teacher.hash, run.text.fingerprint)
+            TeacherCache(arm.kd.cache, identity)
+
+
+def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
+    """All stages: search, extract, pretrain, report; for each bin, if there are several.
+
+    Under torchrun the processes share the search, and train each arm together.
+
+    Returns:
+        The result of each bin, in the recipe's order.
+    """
+    with open_run(recipe) as run:
+        from_main(lambda: check_comparisons(run))
+        if run.student is None:
+            for of_bin in run.bins():
+                search_stage(of_bin)
+        return [
+            pretrain_stage(of_bin, run.student or extract_stage(of_bin)) for of_bin in run.bins()
+        ]
+
+
+def run_search(recipe: Recipe) -> list[dict[str, Any]]:
+    """Prepare the text and search each bin.
+
+    Returns:
+        The outcome of each bin, in the recipe's order.
+    """
+    with open_run(recipe) as run:
+        return [search_stage(of_bin) for of_bin in run.bins()]
+
+
+def run_pretrain(recipe: Recipe) -> dict[str, Any]:
+    """Train every arm and report.
+
+    The student is the recipe's own folder, or the one that was extracted in this run folder.
+    """
+    student = recipe.student or str(Path(recipe.output) / "student")
+    with open_run(recipe, student) as run:
+        from_main(lambda: check_comparisons(run))
+        assert run.student is not None
+        return pretrain_stage(run, run.student)
+
+
+def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Write the teacher cache of every arm that distils from one.
+
+    Returns:
+        The manifest of each cache, by its path.
+
+    Raises:
+        UserError: no arm has a cache, or a folder holds another one.
+    """
+    settings = [arm.kd for arm in recipe.pretrain.arms if arm.kd and arm.kd.cache]
+    if not settings:
+        raise UserError(
+            "no arm of the recipe distils from a cache; set kd.cache, and kd.top_k or kd.samples, "
+            "in pretrain.arms"
+        )
+    with process_group():
+        checkpoint = from_main(lambda: _hashed_teacher(recipe))
+        blocks = prepare(recipe.data, checkpoint.folder)
+        split, device = blocks.split("train"), default_device()
+        teacher = Teacher(load_frozen(checkpoint.folder, device))
+        batch_size = fitting_batch_size(
+            checkpoint.architecture.sizes, split.shape[1], device, teacher.model.dtype.itemsize
+        )
+        written = {}
+        for kd in settings:
+            identity = CacheIdentity.of(kd, checkpoint.hash, blocks.fingerprint)
+            num_tokens = split.size // world_size()
+            with progress(f"cache {kd.cache}", num_tokens, "tokens") as advance:
+                written[kd.cache] = write_cache(
+                    kd.cache,
+                    identity,
+                    teacher,
+                    split,
+                    batch_size,
+                    separator=blocks.separator,
+                    on_blocks=lambda count: advance(count * split.shape[1]),
+                )
+        return written
+
+
+def _hashed_teacher(recipe: Recipe) -> Checkpoint:
+    check_source(recipe.data)
+    checkpoint = Checkpoint.open(recipe.teacher)
+    for name in checkpoint.files:
+        checkpoint.architecture.match(name)
+    assert checkpoint.hash
+    return checkpoint
+
+
+def run_report(folder: Path) -> dict[str, Any]:
+    """Print the result table of a run folder and write its `report.html`."""
+    result = load_result(folder)
+    write_html(result, folder / "report.html")
+    output = Console()
+    output.print(result_table(result))
+    output.print(headline(result))
+    for sentence in baseline_sentences(result):
+        output.print(sentence)
+    output.print(f"report: {folder / 'report.html'}")
+    return result

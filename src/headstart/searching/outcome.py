@@ -1,0 +1,88 @@
+"""What a search has found, as `search.json` keeps it; docs/search.md documents the format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from headstart.model.count import Measure
+from headstart.searching.bins import Bin
+from headstart.searching.candidate import Candidate
+from headstart.searching.journal import Evaluated
+from headstart.searching.pareto import nondominated_fronts
+from headstart.searching.settings import SearchSettings
+
+
+def outcome_of(
+    scores: Sequence[Evaluated],
+    finals: Sequence[Evaluated],
+    winner: Candidate,
+    settings: SearchSettings,
+    bin: Bin,
+    amount: Callable[[Candidate, Measure], int],
+) -> dict[str, Any]:
+    """Settings, costs, candidates, winner and front.
+
+    Args:
+        scores: the last score of every candidate, in the order in which they were proposed.
+        finals: those after the short training, if there was one.
+        winner: one of the candidates.
+        settings: of the search.
+        bin: in numbers.
+        amount: (candidate, measure) -> what it comes to.
+    """
+    flops = {score.candidate: amount(score.candidate, "flops_per_token") for score in scores}
+    trained_loss = {final.candidate: _number(final.loss) for final in finals}
+    finalists, context_length = settings.finalists, bin.context_length
+    train_tokens = finalists.steps * finalists.batch_size * context_length
+    place = [score.candidate for score in scores].index(winner)
+    front: list[int] = []
+    tradeoff = settings.evolution.tradeoff
+    if tradeoff != "none":
+        points = [[score.loss, amount(score.candidate, tradeoff)] for score in scores]
+        front = nondominated_fronts(np.array(points))[0]
+    return {
+        "loss": scores[place].loss,
+        "parameters": scores[place].parameters,
+        "bin": [bin.low, bin.high],
+        "measure": bin.measure,
+        "init": settings.init,
+        "scored_as": settings.scored_as,
+        "space": settings.space,
+        "order": settings.order,
+        "layer_order": settings.layer_order,
+        "fitness": settings.fitness,
+        "settings": asdict(settings),
+        "search_flops": sum(score.tokens * flops[score.candidate] for score in scores)
+        + sum((final.tokens + 3 * train_tokens) * flops[final.candidate] for final in finals),
+        "search_tokens": sum(score.tokens for score in (*scores, *finals)),
+        "search_seconds": sum(score.seconds for score in (*scores, *finals)),
+        "candidates": [
+            {
+                "generation": score.generation,
+                "origin": score.origin,
+                "parameters": score.parameters,
+                "amount": amount(score.candidate, bin.measure),
+                "loss": _number(score.loss),
+                "tokens": score.tokens,
+                "sizes": score.candidate.sizes(),
+                **(
+                    {"trained_loss": trained_loss[score.candidate]}
+                    if score.candidate in trained_loss
+                    else {}
+                ),
+            }
+            for score in scores
+        ],
+        "winner": place,
+        "front": front,
+    }
+
+
+def _number(loss: float) -> float | None:
+    """A loss for JSON, which knows neither NaN nor infinity."""
+    return loss if math.isfinite(loss) else None

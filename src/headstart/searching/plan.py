@@ -1,0 +1,180 @@
+"""What a search would do and cost, from configs alone: no weights, no text."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from headstart.calibration.propagate import can_propagate, propagation_flops
+from headstart.calibration.start import calibration_flops, cut_architecture, is_measured
+from headstart.model.architecture import Architecture
+from headstart.model.count import Measure, inference_flops_per_token
+from headstart.searching.racing import rung_blocks
+from headstart.searching.run import IMPORTANCE_FLOPS, space_of
+from headstart.searching.settings import SearchSettings
+from headstart.system.device import default_device, has_fast_bf16
+
+if TYPE_CHECKING:
+    pass
+
+NUM_SAMPLES = 200
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search would do.
+
+    Attributes:
+        measure: of the bin.
+        bin: its low and high end.
+        reachable: the least and greatest amount that the space holds, whatever the bin.
+        num_shapes: shapes in the bin; layers that may differ count by their sums.
+        ranges: axis -> smallest and largest size among sampled candidates.
+        parameters: the least, the median and the greatest among them.
+        num_candidates: that would be scored.
+        tokens: that scoring them reads at least (all but the elites drop out at the first rung),
+            and at most (none drops out).
+        flops: of the same, with the calibration.
+        finals_flops: of the last round's training and scoring.
+        flops_per_second: of a large matrix product on this machine, measured now.
+    """
+
+    measure: Measure
+    bin: tuple[int, int]
+    reachable: tuple[int, int]
+    num_shapes: int
+    ranges: dict[str, tuple[int, int]]
+    parameters: tuple[int, int, int]
+    num_candidates: int
+    tokens: tuple[int, int]
+    flops: tuple[int, int]
+    finals_flops: int
+    flops_per_second: float
+
+    def seconds(self) -> tuple[float, float]:
+        """At least and at most, if every FLOP went as fast as in a large matrix product."""
+        low, high = (flops + self.finals_flops for flops in self.flops)
+        return low / self.flops_per_second, high / self.flops_per_second
+
+
+def plan_search(teacher: Architecture, settings: SearchSettings, context_length: int) -> SearchPlan:
+    """Plan a search.
+
+    Args:
+        teacher: its architecture.
+        settings: of a single bin.
+        context_length: tokens in a block.
+
+    Raises:
+        UserError: the bin or grid is malformed, or no candidate can meet the bin.
+    """
+    space = space_of(teacher, settings, context_length)
+    teacher = cut_architecture(teacher, settings.init)
+    bin = settings.bin.resolve(context_length)
+    layouts, sizes = teacher.layouts, teacher.sizes
+    rng = random.Random(settings.evolution.seed)
+    shapes = [space.sample(rng).sizes() for _ in range(NUM_SAMPLES)]
+    flops_per_token = statistics.mean(
+        inference_flops_per_token(layouts, {**sizes, **shape}, context_length) for shape in shapes
+    )
+    counts = sorted(
+        teacher.amount({**sizes, **shape}, "parameters", context_length) for shape in shapes
+    )
+    ranges = {}
+    for axis in shapes[0]:
+        values = [shape[axis] for shape in shapes]
+        flat = [
+            size for value in values for size in (value if isinstance(value, tuple) else [value])
+        ]
+        ranges[axis] = (min(flat), max(flat))
+
+    evolution = settings.evolution
+    num_candidates = evolution.population * evolution.generations
+    if settings.space == "coarse-uniform":  # a candidate is its shape
+        num_candidates = min(num_candidates, space.rows.num_shapes())
+    if evolution.method == "importance":  # one for each row
+        num_candidates = min(num_candidates, len(space.rows.embed))
+    rungs = rung_blocks(-(-settings.tokens // context_length), settings.racing)
+    all_tokens, first_tokens = rungs[-1] * context_length, rungs[0] * context_length
+    survivors = min(num_candidates, settings.racing.keep or evolution.elites)
+    tokens = (
+        num_candidates * first_tokens + survivors * (all_tokens - first_tokens),
+        num_candidates * all_tokens,
+    )
+    orders = (settings.order, settings.layer_order)
+    passes = max(IMPORTANCE_FLOPS.get(order, 0) for order in orders)
+    teacher_flops = inference_flops_per_token(layouts, sizes, context_length)
+    calibration = round(passes * settings.calibration_tokens * teacher_flops)
+    num_blocks = -(-settings.calibration_tokens // context_length)
+    if is_measured(settings.init, settings.scored_as) or not can_propagate(teacher):
+        calibration += calibration_flops(teacher, settings.init, num_blocks, context_length)
+    if settings.init != "slice":  # of which the chosen one is refitted on itself
+        refits = (
+            propagation_flops(teacher, {**sizes, **shape}, num_blocks, context_length)
+            for shape in shapes
+        )
+        calibration += round(statistics.mean(refits))
+    finals = settings.finalists
+    trained_tokens = finals.steps * finals.batch_size * context_length
+    return SearchPlan(
+        bin.measure,
+        (bin.low, bin.high),
+        (space.rows.smallest, space.rows.largest),
+        space.rows.num_shapes(),
+        ranges,
+        (counts[0], counts[len(counts) // 2], counts[-1]),
+        num_candidates,
+        tokens,
+        (
+            calibration + round(tokens[0] * flops_per_token),
+            calibration + round(tokens[1] * flops_per_token),
+        ),
+        round(finals.count * (3 * trained_tokens + all_tokens) * flops_per_token),
+        _flops_per_second(),
+    )
+
+
+def plan_table(plan: SearchPlan, title: str) -> Table:
+    """A plan for the terminal."""
+
+    def span(ends: tuple[float, float]) -> str:
+        low, high = (f"{end:,.0f}" if end < 1e12 else f"{end:.2e}" for end in ends)
+        return low if low == high else f"{low} to {high}"
+
+    table = Table(title=title, show_header=False, box=SIMPLE_HEAD)
+    table.add_row(plan.measure.replace("_", " ") + " in the bin", span(plan.bin))
+    table.add_row("reachable in this space", span(plan.reachable))
+    table.add_row("shapes in the bin", f"{plan.num_shapes:,}")
+    for axis, ends in plan.ranges.items():
+        table.add_row(f"{axis} of {NUM_SAMPLES} samples", span(ends))
+    least, median, most = plan.parameters
+    table.add_row("parameters of the same", f"{least:,} to {most:,}, median {median:,}")
+    table.add_row("candidates", f"{plan.num_candidates:,}")
+    table.add_row("tokens scored", span(plan.tokens))
+    table.add_row("FLOPs, calibration included", span(plan.flops))
+    if plan.finals_flops:
+        table.add_row("FLOPs of the finals", f"{plan.finals_flops:.2e}")
+    low, high = (seconds / 60 for seconds in plan.seconds())
+    rate = f"{plan.flops_per_second / 1e9:,.0f} GFLOP/s"
+    table.add_row(f"minutes at this machine's {rate}", f"{low:,.1f} to {high:,.1f}, or more")
+    return table
+
+
+def _flops_per_second() -> float:
+    """The rate of a matrix product of the kind that candidates are made of."""
+    device, size = default_device(), 1024
+    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    (left @ right).sum().item()
+    start, repeats = time.perf_counter(), 8
+    for _ in range(repeats):
+        product = left @ right
+    product.sum().item()
+    return 2.0 * size**3 * repeats / (time.perf_counter() - start)

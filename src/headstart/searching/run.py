@@ -1,0 +1,306 @@
+"""The search as a whole: axis orders, candidates in the bin, finals, and the winner."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headstart.calibration.start import (
+    ROTATED,
+    Calibration,
+    calibrate,
+    cut_architecture,
+    is_measured,
+)
+from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.count import Measure
+from headstart.searching.candidate import Candidate, Orders
+from headstart.searching.evolution import evolve, ranked
+from headstart.searching.finalists import choose_finalists, run_finals
+from headstart.searching.fitness import (
+    DivergenceFromTeacher,
+    HeldOutLoss,
+    fitting_batch_size,
+    put_in_order,
+)
+from headstart.searching.importance import (
+    DepthImportance,
+    Importance,
+    UnitImportance,
+    measure_importance,
+    remembered_importance,
+)
+from headstart.searching.journal import Evaluated, Journal
+from headstart.searching.live import GenerationRow, SearchTable
+from headstart.searching.outcome import outcome_of
+from headstart.searching.racing import Race
+from headstart.searching.settings import SearchSettings
+from headstart.searching.space import Space
+from headstart.system.device import default_device, load_frozen
+from headstart.system.distributed import from_main, is_main, process_group
+from headstart.system.errors import UserError
+from headstart.system.files import write_json
+from headstart.system.progress import progress
+from headstart.text.blocks import TokenBlocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IMPORTANCE_FLOPS = {
+    "activation": 1, "contribution": 1, "block_influence": 1, "magnitude": 0, "taylor": 3,
+}  # fmt: skip
+"""Forward passes that a kind of importance costs; a backward pass counts as two."""
+
+
+def space_of(teacher: Architecture, settings: SearchSettings, context_length: int) -> Space:
+    """The search space of a teacher, from its config alone.
+
+    Args:
+        teacher: its architecture.
+        settings: space, grid and bin.
+        context_length: tokens that attention spans, for bins in FLOPs.
+
+    Raises:
+        UserError: the bin or grid is malformed, no candidate can meet the bin, or the teacher
+            cannot be rotated.
+    """
+    bin = settings.bin.resolve(context_length)
+    teacher = cut_architecture(teacher, settings.init)
+    return Space.build(teacher, settings.space, bin, settings.grid, settings.unit_noise)
+
+
+def search(
+    teacher: Checkpoint, blocks: TokenBlocks, settings: SearchSettings, folder: Path
+) -> dict[str, Any]:
+    """Find the best sub-network in the bin, or go on from the journal.
+
+    Under torchrun the processes share every generation.
+
+    Args:
+        teacher: its checkpoint.
+        blocks: calibration and finals read its "train" split, fitness its "search" split.
+        settings: space, bin and evolution.
+        folder: receives `search.jsonl` and `search.json`.
+
+    Returns:
+        The content of `search.json`; docs/search.md documents it.
+    """
+    with process_group():
+        identity = {
+            "teacher_hash": teacher.hash,
+            "data": blocks.manifest["fingerprint"],
+        }
+        journal = Journal(folder / "search.jsonl", identity, settings)
+        finished = folder / "search.json"
+        outcome: dict[str, Any] | None = from_main(
+            lambda: json.loads(finished.read_text()) if finished.is_file() else None
+        )
+        if outcome is not None:
+            return outcome
+        source = Calibration(teacher)
+        if is_measured(settings.init, settings.scored_as):
+            tokens = blocks.spread("train", settings.calibration_tokens)
+            source = from_main(lambda: calibrate(teacher, settings.init, tokens))
+        model = load_frozen(source.teacher.folder, default_device())
+        searched = _Search(model, source, blocks, settings, journal, identity)
+        # Through JSON, so that it is the same as what is read from the file later.
+        outcome = json.loads(json.dumps(searched.run(name=str(teacher.folder))))
+        if is_main():
+            write_json(finished, outcome)
+        return outcome
+
+
+class _Search:
+    """One search with its teacher in memory."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: Calibration,
+        blocks: TokenBlocks,
+        settings: SearchSettings,
+        journal: Journal,
+        identity: dict[str, Any],
+    ) -> None:
+        self.model, self.settings, self.journal = model, settings, journal
+        self.blocks, self.identity = blocks, identity
+        # As it is on disk: loading may change its precision, which bins in bytes read.
+        self.teacher = source.teacher.architecture
+        held_out = blocks.first("search", settings.tokens)
+        self.context_length = held_out.shape[1]
+        # The teacher was rotated already, if it is to be.
+        self.bin = settings.bin.resolve(self.context_length)
+        self.space = Space.build(
+            self.teacher, settings.space, self.bin, settings.grid, settings.unit_noise
+        )
+        self.batch_size = settings.batch_size or fitting_batch_size(
+            self.teacher.sizes, self.context_length, model.device, model.dtype.itemsize
+        )
+        self.orders, order_flops = self._orders()
+        self.calibration_flops = order_flops + source.flops
+        tied = {"lm_head.weight"} if self.teacher.config.tie_word_embeddings else set()
+        state = {name: part for name, part in model.state_dict().items() if name not in tied}
+        orders = self.orders
+        moments = source.statistics if settings.scored_as == "refitted" else None
+        if moments is None:  # refitted candidates are no views in any order
+            orders = put_in_order(state, self.teacher, orders)
+        arguments: dict[str, Any] = {
+            "state": state,
+            "teacher": self.teacher,
+            "orders": orders,
+            "blocks": held_out.to(model.device),
+            "batch_size": self.batch_size,
+            "statistics": moments,
+        }
+        self.fitness = (
+            DivergenceFromTeacher(**arguments, model=model)
+            if settings.fitness == "kl"
+            else HeldOutLoss(**arguments)
+        )
+
+    def amount(self, candidate: Candidate, measure: Measure) -> int:
+        """What a candidate comes to in one measure."""
+        sizes = {**self.teacher.sizes, **candidate.sizes()}
+        return int(self.teacher.amount(sizes, measure, self.context_length))
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Search, and say what was found; `name` is the teacher's."""
+        scores = self._evolve()
+        best = ranked(scores)[0]
+        if not math.isfinite(best.loss):
+            raise UserError(
+                f"no candidate of {len(scores)} has a finite loss; the teacher's weights or "
+                "precision are at fault"
+            )
+        finals = self._finals(scores)
+        winner = (ranked(finals) or [best])[0].candidate
+        return {
+            "format": "headstart-search-result/1",
+            "teacher": {
+                "name": name,
+                "hash": self.identity["teacher_hash"],
+                "sizes": self.teacher.sizes,
+            },
+            "spec": winner.spec(self.teacher, self.orders).to_json(),
+            **outcome_of(scores, finals, winner, self.settings, self.bin, self.amount),
+            "calibration_flops": self.calibration_flops,
+        }
+
+    def _orders(self) -> tuple[Orders, int]:
+        """The axis orders and the FLOPs they cost; scores are remembered."""
+        settings, orders = self.settings, Orders.of_teacher(self.teacher.sizes)
+        if settings.order == settings.layer_order == "teacher":
+            return orders, 0
+        units: UnitImportance = "magnitude" if settings.order == "teacher" else settings.order
+        depth: DepthImportance = (
+            "magnitude" if settings.layer_order == "teacher" else settings.layer_order
+        )
+        calibration = self.blocks.first("train", settings.calibration_tokens)
+        batches = calibration.split(self.batch_size)  # type: ignore[no-untyped-call]
+        key = {
+            "teacher": self.identity["teacher_hash"],
+            "data": self.identity["data"],
+            "kinds": [units, depth],
+            "tokens": calibration.numel(),
+            "batch_size": self.batch_size,
+            "dtype": str(self.model.dtype),
+            "init": settings.init,
+        }
+
+        def measure() -> Importance:
+            with progress("calibrate", calibration.numel(), "tokens") as advance:
+                return measure_importance(self.model, batches, units, depth, advance)
+
+        found = from_main(lambda: remembered_importance(key, measure)).orders()
+        by_units = orders if settings.order == "teacher" else found
+        by_depth = orders if settings.layer_order == "teacher" else found
+        # Channels of a rotated teacher have an order already.
+        embed = (orders if settings.init == ROTATED else by_units).embed
+        mixed = Orders(by_depth.layers, embed, by_units.kv_groups, by_units.mlp)
+        passes = max(IMPORTANCE_FLOPS[units], IMPORTANCE_FLOPS[depth])
+        flops_per_token = self.teacher.count(self.context_length).inference_flops_per_token
+        return mixed, passes * calibration.numel() * flops_per_token
+
+    def _evolve(self) -> list[Evaluated]:
+        settings, evolution = self.settings, self.settings.evolution
+        table = SearchTable(evolution.generations) if is_main() else None
+        started, best, generation_tokens = time.perf_counter(), math.inf, 0
+        best_parameters, all_tokens = 0, 0
+
+        def on_score(score: Evaluated, tokens: int, replayed: bool) -> None:
+            nonlocal best, best_parameters, generation_tokens
+            generation_tokens += tokens
+            if score.tokens == race.all_tokens and score.loss < best:
+                best, best_parameters = score.loss, score.parameters
+            if table:
+                table.advance(
+                    int(not replayed and score.tokens == race.rungs[0] * race.fitness.block_length),
+                    tokens,
+                    best if math.isfinite(best) else None,
+                )
+
+        def on_generation(generation: int, candidates: int) -> None:
+            nonlocal started, generation_tokens
+            started, generation_tokens = time.perf_counter(), 0
+            if table:
+                table.start(generation + 1, candidates)
+
+        def on_scored(generation: int, scores: list[Evaluated]) -> None:
+            nonlocal all_tokens
+            all_tokens += generation_tokens
+            losses = [score.loss for score in scores if math.isfinite(score.loss)]
+            if table:
+                median = statistics.median(losses) if losses else math.nan
+                seconds = time.perf_counter() - started
+                table.finish(
+                    GenerationRow(
+                        generation=generation + 1,
+                        candidates=len(scores),
+                        best=best,
+                        median=median,
+                        parameters=best_parameters,
+                        tokens=all_tokens,
+                        seconds=seconds,
+                    )
+                )
+
+        race = Race(
+            self.fitness,
+            lambda candidate: self.amount(candidate, "parameters"),
+            self.journal,
+            settings.racing,
+            evolution.elites,
+            on_score,
+        )
+        tradeoff = evolution.tradeoff
+        burden = None if tradeoff == "none" else lambda chosen: self.amount(chosen, tradeoff)
+        with table or nullcontext():
+            return evolve(self.space, race, evolution, burden, on_generation, on_scored)
+
+    def _finals(self, scores: list[Evaluated]) -> list[Evaluated]:
+        settings = self.settings.finalists
+        if not settings.count:
+            return []
+        num_tokens = self.fitness.blocks.numel()
+        whole = [score for score in ranked(scores) if score.tokens == num_tokens]
+        finalists = choose_finalists(whole, settings.count)
+        needed = settings.steps * settings.batch_size * self.context_length
+        train_blocks = self.blocks.first("train", needed)
+        with ExitStack() as stack:
+            advance = None
+            if is_main():
+                advance = stack.enter_context(progress("finals", len(finalists), "finalists"))
+
+            def on_score(score: Evaluated) -> None:
+                if advance:
+                    advance(1, f"{score.loss:.3f} nats after {score.steps} steps")
+
+            return run_finals(
+                finalists, self.fitness, train_blocks, settings, self.journal, on_score
+            )

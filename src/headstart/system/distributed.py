@@ -1,0 +1,99 @@
+"""Ranks and the few collectives that headstart needs; torch.distributed underneath."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import distributed
+
+from headstart.system.device import default_device
+from headstart.system.errors import UserError
+
+Value = TypeVar("Value")
+
+
+def world_size() -> int:
+    """Processes that work together, as torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and talks to the user."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun has started, for as long as the body runs."""
+    if world_size() == 1 or distributed.is_initialized():
+        yield
+        return
+    device = default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Others wait for as long as the main process tokenises; torchrun ends all when one fails.
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1)
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
+def from_main(decide: Callable[[], Value]) -> Value:
+    """What the main process decides, on every process.
+
+    All that depends on the disk is decided in this way: is the text prepared, which checkpoint is
+    the newest. The processes wait for it; they need no look of their own, which might show another
+    state of the disk.
+
+    Args:
+        decide: called on the main process alone; its value must be one that pickle can write.
+
+    Raises:
+        Exception: what `decide` raised, on the main process; on the others the same message, as a
+            UserError if it was one and as a RuntimeError if not. So all processes end with it.
+    """
+    if world_size() == 1:
+        return decide()
+    decided: list[Any] = [None, None, None]
+    failure: BaseException | None = None
+    if is_main():
+        try:
+            decided[0] = decide()
+        except Exception as error:
+            failure = error
+            decided[1:] = str(error) or type(error).__name__, isinstance(error, UserError)
+    distributed.broadcast_object_list(decided)
+    if failure is not None:
+        raise failure
+    value, message, is_users = decided
+    if message is not None:
+        raise UserError(message) if is_users else RuntimeError(message)
+    return cast(Value, value)
+
+
+def gather(value: Value) -> list[Value]:
+    """Every process' value, by rank, on every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,83 @@
+"""Where files lie, and how they are written: whole or not at all, however many write at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+UNFINISHED = ".unfinished-"
+"""What the names of files and folders begin with that are not whole yet."""
+
+
+def cache_root() -> Path:
+    """The folder under which everything headstart can make again is kept.
+
+    Returns:
+        The value of the environment variable HEADSTART_CACHE, else the platform's cache folder.
+    """
+    override = os.environ.get("HEADSTART_CACHE")
+    return Path(override).expanduser() if override else platformdirs.user_cache_path("headstart")
+
+
+def shipped(name: str) -> Path:
+    """A file or folder of `recipes/`, in an installed package or in a clone."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes" / name
+    return installed if installed.exists() else package.parents[1] / "recipes" / name
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all.
+
+    Each writer has a temporary file of its own, so that of several at once the last one stays.
+    """
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED}{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(scratch).chmod(0o666 & ~_umask())  # mkstemp's are for their owner alone
+        Path(scratch).replace(path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, indented, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def finished_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `target` only if the block ends without an error.
+
+    Args:
+        target: Must not exist yet. If another writer finishes it first, that one is kept.
+
+    Returns:
+        A context manager of the folder to write into.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{UNFINISHED}{target.name}-"
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        yield folder
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

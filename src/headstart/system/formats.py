@@ -1,0 +1,59 @@
+"""How numbers are written for people, in the terminal and on pages."""
+
+from __future__ import annotations
+
+NOTHING = "–"
+"""Stands where there is no number."""
+
+
+def count_text(count: float) -> str:
+    """A count in the unit a reader would say.
+
+    >>> count_text(12_345_678), count_text(999), count_text(1_300_000_000)
+    ('12.3M', '999', '1.30B')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            value = count / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"
+    return f"{count:.0f}"
+
+
+def flops_text(flops: float) -> str:
+    """Floating point operations with three digits.
+
+    >>> flops_text(1.234e15), flops_text(0)
+    ('1.23e15', '0')
+    """
+    if not flops:
+        return "0"
+    mantissa, exponent = f"{flops:.2e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def bytes_text(amount: float) -> str:
+    """Bytes in the unit of at most three digits before the point.
+
+    >>> bytes_text(1_234_567), bytes_text(0)
+    ('1.2 MB', '–')
+    """
+    if not amount:
+        return NOTHING
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{amount:,.1f} {units[0]}"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in the two largest units.
+
+    >>> duration_text(8.25), duration_text(200), duration_text(3900)
+    ('8.2s', '3m20s', '1h05m')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"

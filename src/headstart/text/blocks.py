@@ -1,0 +1,157 @@
+"""Token blocks: what to read, and the prepared corpus on disk, memory-mapped."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt
+from torch import Tensor
+
+from headstart.system.errors import UserError
+from headstart.text.mixture import MixedBlocks
+from headstart.text.settings import SPLITS, SplitName
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """A prepared corpus on disk, or a mixture of several.
+
+    Attributes:
+        folder: Holds manifest.json and train.bin, search.bin and validation.bin; a mixture has
+            .npy files of the order instead.
+        manifest: The content of manifest.json. `manifest["splits"][name]` counts documents,
+            text_bytes and tokens (both before the ragged tail was dropped) and blocks.
+        separate_documents: As in the settings.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    separate_documents: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens, and of which of them a token sees."""
+        seen = "-separate" if self.separate_documents else ""
+        return f"{self.manifest['fingerprint']}{seen}"
+
+    @property
+    def separator(self) -> int | None:
+        """The token after which attention begins anew; None where it does not."""
+        return self.manifest["end_token"] if self.separate_documents else None
+
+    def split(self, name: SplitName) -> UInt[np.ndarray, "num_blocks block_length"] | MixedBlocks:
+        """Memory-map one split.
+
+        Args:
+            name: "train", "search" or "validation".
+
+        Returns:
+            Token ids, read-only.
+
+        Raises:
+            UserError: There is no such split, or it has no share of the text.
+        """
+        if name not in SPLITS:
+            raise UserError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
+        if "parts" in self.manifest:
+            folders = [self.folder.parent / part["fingerprint"] for part in self.manifest["parts"]]
+            parts = [finished_blocks(folder) for folder in folders]
+            if None in parts:
+                raise UserError(f"a corpus of the mixture in {self.folder} is gone: run again")
+            arrays: Any = [part.split(name) for part in parts if part]
+            return MixedBlocks(arrays, np.load(self.folder / f"{name}.npy", mmap_mode="r"))
+        shape = (self.manifest["splits"][name]["blocks"], self.manifest["settings"]["block_length"])
+        if not shape[0]:
+            raise UserError(f"the {name} split has no share of the text: mend data.*_fraction")
+        dtype = np.dtype(self.manifest["dtype"])
+        return np.memmap(self.folder / f"{name}.bin", dtype=dtype, mode="r", shape=shape)
+
+    def first(self, name: SplitName, num_tokens: int) -> Int[torch.Tensor, "blocks tokens"]:
+        """At least so many tokens of a split as whole blocks, or all that it has."""
+        array = self.split(name)
+        return torch.from_numpy(array[: -(-num_tokens // array.shape[1])].astype(np.int64))
+
+    def spread(self, name: SplitName, num_tokens: int) -> Int[torch.Tensor, "blocks tokens"]:
+        """As many blocks as `first` gives, at even distances from all over the split.
+
+        The first ones may be of a handful of long documents.
+        """
+        array = self.split(name)
+        count = min(-(-num_tokens // array.shape[1]), len(array))
+        chosen = [array[place * len(array) // count] for place in range(count)]
+        return torch.from_numpy(np.array(chosen, np.int64).reshape(count, array.shape[1]))
+
+
+class BlockDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The blocks of one split as a torch dataset.
+
+    Args:
+        blocks: Token ids, such as `TokenBlocks.split` gives.
+        num_blocks: Keep the first so many; all when None.
+        separator: The token after which positions begin anew, and attention with them; items then
+            have "position_ids" too.
+
+    Raises:
+        UserError: Fewer blocks exist than were asked for.
+    """
+
+    def __init__(
+        self,
+        blocks: UInt[np.ndarray, "num_blocks block_length"] | MixedBlocks,
+        num_blocks: int | None = None,
+        separator: int | None = None,
+    ) -> None:
+        if num_blocks is not None and not 0 < num_blocks <= len(blocks):
+            raise UserError(
+                f"num_blocks is {num_blocks} but the split holds {len(blocks)} blocks: "
+                f"ask for 1 to {len(blocks)}, or give more text"
+            )
+        self.blocks, self.separator = blocks, separator
+        self.num_blocks = len(blocks) if num_blocks is None else num_blocks
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One block, int64 [block_length]; labels are the ids, as the shift is the loss's job."""
+        token_ids = torch.from_numpy(self.blocks[index].astype(np.int64))
+        item = {"input_ids": token_ids, "labels": token_ids}
+        if self.separator is not None:
+            item["position_ids"] = document_positions(token_ids, self.separator)
+        return item
+
+
+def document_positions(
+    blocks: Int[Tensor, "*batch tokens"], separator: int
+) -> Int[Tensor, "*batch tokens"]:
+    """The place of each token in its document; transformers lets none see another document's.
+
+    Args:
+        blocks: Token ids.
+        separator: The token that ends a document.
+
+    >>> document_positions(torch.tensor([7, 8, 1, 9, 1, 1, 5]), separator=1).tolist()
+    [0, 1, 2, 0, 1, 0, 0]
+    """
+    places = torch.arange(blocks.shape[-1], device=blocks.device).expand(blocks.shape)
+    begins = torch.zeros_like(blocks, dtype=torch.bool)
+    begins[..., 1:] = blocks[..., :-1] == separator
+    return places - torch.where(begins, places, 0).cummax(dim=-1).values
+
+
+def finished_blocks(folder: Path) -> TokenBlocks | None:
+    """The prepared corpus in a folder, if its files are as long as its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        item_bytes = np.dtype(manifest["dtype"]).itemsize
+        block_bytes = manifest["settings"]["block_length"] * item_bytes
+        for name in SPLITS:
+            expected_bytes = manifest["splits"][name]["blocks"] * block_bytes
+            if (folder / f"{name}.bin").stat().st_size != expected_bytes:
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return TokenBlocks(folder, manifest)

@@ -1,0 +1,255 @@
+"""Where the text comes from: local files of several formats, or a dataset on the hub, streamed."""
+
+import bz2
+import glob
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+from datasets.distributed import split_dataset_by_node
+from huggingface_hub import HfApi
+
+from headstart.demo import DEMO, demo_corpus
+from headstart.system.errors import UserError
+from headstart.system.hashing import hash_files
+
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+READABLE = ".txt, .jsonl, .json (also with .gz, .bz2 or .xz after it) or .parquet"
+
+# "name" or "owner/name". It may end like "v1.5"; only letters after the last dot mean a file.
+HUB_ID = re.compile(r"(?!.*\.[A-Za-z]+$)\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where the documents are: local files in a fixed order, or a pinned dataset on the hub."""
+
+    source: str
+    files: tuple[Path, ...] = ()
+    revision: str = ""
+
+
+def find_corpus(source: str) -> Corpus:
+    """Find what a source names.
+
+    Args:
+        source: A file, a folder of files (read recursively, in sorted order; hidden files and
+            unknown suffixes are passed over), the id of a dataset on the hub, or "demo".
+
+    Raises:
+        UserError: It does not exist, or holds no readable file or an empty one.
+    """
+    if not source:
+        raise UserError("data.source is empty: give a file, a folder or a dataset id")
+    path = demo_corpus() if source == DEMO else Path(source).expanduser()
+    if path.is_dir():
+        names = sorted((file.relative_to(path) for file in path.rglob("*")), key=Path.as_posix)
+        visible = [name for name in names if not any(part[0] == "." for part in name.parts)]
+        files = [path / name for name in visible if _builder(name) and (path / name).is_file()]
+        if not files:
+            raise UserError(f"the folder {source} holds no file that ends in {READABLE}")
+    elif path.is_file():
+        if not _builder(path):
+            raise UserError(f"{source} has an unknown suffix: give a file that ends in {READABLE}")
+        files = [path]
+    elif HUB_ID.fullmatch(source):
+        return Corpus(source, revision=_hub_revision(source))
+    else:
+        raise UserError(f"{source} does not exist: give a file, a folder or a dataset id")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UserError(f"the file {file} is empty: remove it or fetch it again")
+    return Corpus(source, tuple(files))
+
+
+def count_rows(corpus: Corpus, units: Iterable[int]) -> int | None:
+    """How many rows some units hold, for a progress bar; None where counting is not cheap.
+
+    Parquet files say it, and a .jsonl file has one a line; other sources would have to be parsed.
+    """
+    if not corpus.files:
+        return None
+    try:
+        counts = [_rows_in(corpus.files[unit]) for unit in units]
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException):
+        return None  # reading the file will say what is wrong with it
+    known = [count for count in counts if count is not None]
+    return sum(known) or None if len(known) == len(counts) else None
+
+
+def _rows_in(file: Path) -> int | None:
+    if file.suffix.lower() == ".parquet":
+        return int(pyarrow.parquet.read_metadata(file).num_rows)
+    if ".jsonl" not in file.name.lower():
+        return None
+    opener: Any = OPENERS.get(file.suffix.lower(), open)
+    with opener(file, "rb") as stream:
+        pieces = iter(lambda: stream.read(1 << 20), b"")
+        num_lines: int = sum(piece.count(b"\n") for piece in pieces)
+    return num_lines
+
+
+def _hub_revision(dataset_id: str) -> str:
+    """The commit that "main" is now, so that what is read is what the fingerprint names."""
+    try:
+        return str(HfApi().dataset_info(dataset_id, timeout=30).sha)
+    except Exception as error:
+        raise UserError(
+            f"{dataset_id} is no local file or folder, and the hub gives no dataset of that name "
+            f"({first_line(error)}): check the name and the network"
+        ) from error
+
+
+def _builder(path: Path) -> str | None:
+    """The datasets builder that reads a file, by its suffix."""
+    plain = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    builder = BUILDERS.get(plain.suffix.lower())
+    # A parquet file compresses its columns itself and is read out of order: no .gz around it.
+    return None if builder == "parquet" and plain != path else builder
+
+
+def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
+    """What identifies the content that is read, in its order."""
+    if not corpus.files:
+        return [{"name": corpus.source, "revision": corpus.revision}]
+    return [
+        {
+            "name": file.name,
+            "size_bytes": file.stat().st_size,
+            "hash": hash_files([file]),
+        }
+        for file in corpus.files
+    ]
+
+
+class CorruptLine(UserError):
+    """A line of a .jsonl file that is no JSON object."""
+
+
+def units_of(corpus: Corpus) -> int:
+    """Into how many parts, read one by one, a corpus falls: its files, or the hub's shards."""
+    return len(corpus.files) or int(_hub_stream(corpus).num_shards)
+
+
+def texts_of(
+    corpus: Corpus,
+    unit: int,
+    text_column: str,
+    skip_rows: int = 0,
+    on_corrupt: Callable[[str], None] | None = None,
+) -> Iterator[str]:
+    """The text of every row of one unit, in order; empty where a row holds none.
+
+    Args:
+        corpus: What to read.
+        unit: Which part of it, below `units_of`.
+        text_column: The column that holds the text; a .txt file has none.
+        skip_rows: How many rows to pass over at the start.
+        on_corrupt: Called with "FILE, line N: reason" for each line of a .jsonl file that is no
+            JSON object, whose text is then empty; such a line is an error when None.
+
+    Raises:
+        UserError: A file is corrupt, lacks the column, or holds something else in it.
+    """
+    file = corpus.files[unit] if corpus.files else None
+    is_plain = file is not None and _builder(file) == "text"
+    column, has_column, names = "text" if is_plain else text_column, skip_rows > 0, list[str]()
+    for row in _rows(corpus, unit, column, skip_rows, on_corrupt):
+        has_column = has_column or column in row
+        names = names or list(row)
+        text = row.get(column) or ""  # an absent text is an empty one
+        if not isinstance(text, str):
+            raise UserError(
+                f"{file or corpus.source} holds {type(text).__name__}, not text, in its "
+                f"column {column!r}: set data.text_column to a column of text"
+            )
+        if is_plain:
+            # The reader leaves odd newlines at a document's ends, and a byte order mark.
+            text = text.strip("\ufeff\n")
+        yield "" if text.isspace() else text
+    if names and not has_column:
+        raise UserError(
+            f"{file or corpus.source} has no column {column!r}: set data.text_column to "
+            f"one of {', '.join(names)}"
+        )
+
+
+def _rows(
+    corpus: Corpus,
+    unit: int,
+    text_column: str,
+    skip_rows: int,
+    on_corrupt: Callable[[str], None] | None,
+) -> Iterator[dict[str, Any]]:
+    """Stream the rows of one unit."""
+    file = corpus.files[unit] if corpus.files else None
+    try:
+        if file is not None and ".jsonl" in file.name.lower():
+            yield from _json_lines(file, skip_rows, on_corrupt)
+            return
+        if file is None:
+            whole = _hub_stream(corpus)
+            stream = split_dataset_by_node(whole, rank=unit, world_size=whole.num_shards)
+        else:
+            builder = _builder(file)
+            options = {"sample_by": "paragraph"} if builder == "text" else {}
+            # One file at a time, so an error names its file and columns may differ between files.
+            name = glob.escape(str(file))
+            stream = datasets.load_dataset(
+                builder, data_files=[name], split="train", streaming=True, **options
+            )
+        if text_column in (stream.column_names or ()):
+            stream = stream.select_columns([text_column])
+        yield from stream.skip(skip_rows) if skip_rows else stream
+    except StopIteration:  # what load_dataset raises for a compressed file with nothing in it
+        return
+    except CorruptLine:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"cannot read {file or corpus.source}: {first_line(error)}; mend or remove it"
+        ) from error
+
+
+def _json_lines(
+    file: Path, skip_rows: int, on_corrupt: Callable[[str], None] | None
+) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, one for each line; datasets gives up at a corrupt one."""
+    opener: Any = OPENERS.get(file.suffix.lower(), open)
+    with opener(file, "rb") as lines:
+        for number, line in enumerate(islice(lines, skip_rows, None), skip_rows + 1):
+            row: Any = {}
+            try:
+                row = json.loads(line) if line.strip() else {}
+                reason = "" if isinstance(row, dict) else f"{type(row).__name__} is no JSON object"
+            except (ValueError, RecursionError) as error:
+                reason = first_line(error)
+            if reason and on_corrupt is None:
+                raise CorruptLine(f"cannot read {file}, line {number}: {reason}; mend or remove it")
+            if reason and on_corrupt is not None:
+                on_corrupt(f"{file}, line {number}: {reason}")
+                row = {}
+            yield row
+
+
+@lru_cache(maxsize=1)
+def _hub_stream(corpus: Corpus) -> Any:
+    return datasets.load_dataset(
+        corpus.source, revision=corpus.revision, split="train", streaming=True
+    )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

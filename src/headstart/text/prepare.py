@@ -1,0 +1,375 @@
+"""Text in, token blocks out: read, split, tokenise and pack a corpus once.
+
+A corpus is read as a stream, so memory stays constant and nothing is copied into the datasets
+cache. What is written is one flat binary file per split and a manifest that says what went in.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import BaseFileLock, FileLock, Timeout
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from headstart.demo import DEMO
+from headstart.system.distributed import from_main, is_main
+from headstart.system.errors import UserError
+from headstart.system.files import cache_root, finished_folder, write_json
+from headstart.system.hashing import hash_json
+from headstart.system.progress import console
+from headstart.text.blocks import TokenBlocks, finished_blocks
+from headstart.text.corpus import Corpus, find_corpus, first_line, inputs_of, texts_of, units_of
+from headstart.text.mixture import mixed_order
+from headstart.text.settings import SPLITS, DataSettings, SplitName
+from headstart.text.tokenise import Tokenisation, remove_parts, tokenise
+
+LAYOUT_VERSION = 3
+"""Part of the fingerprint: raise it when the same inputs give other bytes."""
+FINGERPRINTED = (
+    "text_column", "block_length", "validation_fraction", "search_fraction", "seed", "max_tokens",
+    "strict",
+)  # fmt: skip
+"""The settings that decide the bytes. Where the same content lies is not among them."""
+BLOCKS_PER_CHECK = 4096
+MIN_BLOCK_LENGTH = 8
+
+
+def check_source(settings: DataSettings) -> None:
+    """Find a user's mistakes in seconds, before any model loads.
+
+    Args:
+        settings: What `prepare` will be given.
+
+    Raises:
+        UserError: A setting is out of range, the source does not exist, holds no readable file or
+            an empty one, or its first document does not read.
+    """
+    for part in _parts(settings):
+        _check_settings(part)
+        if part.source != DEMO:  # which is downloaded later
+            _checked_corpus(part)
+
+
+def prepare(
+    settings: DataSettings, tokenizer: str | Path, cache_folder: Path | None = None
+) -> TokenBlocks:
+    """Tokenise a corpus into blocks of equal length, or find that done already.
+
+    Every document is followed by the tokenizer's end-of-sequence token and belongs to one split,
+    chosen by a hash of its text, so copies of a document land together and a document keeps its
+    place when others come or go. The documents of a split are joined in the order they are read
+    and cut into blocks; the ragged tail is dropped.
+
+    Every process that torchrun has started must call it; they share the work. A call after a
+    killed one goes on.
+
+    Args:
+        settings: What to read and how to cut it.
+        tokenizer: Checkpoint folder or hub id whose tokenizer is used.
+        cache_folder: Where prepared corpora are kept, one folder per fingerprint of the inputs'
+            content, the tokenizer and the settings; `cache_root() / "data"` when None.
+
+    Returns:
+        The prepared corpus.
+
+    Raises:
+        UserError: As `check_source`; or a file is corrupt, the tokenizer does not load or has no
+            end-of-sequence token, or a split gets no whole block.
+    """
+    cache_folder = cache_folder or cache_root() / "data"
+    loaded = _load_tokenizer(tokenizer)
+    parts = [_prepare_one(part, loaded, cache_folder) for part in _parts(settings)]
+    blocks = parts[0]
+    if settings.mixture:
+        blocks = _mixed(parts, [part.weight for part in settings.mixture], cache_folder)
+    return replace(blocks, separate_documents=settings.separate_documents)
+
+
+def check_vocabulary(blocks: TokenBlocks, num_rows: int) -> None:
+    """Find out whether a model has an embedding for every token of a text.
+
+    Tokenizers may have more entries than their model has rows, as long as no text uses them.
+
+    Args:
+        blocks: The text.
+        num_rows: Of the model's embedding, its config's `vocab_size`.
+
+    Raises:
+        UserError: The text has a token beyond the last row.
+    """
+    if blocks.manifest["vocabulary"] <= num_rows:
+        return
+    for name in SPLITS:
+        num_blocks = blocks.manifest["splits"][name]["blocks"]
+        for start in range(0, num_blocks, BLOCKS_PER_CHECK):
+            largest = int(np.max(blocks.split(name)[start : start + BLOCKS_PER_CHECK]))
+            if largest >= num_rows:
+                raise UserError(
+                    f"the text has the token {largest}, and the model embeds {num_rows}: its "
+                    f"tokenizer has {blocks.manifest['vocabulary']} entries, so give the model "
+                    "those rows (resize_token_embeddings) or another tokenizer"
+                )
+
+
+def _parts(settings: DataSettings) -> list[DataSettings]:
+    """The settings of each corpus on its own."""
+    if not settings.mixture:
+        return [settings]
+    if settings.source:
+        raise UserError(
+            f"data.source is {settings.source} and data.mixture names others: remove one of them"
+        )
+    return [
+        replace(
+            settings,
+            source=part.source,
+            text_column=part.text_column or settings.text_column,
+            mixture=(),
+        )
+        for part in settings.mixture
+    ]
+
+
+def _prepare_one(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, cache_folder: Path
+) -> TokenBlocks:
+    corpus, inputs = from_main(lambda: _identified(settings))
+    tokenizer_hash = _tokenizer_hash(tokenizer)
+    relevant = {key: getattr(settings, key) for key in FINGERPRINTED}
+    fingerprint = hash_json([LAYOUT_VERSION, inputs, tokenizer_hash, relevant])
+    folder = cache_folder / fingerprint
+    unfinished = folder.with_name(f"{fingerprint}.unfinished")
+    with _one_run_at_a_time(unfinished):
+        if finished := from_main(lambda: finished_blocks(folder)):
+            return finished
+        vocabulary = max(tokenizer.get_vocab().values()) + 1
+        dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
+        work = Tokenisation(
+            encode=lambda texts: _encode(tokenizer, texts),
+            end_token=int(tokenizer.eos_token_id),
+            split_of=lambda text: split_of(text, settings),
+            splits=SPLITS,
+            dtype=dtype,
+            text_column=settings.text_column,
+            strict=settings.strict,
+            max_tokens=settings.max_tokens,
+        )
+        try:
+            counts = tokenise(corpus, work, unfinished)
+            _count_blocks(counts["splits"], settings)
+        except UserError:
+            if is_main():  # nothing that goes on from here would end otherwise
+                shutil.rmtree(unfinished)
+            raise
+        manifest = {
+            "fingerprint": fingerprint,
+            "settings": relevant | {"source": settings.source},
+            "inputs": inputs,
+            "tokenizer": tokenizer_hash,
+            "vocabulary": vocabulary,
+            "end_token": work.end_token,
+            "dtype": dtype.name,
+            **counts,
+        }
+        from_main(lambda: _finish(unfinished, folder, manifest))
+    return TokenBlocks(folder, manifest)
+
+
+def _identified(settings: DataSettings) -> tuple[Corpus, list[dict[str, Any]]]:
+    """The corpus of some settings, and what identifies its content."""
+    _check_settings(settings)
+    corpus = _checked_corpus(settings)
+    return corpus, inputs_of(corpus)
+
+
+def _finish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    """Cut the splits to whole blocks and put the finished folder in its place."""
+    block_bytes = manifest["settings"]["block_length"] * np.dtype(manifest["dtype"]).itemsize
+    for name, count in manifest["splits"].items():
+        os.truncate(unfinished / f"{name}.bin", count["blocks"] * block_bytes)
+    write_json(unfinished / "manifest.json", manifest)
+    remove_parts(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)  # if its files were cut short
+    unfinished.rename(folder)
+
+
+@contextmanager
+def _one_run_at_a_time(unfinished: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the processes of this run go in together."""
+    lock = FileLock(unfinished / "lock")
+    from_main(lambda: _acquire(lock, unfinished))
+    try:
+        yield
+    finally:
+        if is_main():
+            lock.release()
+            (unfinished / "lock").unlink(missing_ok=True)
+            (unfinished.with_suffix("") / "lock").unlink(missing_ok=True)
+            if unfinished.is_dir() and not any(unfinished.iterdir()):
+                unfinished.rmdir()
+
+
+def _acquire(lock: BaseFileLock, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print("another run prepares the same text; waiting for it")
+        lock.acquire()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no warning for a text longer than the model's context
+    )["input_ids"]
+    return encoded
+
+
+def _count_blocks(counts: dict[str, dict[str, int]], settings: DataSettings) -> None:
+    """Add the whole blocks of each split, or say which has none though it has a share."""
+    if settings.max_tokens:
+        counts["train"]["tokens"] = min(counts["train"]["tokens"], settings.max_tokens)
+    for name, count in counts.items():
+        count["blocks"] = count["tokens"] // settings.block_length
+        if count["blocks"] == 0 and (name == "validation" or not settings.is_validation_only):
+            mend = "" if name == "train" else f", a larger data.{name}_fraction"
+            raise UserError(
+                f"the {name} split got {count['tokens']} tokens, less than one block of "
+                f"{settings.block_length}: give more text{mend} or a smaller data.block_length"
+            )
+
+
+def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -> TokenBlocks:
+    """The mixture of prepared corpora: their order on disk, and counts by their shares."""
+    mixed = [
+        {"fingerprint": part.manifest["fingerprint"], "weight": weight}
+        for part, weight in zip(parts, weights, strict=True)
+    ]
+    fingerprint = hash_json([LAYOUT_VERSION, mixed])
+    folder = cache_folder / fingerprint
+    first = parts[0].manifest
+    orders, splits = {}, {}
+    for name in SPLITS:
+        counts = [part.manifest["splits"][name] for part in parts]
+        blocks = [count["blocks"] for count in counts]
+        orders[name] = mixed_order(blocks, weights, repeats=name == "train")
+        read = np.bincount(orders[name][:, 0], minlength=len(parts)) / blocks
+        splits[name] = {
+            key: round(sum(share * count[key] for share, count in zip(read, counts, strict=True)))
+            for key in counts[0]
+        }
+        if not len(orders[name]):
+            raise UserError(
+                f"the {name} split of the mixture has no block: give its smallest corpus more text"
+            )
+    manifest = {
+        "fingerprint": fingerprint,
+        "settings": first["settings"],
+        "parts": mixed,
+        "tokenizer": first["tokenizer"],
+        "vocabulary": first["vocabulary"],
+        "end_token": first["end_token"],
+        "dtype": first["dtype"],
+        "splits": splits,
+    }
+
+    def write() -> None:
+        if folder.is_dir():
+            return
+        with finished_folder(folder) as unfinished:
+            for name, order in orders.items():
+                np.save(unfinished / f"{name}.npy", order.astype(np.int32))
+            write_json(unfinished / "manifest.json", manifest)
+
+    from_main(write)
+    return TokenBlocks(folder, manifest)
+
+
+def _check_settings(settings: DataSettings) -> None:
+    for name in ("validation_fraction", "search_fraction"):
+        fraction = getattr(settings, name)
+        if not 0 < fraction < 1 and not settings.is_validation_only:
+            raise UserError(f"data.{name} is {fraction}: give a number between 0 and 1")
+    held_out = settings.validation_fraction + settings.search_fraction
+    if held_out >= 1 and not settings.is_validation_only:
+        raise UserError(
+            f"data.validation_fraction and data.search_fraction add up to {held_out:g}, which "
+            "leaves nothing to train on: make their sum less than 1"
+        )
+    if settings.block_length < MIN_BLOCK_LENGTH:
+        raise UserError(
+            f"data.block_length is {settings.block_length} tokens: give at least {MIN_BLOCK_LENGTH}"
+        )
+    if settings.max_tokens < 0:
+        raise UserError(f"data.max_tokens is {settings.max_tokens}: give 0 for all, or more")
+
+
+def _checked_corpus(settings: DataSettings) -> Corpus:
+    """The corpus of some settings, if there is any text in it."""
+    corpus = find_corpus(settings.source)
+    on_corrupt = None if settings.strict else (lambda line: None)
+    column = settings.text_column
+    units = (texts_of(corpus, unit, column, 0, on_corrupt) for unit in range(units_of(corpus)))
+    if not any(text for texts in units for text in texts):
+        raise UserError(f"{settings.source} holds no text: every document is empty")
+    return corpus
+
+
+def _load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(tokenizer))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no tokenizer loads from {tokenizer} ({first_line(error)}): "
+            "give a checkpoint folder or a hub id that has one"
+        ) from error
+    if loaded.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer} has no end-of-sequence token to put between documents: "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return loaded
+
+
+def tokenizer_hash(tokenizer: str | Path) -> str:
+    """What the manifest of prepared text says of its tokenizer; errors as in `prepare`."""
+    return _tokenizer_hash(_load_tokenizer(tokenizer))
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash all that decides the tokens, wherever the tokenizer was loaded from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hash_json([type(tokenizer).__name__, tokenizer.eos_token_id, rules])
+
+
+def split_of(text: str, settings: DataSettings) -> SplitName:
+    """The split a document belongs to, whatever else the corpus holds.
+
+    Args:
+        text: The document.
+        settings: Gives the fractions and the seed.
+
+    Returns:
+        "train", "search" or "validation".
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(settings.seed).encode())
+    place = int.from_bytes(digest.digest(), "big") / 2**64
+    if place < settings.validation_fraction:
+        return "validation"
+    if place < settings.validation_fraction + settings.search_fraction:
+        return "search"
+    return "train"

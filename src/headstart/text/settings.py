@@ -1,0 +1,72 @@
+"""What text to read, and how to cut it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headstart.system.errors import UserError
+
+SplitName = Literal["train", "search", "validation"]
+
+
+SPLITS: tuple[SplitName, ...] = ("train", "search", "validation")
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """One corpus of a mixture.
+
+    Attributes:
+        source: As `DataSettings.source`.
+        weight: Share of the training tokens that come from it, in any unit.
+        text_column: The column that holds the text; the mixture's own when empty.
+    """
+
+    source: str
+    weight: float
+    text_column: str = ""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise UserError(f"data.mixture gives {self.source} weight {self.weight}: remove it")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What to read and how to cut it.
+
+    Attributes:
+        source: A file, a folder of files, the id of a dataset on the Hugging Face hub (its "train"
+            split is read), or "demo" for the demo's corpus. In a .txt file a document is a run of
+            lines up to a blank line.
+        text_column: The column that holds the text; a .txt file has no columns and ignores it.
+        block_length: Tokens per block.
+        validation_fraction: Share of the documents that results are reported on.
+        search_fraction: Share of the documents that the search measures fitness on: never
+            trained on, never reported on.
+        seed: Changes which documents fall into which split.
+        mixture: Several corpora instead of `source`. Smaller ones are repeated until the largest,
+            by its weight, has been read once.
+        max_tokens: Training tokens to read of each corpus; 0 for all that it holds.
+        strict: Whether a line of a .jsonl file that is no JSON object is an error; otherwise it is
+            passed over and counted.
+        separate_documents: Whether tokens attend to their own document only, in training and in
+            its evaluations; otherwise to all of their block that comes before them.
+    """
+
+    source: str = ""
+    text_column: str = "text"
+    block_length: int = 512
+    validation_fraction: float = 0.05
+    search_fraction: float = 0.05
+    seed: int = 0
+    mixture: tuple[MixtureSource, ...] = ()
+    max_tokens: int = 0
+    strict: bool = False
+    separate_documents: bool = False
+
+    @property
+    def is_validation_only(self) -> bool:
+        """Whether the whole text is for validation, so that nothing can be trained on it."""
+        return (self.validation_fraction, self.search_fraction) == (1.0, 0.0)

@@ -1,0 +1,105 @@
+"""What transformers' Trainer is told: the recipe's `train` block over our defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+
+from headstart.system.device import default_device, has_fast_bf16
+from headstart.system.errors import UserError
+from headstart.text.blocks import TokenBlocks
+from headstart.training.settings import Arm
+
+RESERVED_ARGUMENTS = {
+    "output_dir": "output",
+    "learning_rate": "each arm's learning_rate",
+    "max_steps": "pretrain.tokens",
+    "num_train_epochs": "pretrain.tokens",
+    "eval_strategy": "pretrain.evaluations",
+    "eval_steps": "pretrain.evaluations",
+}
+"""Keys of `train:` that headstart sets itself, and the recipe key that stands for each."""
+
+
+def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps: int = 1) -> Any:
+    """TrainingArguments of one arm: the recipe's `train:` block and the arm's own over it,
+    verbatim, over our defaults.
+
+    Raises:
+        UserError: a key is one that headstart sets, or TrainingArguments refuses it.
+    """
+    from transformers import TrainingArguments
+
+    train = {**train, **arm.train}
+    for key in train:
+        if key in RESERVED_ARGUMENTS:
+            raise UserError(f"train.{key} is set by {RESERVED_ARGUMENTS[key]}; set that instead")
+        default = getattr(TrainingArguments, key, None)
+        if type(default) in (int, float) and isinstance(train[key], str):
+            raise UserError(f"train.{key} is {train[key]!r}; write a number")
+    device = default_device()
+    has_bf16 = has_fast_bf16(device)
+    arguments = {
+        "per_device_eval_batch_size": 8,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.1,
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 0.2,
+        "save_total_limit": 1,
+        "bf16": has_bf16,
+        "use_cpu": has_bf16 and device.type == "cpu",  # or the Trainer would refuse bf16 there
+        "report_to": "tensorboard",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,
+        "log_level": "error",
+        **train,
+        "output_dir": str(folder),
+        "learning_rate": arm.learning_rate,
+        "max_steps": max_steps,
+    }
+    try:
+        return TrainingArguments(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train: {str(error).splitlines()[0]}") from error
+
+
+def check_sharding(arguments: Any) -> None:
+    """Raise a UserError if FSDP is asked for where accelerate would silently do without, or
+    DeepSpeed in a way that leaves no process with the output matrix, which losses need."""
+    kind = arguments.distributed_state.distributed_type
+    if arguments.fsdp and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise UserError(
+            "train.fsdp needs several GPUs: accelerate passes over it on CPUs and in a single "
+            "process, which would hold the whole model; remove it or start with torchrun"
+        )
+    if arguments.deepspeed and arguments.hf_deepspeed_config.is_zero3():
+        raise UserError(
+            "train.deepspeed has ZeRO stage 3, which splits the output matrix that losses are "
+            "computed with; use stage 1 or 2, or train.fsdp"
+        )
+
+
+def tokens_per_step(arguments: Any, block_length: int) -> int:
+    """Tokens that one optimizer step sees, over all processes."""
+    return int(
+        arguments.train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size
+        * block_length
+    )
+
+
+def check_step(step_tokens: int, blocks: TokenBlocks) -> None:
+    """Raise a UserError if the training split holds less text than one step takes."""
+    num_tokens = blocks.split("train").size
+    if step_tokens > num_tokens:
+        raise UserError(
+            f"a step takes {step_tokens:,} tokens but the training split has {num_tokens:,}; "
+            "lower train.per_device_train_batch_size or give more text"
+        )

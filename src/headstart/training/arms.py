@@ -1,0 +1,298 @@
+"""One arm: a training run that goes on where it stopped, alike others in all but what it names."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headstart.model.checkpoint import Checkpoint
+from headstart.system.device import peak_flops
+from headstart.system.distributed import from_main, is_main
+from headstart.system.errors import UserError
+from headstart.system.files import write_json
+from headstart.system.progress import progress
+from headstart.text.blocks import BlockDataset, TokenBlocks
+from headstart.training.arguments import check_step, tokens_per_step, training_arguments
+from headstart.training.cache import CachedBlocks, CacheIdentity, TeacherCache
+from headstart.training.optimizer import muon_with_adamw
+from headstart.training.settings import Arm, PretrainSettings
+from headstart.training.teacher import Teacher, load_teacher
+
+if TYPE_CHECKING:
+    from headstart.training.trainer import DistillationTrainer
+
+
+@dataclass(frozen=True)
+class ArmInputs:
+    """What an arm needs besides its own settings.
+
+    Attributes:
+        student: the extracted sub-network; its config serves random arms too.
+        teacher: for arms that distil.
+        blocks: training and validation tokens.
+        settings: shared by all arms.
+        train: the recipe's `train:` block.
+    """
+
+    student: Checkpoint
+    teacher: Checkpoint
+    blocks: TokenBlocks
+    settings: PretrainSettings
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long an arm trains, and from where it goes on.
+
+    Attributes:
+        arguments: of the Trainer.
+        step_tokens: that one optimizer step sees, over all processes.
+        num_steps: of the whole training.
+        checkpoint: the newest whole one, or None.
+        steps_done: at that checkpoint.
+    """
+
+    arguments: Any
+    step_tokens: int
+    num_steps: int
+    checkpoint: Path | None
+    steps_done: int
+
+
+def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
+    """Train one arm, or go on from its last checkpoint, or read its result if it is done.
+
+    Args:
+        arm: what to train.
+        inputs: what all arms share.
+        folder: of this arm; holds checkpoints, TensorBoard logs, then `model/` and `arm.json`.
+
+    Returns:
+        The content of `arm.json`: tokens, tokens_per_step, validation_tokens (those used),
+        seconds, the curve, a list of {"tokens", "loss"}, from before training to the end, and its
+        best point, whose weights are in `best-STEP/` unless it is the last.
+
+    Raises:
+        UserError: the run was begun with another number of processes; the arm distils from a
+            teacher of another vocabulary or from a cache of another teacher or text; or there is
+            less text than one step takes.
+    """
+    finished = folder / "arm.json"
+    result: dict[str, Any] | None = from_main(
+        lambda: json.loads(finished.read_text()) if finished.is_file() else None
+    )
+    if result is not None:
+        return result
+    schedule = _schedule(arm, inputs, folder)
+    trainer, validation_blocks = _trained(arm, inputs, schedule)
+    trainer.save_model(str(folder / "model"))
+    block_length = inputs.blocks.split("validation").shape[1]
+    result = {
+        "tokens": schedule.num_steps * schedule.step_tokens,
+        "tokens_per_step": schedule.step_tokens,
+        "validation_tokens": validation_blocks * block_length,
+        "seconds": trainer.seconds,
+        **_curve(trainer, schedule),
+    }
+    if is_main():
+        _keep_best(folder, result["best"]["tokens"] // schedule.step_tokens, schedule.num_steps)
+        write_json(finished, result)
+    return result
+
+
+def _schedule(arm: Arm, inputs: ArmInputs, folder: Path) -> Schedule:
+    """Plan an arm's steps, and find the checkpoint that it goes on from."""
+    from headstart.training.trainer import last_whole_checkpoint
+
+    block_length = inputs.blocks.split("train").shape[1]
+    step_tokens = tokens_per_step(training_arguments(inputs.train, arm, folder), block_length)
+    check_step(step_tokens, inputs.blocks)
+    num_steps = math.ceil(inputs.settings.tokens / step_tokens)
+    arguments = training_arguments(inputs.train, arm, folder, num_steps)
+
+    def newest() -> Path | None:
+        checkpoint = last_whole_checkpoint(folder)
+        if checkpoint is not None:
+            before = json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"]
+            if before != num_steps:
+                raise UserError(
+                    f"{folder} was begun with {before} steps and would go on with {num_steps}: "
+                    "start as many processes as before, or choose another --output"
+                )
+        return checkpoint
+
+    checkpoint = from_main(newest)
+    arguments.eval_on_start = checkpoint is None
+    steps_done = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    return Schedule(arguments, step_tokens, num_steps, checkpoint, steps_done)
+
+
+def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[DistillationTrainer, int]:
+    """The trainer of an arm after its last step, and the number of validation blocks it used."""
+    from transformers import AutoTokenizer, TrainerState, default_data_collator
+
+    from headstart.training.trainer import DistillationTrainer, evaluation_steps, seconds_until
+
+    settings, arguments = inputs.settings, schedule.arguments
+    model = _model(arm, inputs, schedule)
+    train_dataset = _train_dataset(arm, inputs, schedule)
+    teacher = _teacher(arm, inputs, model, arguments)
+    validation_split = inputs.blocks.split("validation")
+    validation_blocks = min(
+        math.ceil(settings.validation_tokens / validation_split.shape[1]), len(validation_split)
+    )
+    num_tokens = schedule.num_steps * schedule.step_tokens
+    with progress(f"pretrain {arm.name}", num_tokens, "tokens") as advance:
+        on_step = _step_reporter(advance, schedule.step_tokens)
+        done = schedule.steps_done
+        on_step(done, "resumed" if done else "evaluating before training")
+        trainer = DistillationTrainer(
+            model=model,
+            args=arguments,
+            processing_class=AutoTokenizer.from_pretrained(inputs.teacher.folder),
+            data_collator=default_data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=BlockDataset(validation_split, validation_blocks, inputs.blocks.separator),
+            teacher=teacher,
+            distillation=arm.kd,
+            tokens_per_step=schedule.step_tokens,
+            evaluation_steps=set(evaluation_steps(schedule.num_steps, settings.evaluations)),
+            earlier_seconds=seconds_until(schedule.checkpoint),
+            flops_per_token=_flops_per_token(arm, inputs),
+            peak_flops=1e12 * settings.peak_tflops or peak_flops(arguments.device),
+            optimizer_cls_and_kwargs=_optimizer(arm, arguments),
+            on_step=on_step,
+        )
+        checkpoint = schedule.checkpoint
+        if checkpoint is not None and done == schedule.num_steps:
+            # Killed after its last step; the Trainer would take one more.
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer, validation_blocks
+
+
+def _step_reporter(advance: Callable[..., None], step_tokens: int) -> Callable[[int, str], None]:
+    """A function of (steps done, note) that advances a progress bar of tokens."""
+    reported = 0
+
+    def on_step(step: int, note: str) -> None:
+        nonlocal reported
+        advance((step - reported) * step_tokens, note)
+        reported = step
+
+    return on_step
+
+
+def _model(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> Any:
+    """The model that training starts with; the Trainer loads a checkpoint's weights into it."""
+    from transformers import AutoModelForCausalLM
+
+    if schedule.steps_done < schedule.num_steps:
+        return _initial_model(arm, inputs.student.folder, schedule.arguments.seed)
+    return AutoModelForCausalLM.from_pretrained(schedule.checkpoint, dtype=torch.float32)
+
+
+def _train_dataset(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> Any:
+    """The training blocks, with the teacher's outputs if the arm has a cache of them."""
+    split = inputs.blocks.split("train")
+    # Whole steps only: at an epoch's end the Trainer would take a shorter one.
+    blocks_per_step = schedule.step_tokens // split.shape[1]
+    num_blocks = split.size // schedule.step_tokens * blocks_per_step
+    dataset = BlockDataset(split, num_blocks, inputs.blocks.separator)
+    if not (arm.kd and arm.kd.cache):
+        return dataset
+    schedule.arguments.remove_unused_columns = False
+    identity = CacheIdentity.of(arm.kd, inputs.teacher.hash, inputs.blocks.fingerprint)
+    return CachedBlocks(dataset, TeacherCache(arm.kd.cache, identity))
+
+
+def _teacher(arm: Arm, inputs: ArmInputs, model: Any, arguments: Any) -> Teacher | None:
+    """The teacher that an arm asks while it trains, if it does."""
+    if arm.kd is None or arm.kd.cache:
+        return None
+    teacher_rows = inputs.teacher.architecture.config.vocab_size
+    if teacher_rows != model.config.vocab_size:
+        raise UserError(
+            f"arm {arm.name} cannot distil: the teacher has {teacher_rows} vocabulary rows and the "
+            f"student {model.config.vocab_size}; use the teacher that the student was cut from"
+        )
+    teacher = load_teacher(inputs.teacher.folder, arguments.device, arm.kd.shard_teacher)
+    if arguments.torch_compile:
+        teacher.compile(arguments.torch_compile_backend or "inductor", arguments.torch_compile_mode)
+    return teacher
+
+
+def _curve(trainer: DistillationTrainer, schedule: Schedule) -> dict[str, Any]:
+    """The best evaluation and all of them, in tokens."""
+    losses = {
+        entry["step"]: entry["eval_loss"]
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry
+    }
+    best_step = min(losses, key=lambda step: (math.isnan(losses[step]), losses[step]))
+    points = [
+        {"tokens": step * schedule.step_tokens, "loss": loss}
+        for step, loss in sorted(losses.items())
+    ]
+    best = {"tokens": best_step * schedule.step_tokens, "loss": losses[best_step]}
+    return {"best": best, "curve": points}
+
+
+def _keep_best(folder: Path, best_step: int, num_steps: int) -> None:
+    """Remove what was kept of evaluations that were not the best; `model/` is the last one's."""
+    for best in folder.glob("*best-*"):
+        if best.name != f"best-{best_step}" or best_step == num_steps:
+            shutil.rmtree(best)
+
+
+def _optimizer(arm: Arm, arguments: Any) -> tuple[Any, dict[str, Any]] | None:
+    """A factory of the arm's optimizer as the Trainer takes it, or None for its own."""
+    if not arm.optimizer:
+        return None
+    if arguments.fsdp:
+        raise UserError(f"arm {arm.name}: muon needs whole matrices; leave out fsdp or optimizer")
+    settings = {
+        "learning_rate": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "epsilon": arguments.adam_epsilon,
+    }
+    return lambda: muon_with_adamw, settings
+
+
+def _flops_per_token(arm: Arm, inputs: ArmInputs) -> float:
+    """Of a training step: the student's, and the teacher's if it is asked."""
+    block_length = inputs.blocks.split("train").shape[1]
+    flops = inputs.student.architecture.count(block_length).training_flops_per_token
+    if arm.kd and not arm.kd.cache:
+        flops += inputs.teacher.architecture.count(block_length).inference_flops_per_token
+    return flops
+
+
+def _initial_model(arm: Arm, student: Path, seed: int) -> Any:
+    """The model that an arm begins with.
+
+    Blocks have no padding, but the padding token is often the one that ends documents, whose
+    embedding torch would keep at zero: a block that begins with it then stays at zero through all
+    layers, and every norm multiplies its gradient by up to the root of 1 / epsilon.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    config = AutoConfig.from_pretrained(student)
+    padding, config.pad_token_id = config.pad_token_id, None
+    if arm.init == "subnet":
+        model = AutoModelForCausalLM.from_pretrained(student, config=config, dtype=torch.float32)
+    else:
+        set_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.config.pad_token_id = padding
+    return model

@@ -1,0 +1,87 @@
+"""The arms of a comparison and what they share: the `pretrain` part of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from headstart.losses.distillation import DistillationSettings
+from headstart.system.errors import UserError
+from headstart.system.settings import check_least
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run.
+
+    Attributes:
+        name: in the report, and of its folder; "scratch" is what the others are compared with.
+        init: "random" weights, or those of the extracted "subnet".
+        learning_rate: the peak of the schedule.
+        learning_rates: several to train with, each in a run of its own; the one that ends lowest
+            is compared with the other arms.
+        optimizer: "muon" for hidden matrices, with AdamW for the rest; empty for `train.optim`.
+        train: passed to TrainingArguments for this arm, over the recipe's `train`.
+        kd: distillation from the teacher, or none.
+    """
+
+    name: str
+    init: Literal["random", "subnet"] = "subnet"
+    learning_rate: float = 1e-3
+    learning_rates: tuple[float, ...] = ()
+    optimizer: Literal["", "muon"] = ""
+    train: dict[str, Any] = field(default_factory=dict)
+    kd: DistillationSettings | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise UserError(f"arm name {self.name!r} cannot be a folder's name; choose another")
+        for rate in (self.learning_rate, *self.learning_rates):
+            if rate <= 0:
+                raise UserError(f"arm {self.name} has learning_rate {rate}; it must be above 0")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise UserError(f"arm {self.name} has one of its learning_rates twice; remove it")
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What all arms share.
+
+    Attributes:
+        tokens: budget of every arm, rounded up to whole steps.
+        validation_tokens: of the validation split, used by every evaluation; all that it holds if
+            that is less.
+        evaluations: how many, denser at the start, besides the one before training.
+        seeds: of weights and of the order of the text; with several, each arm is trained with each
+            and their mean is reported. `train.seed` alone when empty.
+        baselines: models, as folders or hub ids, with the teacher's tokenizer, whose loss on the
+            validation split the arms are measured against.
+        peak_tflops: of one device in the precision of training, for the share that is reached; 0
+            for what its maker says, where known.
+        arms: in the order in which they run.
+    """
+
+    tokens: int = 10_000_000
+    validation_tokens: int = 65_536
+    evaluations: int = 20
+    seeds: tuple[int, ...] = ()
+    baselines: tuple[str, ...] = ()
+    peak_tflops: float = 0.0
+    arms: tuple[Arm, ...] = (
+        Arm("scratch", init="random"),
+        Arm("subnet"),
+        Arm("subnet+kd", kd=DistillationSettings()),
+    )
+
+    def __post_init__(self) -> None:
+        check_least(self, "pretrain.", tokens=1, validation_tokens=1, evaluations=1)
+        if self.peak_tflops < 0:
+            raise UserError(f"pretrain.peak_tflops is {self.peak_tflops}; it may not be negative")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"pretrain.seeds {list(self.seeds)} has one twice; remove it")
+        names = [arm.name for arm in self.arms]
+        if not names or len(set(names)) < len(names):
+            raise UserError(
+                f"pretrain.arms are named {', '.join(names) or 'nothing'}; give at least one arm, "
+                "each with a name of its own"
+            )

@@ -1,0 +1,325 @@
+"""A transformers.Trainer that distils, evaluates at chosen steps, and resumes after a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from headstart.losses.chunked import chunked_sum
+from headstart.losses.distillation import DistillationSettings, Samples, TopK, distillation_loss
+from headstart.losses.next_token import next_token_loss
+from headstart.training.cache import outputs_of_batch
+from headstart.training.teacher import Teacher
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """Trains on text, and on a teacher's outputs if one is given.
+
+    The loss comes from the last hidden states, chunk by chunk, so that no logits tensor of the
+    whole batch exists. Evaluation is always plain cross-entropy.
+
+    Args:
+        teacher: learnt from when `distillation` is set; None where batches hold its outputs.
+        distillation: weights and divergence; None trains on text alone.
+        tokens_per_step: by which the weights' schedule counts.
+        evaluation_steps: the optimizer steps after which to evaluate.
+        earlier_seconds: that the run had trained before it was resumed.
+        flops_per_token: of a training step, for the share of `peak_flops` that is reached.
+        peak_flops: a second, of one device; None where unknown.
+        on_step: called after each optimizer step with (steps done, note).
+        **arguments: of transformers.Trainer.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        teacher: Teacher | None,
+        distillation: DistillationSettings | None,
+        tokens_per_step: int,
+        evaluation_steps: set[int],
+        earlier_seconds: float = 0.0,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+        on_step: Callable[[int, str], None] = lambda steps, note: None,
+        **arguments: Any,
+    ) -> None:
+        assert teacher is None or distillation is not None
+        super().__init__(**arguments)
+        self.teacher, self.distillation = teacher, distillation
+        self.tokens_per_step = tokens_per_step
+        self.started = time.perf_counter() - earlier_seconds
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.sums = torch.zeros(3, device=self.args.device)
+        """Of cross-entropy, weighted divergence and tokens, since they were last logged."""
+        self.logged_step, self.logged_at = -1, 0.0
+        self.pause_seconds = 0.0
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(EvaluateAt(evaluation_steps))
+        self.add_callback(ReportStep(on_step))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        blocks = inputs["input_ids"]
+        hidden, matrix = self._hidden_and_matrix(model, inputs)
+        alpha, beta = (1.0, 0.0)
+        if model.training and self.distillation is not None:
+            alpha, beta = self.distillation.weights(self._tokens_seen)
+        # The model's own forward pass has its precision from accelerate; this is outside of it.
+        with self.accelerator.autocast():
+            if beta > 0:
+                total = self._distil(hidden, matrix, inputs)
+            else:
+                hard = next_token_loss(hidden, matrix, blocks)
+                if model.training and self.distillation is not None:
+                    self._add_up(hard)
+                total = alpha * hard
+        num_targets = blocks.shape[0] * (blocks.shape[1] - 1)
+        if model.training and self.distillation is not None:
+            self.sums[2] += num_targets
+        if num_items_in_batch is None:
+            loss = total / num_targets
+        else:
+            loss = total / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss with every block counted once, its logits as precise as the weights.
+
+        The Trainer's own loop counts some blocks twice where they do not divide among processes.
+        """
+        start = time.perf_counter()
+        self.model.eval()
+        losses = []
+        for inputs in dataloader:
+            batch = self._prepare_inputs(inputs)
+            blocks = batch["input_ids"]
+            with torch.no_grad():
+                hidden, matrix = self._hidden_and_matrix(self.model, batch)
+                totals = [
+                    next_token_loss(hidden[[i]], matrix, blocks[[i]]) for i in range(len(blocks))
+                ]
+            losses.append(self.accelerator.gather_for_metrics(torch.stack(totals)))
+        per_block = torch.cat(losses).double() / (blocks.shape[1] - 1)
+        metrics = {f"{metric_key_prefix}_loss": per_block.mean().item()}
+        self.pause_seconds += time.perf_counter() - start
+        return EvalLoopOutput(None, None, metrics, len(per_block))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and keep the weights if no evaluation has been better, the first one excepted.
+
+        They are in `best-STEP`, an ordinary checkpoint folder without the optimizer's state.
+        """
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        history = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        if self.state.global_step and metrics["eval_loss"] < min(history[:-1], default=0.0):
+            start = time.perf_counter()
+            folder = Path(self.args.output_dir)
+            unfinished = folder / f"unfinished-best-{self.state.global_step}"
+            self.save_model(str(unfinished), _internal_call=True)
+            if self.is_world_process_zero():
+                earlier = list(folder.glob("best-*"))
+                kept = folder / f"best-{self.state.global_step}"
+                if kept not in earlier:  # else killed just after it, and trained to it again
+                    unfinished.rename(kept)
+                for path in {unfinished, *earlier} - {kept}:
+                    shutil.rmtree(path, ignore_errors=True)
+            self.pause_seconds += time.perf_counter() - start
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save without the second copy of a tied matrix that FSDP's gathered weights have."""
+        if state_dict is not None and self.model.config.tie_word_embeddings:
+            tied = self.accelerator.unwrap_model(self.model)._tied_weights_keys or {}
+            state_dict = {name: state_dict[name] for name in state_dict if name not in tied}
+        super()._save(output_dir, state_dict)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with speed and parts of the loss, and with the seconds trained so far, which a
+        resumed run reads from its checkpoint."""
+        if "loss" in logs:
+            logs = {**logs, **self._parts(), **self._speed()}
+        super().log({**logs, "seconds": self.seconds}, *args, **kwargs)
+
+    def _parts(self) -> dict[str, float]:
+        if self.distillation is None:
+            return {}
+        hard, soft, tokens = self.accelerator.reduce(self.sums, reduction="sum").tolist()
+        self.sums.zero_()
+        return {"ce": hard / tokens, "kd": soft / tokens}
+
+    def _speed(self) -> dict[str, float]:
+        """Tokens a second since the last call, and the share of the hardware's peak they took."""
+        now = time.perf_counter()
+        steps = self.state.global_step - self.logged_step
+        seconds = now - self.logged_at - self.pause_seconds
+        is_first = self.logged_step < 0
+        self.logged_step, self.logged_at, self.pause_seconds = self.state.global_step, now, 0.0
+        if is_first or seconds <= 0:
+            return {}
+        rate = steps * self.tokens_per_step / seconds
+        speed = {"tokens_per_second": rate}
+        if self.peak_flops:
+            peak = self.peak_flops * self.accelerator.num_processes
+            speed["mfu"] = rate * self.flops_per_token / peak
+        return speed
+
+    def _add_up(self, hard: Tensor, soft: Tensor | None = None) -> None:
+        """Remember the parts of a training loss, on the device, so that nothing waits for it."""
+        self.sums[0] += hard.detach().sum()
+        if soft is not None:
+            self.sums[1] += soft.detach().sum()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def _hidden_and_matrix(
+        self, model: nn.Module, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states, and the matrix that turns them into logits."""
+        # Through the wrapped model, so that DDP sees the call; one position's logits are
+        # the fewest that it can be asked for.
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs.get("position_ids"),
+            output_hidden_states=True,
+            logits_to_keep=1,
+            use_cache=False,
+        )
+        matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        # FSDP2 keeps the root's parameters whole from its forward pass to its backward pass.
+        assert not isinstance(matrix, DTensor)
+        return outputs.hidden_states[-1], matrix
+
+    @property
+    def _tokens_seen(self) -> int:
+        return int(self.state.global_step * self.tokens_per_step)
+
+    def _distil(self, hidden: Tensor, matrix: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        settings, blocks = self.distillation, inputs["input_ids"]
+        assert settings is not None
+        targets = blocks[:, 1:].flatten()
+        teacher_outputs = self._teacher_outputs(inputs)
+
+        def token_loss(logits: Tensor, chunk: slice) -> Tensor:
+            return distillation_loss(
+                logits,
+                targets[chunk],
+                teacher_outputs(chunk),
+                settings,
+                self._tokens_seen,
+                self._add_up,
+            )
+
+        return chunked_sum(hidden[:, :-1].flatten(0, 1), matrix, token_loss)
+
+    def _teacher_outputs(
+        self, inputs: dict[str, Tensor]
+    ) -> Callable[[slice], Tensor | TopK | Samples]:
+        """What the teacher says of a slice of a batch's tokens, from the batch if it is there."""
+        teacher = self.teacher
+        if teacher is not None:
+            hidden = teacher.hidden(inputs["input_ids"], inputs.get("position_ids"))
+            hidden = hidden[:, :-1].flatten(0, 1)
+            return lambda chunk: teacher.logits(hidden[chunk])
+        kept = outputs_of_batch(inputs)
+        return lambda chunk: type(kept)(*(values[chunk] for values in kept))
+
+
+class EvaluateAt(TrainerCallback):  # type: ignore[misc]
+    """Evaluates after chosen steps; TrainingArguments knows only even spacing."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = state.global_step in self.steps
+
+
+NOTES = {
+    "eval_loss": "validation {:.3f}",
+    "loss": "train {:.3f}",
+    "ce": "ce {:.3f}",
+    "kd": "kd {:.3f}",
+    "mfu": "MFU {:.0%}",
+}
+"""What the progress bar says of each thing that is logged."""
+
+
+class ReportStep(TrainerCallback):  # type: ignore[misc]
+    """Passes steps done and the latest losses on to a progress bar."""
+
+    def __init__(self, on_step: Callable[[int, str], None]) -> None:
+        self.on_step = on_step
+        self.losses: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for key, form in NOTES.items():
+            if key in (logs or {}):
+                self.losses[key] = form.format(logs[key])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step(state.global_step, " ".join(self.losses.values()))
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; cut-off ones are removed.
+
+    The Trainer writes a checkpoint's `trainer_state.json` after everything else in it.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    for checkpoint in reversed(checkpoints):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return checkpoint
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def seconds_until(checkpoint: Path | None) -> float:
+    """The seconds that a run had trained when it last logged before a checkpoint."""
+    if checkpoint is None:
+        return 0.0
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return max((entry.get("seconds", 0.0) for entry in history), default=0.0)
+
+
+def evaluation_steps(num_steps: int, num_evaluations: int) -> list[int]:
+    """Steps after which to evaluate: denser at the start, where loss falls fastest.
+
+    Quadratic spacing from the first step to the last, without step 0.
+
+    >>> evaluation_steps(100, 5)
+    [4, 16, 36, 64, 100]
+    """
+    spaced = (round(num_steps * (k / num_evaluations) ** 2) for k in range(1, num_evaluations + 1))
+    return sorted({max(1, step) for step in spaced})

@@ -1,0 +1,5 @@
+"""Teachers on disk."""
+
+from tests.model import conftest
+
+saved = conftest.saved

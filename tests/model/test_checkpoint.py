@@ -1,0 +1,101 @@
+"""Checkpoint folders: how they are found, read and hashed, and which are refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.conftest import extract, random_teacher
+from tests.model.oracles import assert_same_tensors, random_spec
+
+from headstart.model.checkpoint import Checkpoint, checkpoint_files
+from headstart.system.errors import UserError
+
+
+def test_a_changed_weight_changes_the_hash(saved):
+    model = random_teacher("llama-tied-gqa")
+    first, same = (Checkpoint.open(saved(model, name)).hash for name in ("teacher", "again"))
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-6
+    assert first == same != Checkpoint.open(saved(model, "other")).hash
+
+
+def test_a_sharded_teacher_gives_the_same_student(teacher, saved, tmp_path):
+    spec = random_spec(teacher, layers=2, mlp=40)
+    shards = saved(teacher, "sharded", max_shard_size="20KB")
+    assert len(list(shards.glob("*.safetensors"))) > 3
+    sharded = extract(shards, spec, tmp_path / "from-sharded")
+    single = extract(saved(teacher), spec, tmp_path / "from-single")
+    assert_same_tensors(*(load_file(out / "model.safetensors") for out in (sharded, single)))
+
+
+# What is refused
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Check that a teacher is refused in one sentence, and that nothing is written."""
+
+    def check(teacher, message):
+        spec = random_spec(random_teacher("llama-tied-gqa"))
+        with pytest.raises(UserError, match=message) as caught:
+            extract(teacher, spec, tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.glob("out*"))
+
+    return check
+
+
+def test_a_missing_shard_is_named(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"), max_shard_size="20KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(folder, f"names {shard.name}, which is missing")
+
+
+def test_a_shard_that_was_cut_short_is_named_before_anything_is_read(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"), max_shard_size="20KB")
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-64])
+    with pytest.raises(UserError, match=f"{shard.name} is not a whole safetensors file"):
+        checkpoint_files(folder)
+    refused(folder, f"{shard.name} is not a whole safetensors file .*; fetch it again")
+
+
+def test_a_shard_of_another_download_is_named(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"), max_shard_size="20KB")
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    first.write_bytes(second.read_bytes())
+    refused(folder, f"{first.name} lacks .*, which .*index.json says it has; fetch both again")
+
+
+def test_rows_that_the_config_does_not_know_are_named(saved, refused):
+    """As in a checkpoint whose vocabulary was padded without its config."""
+    folder = saved(random_teacher("llama-tied-gqa"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 120}))
+    refused(folder, r"embed_tokens.weight' has shape \(128, 48\), and the config says \(120, 48\)")
+
+
+def test_pickles_are_not_read(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "has no .safetensors files")
+
+
+def test_a_folder_without_config_is_no_model(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"))
+    (folder / "config.json").unlink()
+    refused(folder, "has no config.json")
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "nobody/no-such-model", "no-such-model"])
+def test_a_teacher_that_is_nowhere_is_named(name, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(name, f"teacher '{name}' is neither a folder nor a model")
+
+
+def test_an_unknown_family_is_told_the_known_ones(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"))
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    refused(folder, r"'gpt2' is not .* \(gemma3_text, gpt_neox, llama, ")

@@ -1,0 +1,200 @@
+"""A result's words and tables."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.reports.examples import (
+    SCRATCH_ARM,
+    Result,
+    make_arm,
+    make_result,
+    matched_before,
+    never_matched,
+)
+
+from headstart.reports.table import (
+    COLUMNS,
+    FORMAT,
+    best_arm,
+    factor_text,
+    headline,
+    load_result,
+    markdown_table,
+    result_rows,
+    result_table,
+    size_text,
+)
+from headstart.system.formats import count_text
+
+
+def cells(result: Result, arm: str) -> dict[str, str]:
+    (row,) = [row for row in result_rows(result) if row[0] == arm]
+    return dict(zip(COLUMNS, row, strict=True))
+
+
+def test_cells_of_a_matched_arm() -> None:
+    assert cells(make_result(SCRATCH_ARM, make_arm("subnet")), "subnet") == {
+        "arm": "subnet",
+        "parameters": "12.3M",
+        "loss before": "9.100",
+        "loss final": "6.000 (−0.710)",
+        "tokens to match": "4,300",
+        "fewer tokens": "11.7x",
+        "FLOPs to match": "2.00e12",
+        "fewer FLOPs": "2.00x",
+        "time": "1m35s",
+    }
+
+
+def test_scratch_is_not_compared_with_itself() -> None:
+    row = cells(make_result(SCRATCH_ARM, make_arm("subnet")), "scratch")
+    assert row["loss final"] == "6.710"
+    assert {row[column] for column in COLUMNS[4:8]} == {"–"}
+
+
+def test_cells_of_an_arm_that_matched_before_training() -> None:
+    row = cells(make_result(SCRATCH_ARM, matched_before("subnet")), "subnet")
+    assert row["tokens to match"] == "before training"
+    assert row["fewer tokens"] == "–"
+    assert row["loss final"] == "5.900 (−0.810)"
+    assert row["FLOPs to match"] == "2.00e12"
+
+
+def test_cells_of_an_arm_that_never_matched() -> None:
+    row = cells(make_result(SCRATCH_ARM, never_matched("subnet", 0.12)), "subnet")
+    assert row["tokens to match"] == "not within 50,176 tokens"
+    assert (row["fewer tokens"], row["FLOPs to match"], row["fewer FLOPs"]) == ("–", "–", "–")
+    assert row["loss final"] == "6.830 (+0.120)"
+
+
+def test_cells_without_a_scratch_arm() -> None:
+    arm = never_matched("subnet", 0.0) | {"loss_final": 6.0, "loss_difference": None}
+    row = cells(make_result(arm, target_loss=None), "subnet")
+    assert row["loss final"] == "6.000"
+    assert {row[column] for column in COLUMNS[4:8]} == {"–"}
+
+
+def test_both_tables_show_the_same_cells() -> None:
+    arms = (SCRATCH_ARM, make_arm("a|b"), matched_before("[bold]"), never_matched("c", 0.1))
+    result = make_result(*arms)
+    lines = markdown_table(result).splitlines()
+    assert [len(re.split(r"(?<!\\)\|", line)) for line in lines] == [len(COLUMNS) + 2] * 6
+    columns = [[str(cell) for cell in column.cells] for column in result_table(result).columns]
+    # The terminal's table has the parameters, the same for all arms, in its title.
+    without_parameters = [(row[0], *row[2:]) for row in result_rows(result)]
+    assert list(zip(*columns, strict=True)) == without_parameters
+    assert count_text(result["student"]["parameters"]) in str(result_table(result).title)
+    assert r"a\|b" in lines[3]
+
+
+def test_terminal_table_takes_no_markup_from_names(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(width=300).print(result_table(make_result(SCRATCH_ARM, make_arm("[bold]x[/bold]"))))
+    assert "[bold]x[/bold]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arms", "best"),
+    [
+        ((make_arm("late"), make_arm("early", tokens_to_match=100.0)), "early"),
+        ((make_arm("trained"), matched_before("before")), "before"),
+        ((matched_before("high", 6.0), matched_before("low", 5.5)), "low"),
+        ((never_matched("far", 0.5), never_matched("near", 0.1)), "near"),
+        ((never_matched("far", 0.5), make_arm("matched", loss_final=7.5)), "matched"),
+        ((), "scratch"),
+    ],
+)
+def test_best_arm(arms: tuple[Result, ...], best: str) -> None:
+    assert best_arm(make_result(SCRATCH_ARM, *arms))["name"] == best
+
+
+def test_headline_of_a_matched_arm() -> None:
+    assert headline(make_result(SCRATCH_ARM, make_arm("subnet+kd"))) == (
+        "subnet+kd reaches scratch's loss of 6.71 nats after 4,300 of 50,176 tokens: 11.7x fewer. "
+        "Counting the search, it needs 2.00x fewer FLOPs."
+    )
+
+
+def test_headline_says_plainly_when_it_costs_more() -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet", flops_factor=0.5))
+    assert headline(result).endswith(
+        "Counting the search, it costs 2.00x more FLOPs at this budget."
+    )
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        (
+            make_result(SCRATCH_ARM, matched_before("subnet")),
+            "subnet is at or below scratch's loss of 6.71 nats before training; "
+            "at equal tokens it ends 0.81 nats lower. "
+            "Counting the search, it needs 2.00x fewer FLOPs.",
+        ),
+        (
+            make_result(SCRATCH_ARM, never_matched("subnet", 0.12)),
+            "No arm reaches scratch's loss of 6.71 nats within 50,176 tokens; "
+            "the closest, subnet, ends 0.12 nats higher.",
+        ),
+        (
+            make_result(make_arm("subnet"), target_loss=None),
+            "subnet ends at 6.00 nats after 50,176 tokens; "
+            "no scratch arm was run to compare it with.",
+        ),
+        (
+            make_result(SCRATCH_ARM),
+            "scratch ends at 6.71 nats after 50,176 tokens; "
+            "no other arm was run to compare it with.",
+        ),
+    ],
+)
+def test_headline_of_the_other_cases(result: Result, sentence: str) -> None:
+    assert headline(result) == sentence
+
+
+@pytest.mark.parametrize(
+    ("factor", "text"), [(0.476, "0.48x"), (9.999, "10.0x"), (11.68, "11.7x"), (1234.0, "1,234x")]
+)
+def test_factor_text(factor: float, text: str) -> None:
+    assert factor_text(factor) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(1024, "1,024"), ([5, 5], "5"), ([4, 1024, 7], "4–1,024")]
+)
+def test_size_text(size: int | list[int], text: str) -> None:
+    assert size_text(size) == text
+
+
+def test_load_result_returns_what_was_written(tmp_path: Path) -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet"))
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert load_result(tmp_path) == result
+
+
+def test_load_result_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"result\.json cannot be read .* finished run"):
+        load_result(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "has format None"),
+        ('{"format": "headstart-result/2"}', "has format 'headstart-result/2'"),
+        (json.dumps({"format": FORMAT}), "lacks name, created"),
+        (json.dumps(make_result()), "has no arms"),
+        (json.dumps(make_result({"name": "subnet"})), "arm 'subnet' lacks init, kd"),
+        (json.dumps(make_result(SCRATCH_ARM) | {"arms": ["x"]}), "arm 0 lacks name"),
+    ],
+)
+def test_load_result_refuses_what_it_cannot_read(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        load_result(tmp_path)
+    assert str(path) in str(raised.value)
+    assert "run again" in str(raised.value)

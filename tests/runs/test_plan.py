@@ -1,0 +1,63 @@
+"""A recipe's price, before there are weights or text."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from headstart.cli import main
+from headstart.recipe import recipe_from_dict
+from headstart.runs.plan import print_plans
+from headstart.training.plan import Hardware
+
+KEYS = {
+    "data": {"source": "not/there", "block_length": 32},
+    "search": {"bins": [{"low": "25K", "high": "35K"}, {"low": "40K", "high": "45K"}]},
+    "pretrain": {"tokens": 1_000_000},
+    "train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+}
+
+
+@pytest.fixture
+def configs(teacher_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    shutil.copy(teacher_folder / "config.json", folder)
+    return folder
+
+
+def test_every_arm_of_every_bin_has_a_plan(configs: Path, tmp_path: Path) -> None:
+    recipe = recipe_from_dict({**KEYS, "teacher": str(configs), "output": str(tmp_path / "run")})
+    plans = print_plans(recipe, Hardware(gpus=5))
+    assert [[plan.name for plan in bin] for bin in plans] == [
+        ["scratch", "subnet", "subnet+kd"]
+    ] * 2
+    step_tokens = 2 * 3 * 32 * 5
+    for small, large in zip(*plans, strict=True):
+        assert small.tokens == large.tokens
+        assert small.tokens % step_tokens == 0
+        assert 1_000_000 <= small.tokens < 1_000_000 + step_tokens
+        assert small.state_bytes < large.state_bytes
+    scratch, _, distilled = plans[0]
+    assert scratch.teacher_flops == 0 < distilled.teacher_flops
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_prints_it(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--teacher",
+        str(configs),
+        "--data",
+        "not/there",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    size = ["--search.bin", "{low: 25K, high: 35K}", "--gpus", "8"]
+    assert main(["plan", *arguments, *size]) == 0
+    assert "8 x 989 TFLOP/s at 40%" in capsys.readouterr().out
+    assert main(["plan", *arguments, *size, "--mfu", "7"]) == 2
+    assert "--mfu is 7.0" in capsys.readouterr().err

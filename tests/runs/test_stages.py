@@ -1,0 +1,446 @@
+"""The whole chain on a small teacher: its answer, its resume after a kill."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file
+from tests.conftest import extract
+from transformers import AutoModelForCausalLM
+
+from headstart.calibration.propagate import propagation_flops
+from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate
+from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint
+from headstart.recipe import recipe_from_dict
+from headstart.runs.extraction import extract_found
+from headstart.runs.plan import print_search_plans, teacher_architecture
+from headstart.runs.result import match_of
+from headstart.runs.stages import run_cache_teacher, run_pretrain, run_recipe, run_search
+from headstart.text.prepare import check_source, prepare
+
+BLOCK_LENGTH = 32
+CLI = str(Path(__file__).parents[1] / "float32_cli.py")
+
+
+@pytest.fixture
+def recipe(teacher_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> dict[str, Any]:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    return {
+        "teacher": str(teacher_folder),
+        "output": str(tmp_path / "run"),
+        "data": {"source": str(corpus), "block_length": BLOCK_LENGTH},
+        "search": {
+            "bin": {"low": 30_000, "high": 45_000},
+            "grid": {"embed_step": 12, "mlp_step": 16},
+            "tokens": 256,
+            "calibration_tokens": 512,
+            "evolution": {"population": 5, "generations": 3, "elites": 2},
+        },
+        "pretrain": {
+            "tokens": 1900,
+            "validation_tokens": 512,
+            "evaluations": 4,
+            "arms": [
+                {"name": "scratch", "init": "random", "learning_rate": 3e-3},
+                {"name": "subnet", "learning_rate": 3e-3},
+                {"name": "subnet+kd", "learning_rate": 3e-3, "kd": {"alpha": 0.5}},
+            ],
+        },
+        "train": {"per_device_train_batch_size": 4, "save_steps": 3},
+    }
+
+
+def answer(run_folder: Path) -> dict[str, Any]:
+    """result.json without what depends on the clock or the place."""
+    result: dict[str, Any] = json.loads((run_folder / "result.json").read_text())
+    for key in ("created", "command", "recipe", "name"):
+        del result[key]
+    del result["costs"]["search_seconds"]
+    for arm in result["arms"]:
+        del arm["seconds"]
+    return result
+
+
+def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    (result,) = run_recipe(recipe_from_dict(recipe))
+    folder = Path(recipe["output"])
+    student = folder / "student"
+
+    written = sum(tensor.numel() for tensor in load_file(student / "model.safetensors").values())
+    assert result["student"]["parameters"] == written
+    assert 30_000 <= written <= 45_000
+    assert result["student"]["bin"] == [30_000, 45_000]
+
+    scratch, subnet, distilled = result["arms"]
+    assert [arm["name"] for arm in result["arms"]] == ["scratch", "subnet", "subnet+kd"]
+    assert {arm["tokens"] for arm in result["arms"]} == {1920}  # 1900 in whole steps of 4 x 32
+    assert subnet["loss_before"] == distilled["loss_before"] != scratch["loss_before"]
+    assert result["target_loss"] == scratch["loss_final"] == scratch["curve"][-1]["loss"]
+
+    # FLOPs: per token from the counts, and the search and calibration before the first token.
+    teacher = Architecture.read(Path(recipe["teacher"]))
+    student_flops = Architecture.read(student).count(BLOCK_LENGTH)
+    teacher_flops = teacher.count(BLOCK_LENGTH)
+    costs = result["costs"]
+    candidates = result["search"]["candidates"]
+    assert costs["search_tokens"] == sum(one["tokens"] for one in candidates)
+    assert {one["tokens"] for one in candidates} <= {32, 64, 256}  # racing: of 1, 2, 8 blocks
+    sizes = Architecture.read(student).sizes
+    refit = propagation_flops(teacher, sizes, 512 // BLOCK_LENGTH, BLOCK_LENGTH)
+    assert costs["calibration_flops"] == 512 * teacher_flops.inference_flops_per_token + refit
+    upfront = costs["calibration_flops"] + costs["search_flops"]
+    per_token = student_flops.training_flops_per_token
+    assert scratch["curve"][-1]["flops"] == 1920 * per_token
+    assert subnet["curve"][-1]["flops"] == upfront + 1920 * per_token
+    assert distilled["curve"][-1]["flops"] == upfront + 1920 * (
+        per_token + teacher_flops.inference_flops_per_token
+    )
+
+    assert (folder / "report.html").stat().st_size > 1_000_000  # carries its own plotly
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["search"]["tokens"] == 256
+    assert list((folder / "arms" / "scratch").rglob("events.out.tfevents*"))
+    origin = json.loads((student / "subnet.json").read_text())
+    assert (origin["parameters"], origin["bin"]) == (written, [30_000, 45_000])
+
+    # The very same command again trains nothing and answers the same.
+    before = answer(folder)
+    start = time.perf_counter()
+    run_recipe(recipe_from_dict(recipe))
+    assert answer(folder) == before
+    assert time.perf_counter() - start < 20
+
+    # The trained model's loss on disk is the curve's last point.
+    from headstart.text.settings import DataSettings
+
+    settings = DataSettings(**recipe["data"])
+    model = str(folder / "arms" / "subnet" / "model")
+    (found,) = run_evaluate([model], EvaluationSettings(settings, 512)).values()
+    assert found["loss"] == pytest.approx(subnet["loss_final"], abs=1e-4)
+    assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+def test_pretrain_alone_takes_any_extracted_student(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from headstart.model.spec import SubnetSpec
+
+    layers = (0, 2, 3)
+    spec = SubnetSpec(layers, tuple(range(24)), ((0,),) * 3, (tuple(range(40)),) * 3)
+    student = extract(recipe["teacher"], spec, tmp_path / "student")
+    recipe["student"] = str(student)
+    recipe["pretrain"]["arms"] = [{"name": "only", "learning_rate": 1e-3}]
+    del recipe["search"]
+    result = run_pretrain(recipe_from_dict(recipe))
+    assert result["search"] is None
+    assert result["target_loss"] is None
+    assert result["student"]["kept_layers"] == [0, 2, 3]
+    assert result["arms"][0]["tokens_to_match"] is None
+    assert sizes_of_student(student) == {"layers": 3, "embed": 24, "kv_groups": 1, "mlp": 40}
+
+
+def test_a_student_from_the_stages_is_charged_with_its_search(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (outcome,) = run_search(recipe_from_dict(recipe))
+    spec = Path(recipe["output"]) / "search.json"
+    recipe |= {"student": str(tmp_path / "student"), "output": str(tmp_path / "trained")}
+    teacher = Checkpoint.open(recipe["teacher"])
+    extract_found(teacher, spec, Path(recipe["student"]), init="slice")
+    result = run_pretrain(recipe_from_dict(recipe))
+    upfront = outcome["calibration_flops"] + outcome["search_flops"]
+    scratch, subnet, _ = result["arms"]
+    assert [scratch["curve"][0]["flops"], subnet["curve"][0]["flops"]] == [0, upfront]
+    assert result["student"]["bin"] == [30_000, 45_000]
+
+
+def test_changed_text_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
+    text = tmp_path / "corpus.jsonl"
+    text.write_bytes(Path(recipe["data"]["source"]).read_bytes())
+    recipe["data"]["source"] = str(text)
+    run_search(recipe_from_dict(recipe))
+    with text.open("a") as stream:
+        stream.write('{"text": "one more document"}\n')
+    with pytest.raises(ValueError, match="the data has changed since"):
+        run_search(recipe_from_dict(recipe))
+
+
+def test_mistakes_about_the_student_come_before_training(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(recipe["teacher"], plain)
+    recipe["student"] = str(plain)
+    with pytest.raises(ValueError, match="holds no extracted student"):
+        run_pretrain(recipe_from_dict(recipe))
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "vocab_size": 130}))
+    (plain / "subnet.json").write_text("{}")
+    with pytest.raises(ValueError, match="128 vocabulary rows and the student 130"):
+        run_pretrain(recipe_from_dict(recipe))
+    assert not (Path(recipe["output"]) / "arms").exists()
+
+
+def test_a_step_larger_than_the_text_comes_before_the_search(recipe: dict[str, Any]) -> None:
+    recipe["train"]["gradient_accumulation_steps"] = 1000
+    with pytest.raises(ValueError, match="a step takes 128,000 tokens but the training split has"):
+        run_recipe(recipe_from_dict(recipe))
+    assert not Path(recipe["output"]).exists()  # so the mended recipe may go there
+
+
+def sizes_of_student(student: Path) -> dict[str, int]:
+    from transformers import AutoConfig
+
+    sizes = Architecture.of(AutoConfig.from_pretrained(student)).sizes
+    return {axis: sizes[axis] for axis in ("layers", "embed", "kv_groups", "mlp")}
+
+
+@pytest.mark.exhaustive
+def test_killed_in_every_stage_goes_on_to_the_same_answer(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = {**recipe, "output": str(tmp_path / "whole")}
+    run_recipe(recipe_from_dict(whole))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    folder = Path(recipe["output"])
+
+    def journal_lines() -> int:
+        journal = folder / "search.jsonl"
+        return len(journal.read_text().splitlines()) if journal.exists() else 0
+
+    stages: list[Callable[[], bool]] = [
+        lambda: (folder / "recipe.yaml").exists(),
+        lambda: journal_lines() >= 4,
+        lambda: bool([*folder.glob(".unfinished-student-*"), *folder.glob("student")]),
+        lambda: bool(list((folder / "arms" / "scratch").glob("checkpoint-*"))),
+        lambda: bool(list((folder / "arms" / "subnet+kd").glob("checkpoint-*"))),
+    ]
+    for reached in stages:
+        process = subprocess.Popen(
+            [sys.executable, CLI, "run", str(path)],
+            env=os.environ,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while not reached() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert reached()
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run_recipe(recipe_from_dict(recipe))
+    assert answer(folder) == answer(Path(whole["output"]))
+
+
+def test_several_bins_have_a_run_each(recipe: dict[str, Any]) -> None:
+    bins = [{"low": "30K", "high": "35K"}, {"low": "40K", "high": "45K", "name": "large"}]
+    recipe["search"] = {**recipe["search"], "bins": bins}
+    del recipe["search"]["bin"]
+    outcomes = run_search(recipe_from_dict(recipe))
+    folder = Path(recipe["output"])
+    assert {path.name for path in folder.iterdir()} == {
+        *(".lock", "recipe.yaml", "inputs.json"),
+        *("30K-35K", "large"),
+    }
+    for outcome, (low, high) in zip(outcomes, ((30, 35), (40, 45)), strict=True):
+        assert all(low * 1000 <= one["amount"] <= high * 1000 for one in outcome["candidates"])
+        assert outcome["bin"] == [low * 1000, high * 1000]
+    assert json.loads((folder / "large" / "search.json").read_text()) == outcomes[1]
+    assert run_search(recipe_from_dict(recipe)) == outcomes
+    recipe["search"]["tokens"] = 300
+    with pytest.raises(ValueError, match="another recipe"):
+        run_search(recipe_from_dict(recipe))
+
+
+OPENED: list[str] | None = None
+"""Files that Python opens while this is a list. Weights are read by safetensors, but for a hash."""
+
+
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if OPENED is not None and event == "open":
+        OPENED.append(str(arguments[0]))
+
+
+sys.addaudithook(watch)
+
+
+def opened_in(call: Callable[[], Any], path: Path) -> int:
+    """How often a call opens a file."""
+    global OPENED
+    OPENED = []
+    try:
+        call()
+        return OPENED.count(str(path))
+    finally:
+        OPENED = None
+
+
+def test_weights_and_text_are_read_once_in_a_whole_run(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over two bins, through all stages: weights for their hash, text to prepare it."""
+    bins = [{"low": "30K", "high": "35K"}, {"low": "40K", "high": "45K"}]
+    recipe["search"] = {**recipe["search"], "bins": bins}
+    del recipe["search"]["bin"]
+    recipe["pretrain"] |= {"tokens": 256, "arms": recipe["pretrain"]["arms"][:2]}
+    loaded = recipe_from_dict(recipe)
+    weights, text = Path(recipe["teacher"]) / "model.safetensors", Path(recipe["data"]["source"])
+    assert opened_in(lambda: Checkpoint.open(weights.parent).hash, weights) == 1
+    assert opened_in(lambda: run_recipe(loaded), weights) == 1
+    # Once more than `prepare`: to find a mistake in the text before anything else.
+    first_look = opened_in(lambda: check_source(loaded.data), text)
+    alone = opened_in(lambda: prepare(loaded.data, weights.parent, tmp_path / "prepared"), text)
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "empty"))
+    loaded = replace(loaded, output=str(tmp_path / "again"))
+    assert opened_in(lambda: run_recipe(loaded), text) == first_look + alone
+
+
+def test_layerwise_spaces_can_be_searched_and_run(recipe: dict[str, Any]) -> None:
+    recipe["search"]["space"] = "fine-layerwise"
+    (result,) = run_recipe(recipe_from_dict(recipe))
+    student = Path(recipe["output"]) / "student"
+    outcome = json.loads((student.parent / "search.json").read_text())
+    winner = outcome["candidates"][outcome["winner"]]
+    assert len(outcome["spec"]["mlp"]) == winner["sizes"]["layers"]
+    assert result["student"]["sizes"]["mlp"] == winner["sizes"]["mlp"]
+    assert result["student"]["parameters"] == winner["parameters"]
+    for arm in ("scratch", "subnet"):
+        model = AutoModelForCausalLM.from_pretrained(student.parent / "arms" / arm / "model")
+        assert model.num_parameters() == winner["parameters"]
+
+
+def test_a_plan_needs_no_weights_and_bounds_the_tokens(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["search"]["init"] = "slice"  # whose student costs nothing more to cut out
+    (outcome,) = run_search(recipe_from_dict(recipe))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(Path(recipe["teacher"]) / "config.json", bare)
+    bare_recipe = recipe_from_dict({**recipe, "teacher": str(bare)})
+    (plan,) = print_search_plans(bare_recipe, teacher_architecture(bare_recipe))
+    assert plan.bin == (30_000, 45_000)
+    assert plan.num_candidates == len(outcome["candidates"])
+    assert plan.tokens[0] <= outcome["search_tokens"] <= plan.tokens[1]
+    upfront = outcome["calibration_flops"] + outcome["search_flops"]
+    assert 0.8 * plan.flops[0] <= upfront <= 1.2 * plan.flops[1]
+
+
+def points(
+    losses: list[float], flops_per_token: float, upfront: float = 0
+) -> list[dict[str, float]]:
+    tokens = [0, 100, 300]
+    return [
+        {"tokens": t, "flops": upfront + t * flops_per_token, "loss": loss}
+        for t, loss in zip(tokens, losses, strict=True)
+    ]
+
+
+def test_match_by_hand() -> None:
+    scratch = points([10.0, 8.0, 6.0], 5)
+    arm = points([9.0, 7.0, 5.0], 10, upfront=50)
+    match = match_of(arm, scratch)
+    # From 7 at 100 tokens to 5 at 300, 6 is reached at 200 tokens, 50 + 2000 FLOPs.
+    assert match["tokens_to_match"] == 200
+    assert match["tokens_factor"] == 300 / 200
+    assert match["flops_to_match"] == 2050
+    assert match["flops_factor"] == 1500 / 2050
+    assert match["loss_difference"] == -1.0
+
+    before = match_of(points([5.5, 5.0, 4.0], 10, upfront=50), scratch)
+    assert (before["tokens_to_match"], before["tokens_factor"]) == (0, None)
+    assert (before["flops_to_match"], before["flops_factor"]) == (50, 30)
+
+    never = match_of(points([9.0, 8.0, 7.0], 10), scratch)
+    assert [never[key] for key in ("tokens_to_match", "tokens_factor")] == [None, None]
+    assert [never[key] for key in ("flops_to_match", "flops_factor")] == [None, None]
+    assert set(match_of(arm, None).values()) == {None}
+
+
+def with_cache(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe with an arm that distils from a cache, and two passes over the text."""
+    kd = {"top_k": 8, "cache": str(folder)}
+    arms = [{"name": "scratch", "init": "random"}, {"name": "cached", "kd": kd}]
+    return {**recipe, "pretrain": {**recipe["pretrain"], "arms": arms}}
+
+
+def test_a_run_from_a_cached_teacher(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = with_cache(recipe, tmp_path / "outputs")
+    with pytest.raises(ValueError, match="holds no teacher cache; write it with"):
+        run_recipe(recipe_from_dict(recipe))
+    assert not (tmp_path / "run" / "search.json").exists()  # before anything costly
+    (manifest,) = run_cache_teacher(recipe_from_dict(recipe)).values()
+    (result,) = run_recipe(recipe_from_dict(recipe))
+    arm = result["arms"][1]
+    num_tokens = manifest["blocks"] * manifest["block_length"]
+    point = arm["curve"][-1]
+    teacher_flops = result["costs"]["teacher_flops_per_token"] * min(point["tokens"], num_tokens)
+    student_flops = result["student"]["training_flops_per_token"] * point["tokens"]
+    upfront = result["costs"]["calibration_flops"] + result["costs"]["search_flops"]
+    assert point["flops"] == upfront + student_flops + teacher_flops
+
+
+def test_a_cache_that_no_arm_asks_for_is_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"no arm .* set kd.cache"):
+        run_cache_teacher(recipe_from_dict(recipe))
+
+
+def test_a_baseline_is_measured_and_matched(recipe, tmp_path):
+    """The teacher, as a baseline, has the teacher's loss; another tokenizer is refused."""
+    copy = tmp_path / "copy"
+    shutil.copytree(recipe["teacher"], copy)
+    recipe["pretrain"] |= {"baselines": [str(copy)], "seeds": [0, 1], "tokens": 600}
+    (result,) = run_recipe(recipe_from_dict(recipe))
+    (baseline,) = result["baselines"]
+    assert baseline["name"] == str(copy)
+    assert baseline["loss"] == pytest.approx(result["teacher"]["loss"])
+    assert baseline["parameters"] == result["teacher"]["parameters"]
+    for arm in result["arms"]:
+        assert len(arm["seeds"]) == 2 and arm["loss_spread"] > 0
+        below = [point for point in arm["curve"] if point["loss"] <= baseline["loss"]]
+        assert (arm["baseline_tokens"][0] is not None) == bool(below)
+        ledger = arm["flops"]
+        paid = sum(ledger[part] for part in ("calibration", "search", "training", "teacher"))
+        assert paid == pytest.approx(arm["curve"][-1]["flops"])
+        assert ledger["evaluation"] > 0
+    page = (Path(recipe["output"]) / "report.html").read_text()
+    assert "which is reached by" in page and "±" in page
+
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe["output"] = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="has another tokenizer than the teacher"):
+        run_recipe(recipe_from_dict(recipe))
+
+
+def test_tokens_beyond_the_teachers_rows_are_named_before_it_runs(
+    recipe: dict[str, Any], teacher_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A tokenizer with added tokens that its model was never resized for: fine until used."""
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<added>"])
+    larger.save_pretrained(folder)
+    recipe["teacher"] = str(folder)
+    run_search(recipe_from_dict(recipe))
+    text = Path(recipe["data"]["source"]).read_text()
+    (tmp_path / "added.jsonl").write_text(text.replace('{"text": "', '{"text": "<added>'))
+    recipe["data"]["source"], recipe["output"] = str(tmp_path / "added.jsonl"), str(tmp_path / "b")
+    message = "the text has the token 128, and the model embeds 128: its tokenizer has 129 entries"
+    with pytest.raises(ValueError, match=message):
+        run_search(recipe_from_dict(recipe))

@@ -1,0 +1,219 @@
+"""A search whose candidates are calibrated scores the very students that are cut out later."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pytest
+import torch
+from tests.conftest import extract, random_teacher
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from headstart.calibration.propagate import propagation_flops
+from headstart.calibration.start import Init, calibrate, calibration_flops, cut_architecture
+from headstart.losses.next_token import mean_loss
+from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.spec import load_spec
+from headstart.runs.extraction import extract_found
+from headstart.searching.bins import BinSettings
+from headstart.searching.evolution import EvolutionSettings
+from headstart.searching.grid import GridSettings
+from headstart.searching.plan import plan_search
+from headstart.searching.racing import RacingSettings
+from headstart.searching.run import search, space_of
+from headstart.searching.settings import SearchSettings
+from headstart.searching.space import SpaceName
+from headstart.system import device
+from headstart.text.blocks import TokenBlocks
+from headstart.text.prepare import prepare
+from headstart.text.settings import DataSettings
+
+BLOCK_LENGTH = 32
+SETTINGS = SearchSettings(
+    bin=BinSettings(low="25K", high="35K"),
+    evolution=EvolutionSettings(population=5, generations=2, elites=2),
+    racing=RacingSettings(rungs=1),
+    tokens=300,
+    calibration_tokens=600,
+)
+
+
+@pytest.fixture(scope="module")
+def blocks(
+    corpus: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TokenBlocks:
+    settings = DataSettings(str(corpus), block_length=BLOCK_LENGTH, search_fraction=0.2)
+    return prepare(settings, teacher_folder, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own, and float32 also where bfloat16 is fast."""
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
+
+
+@pytest.mark.parametrize("space", get_args(SpaceName))
+@pytest.mark.parametrize(
+    ("init", "scored_as"),
+    [
+        ("slice", "slice"),
+        ("least_squares", "slice"),
+        ("least_squares", "refitted"),
+        ("rotate+least_squares", "slice"),
+        ("rotate+least_squares", "refitted"),
+    ],
+)
+def test_the_winners_score_is_that_of_the_student_cut_so(
+    init: Init,
+    scored_as: Literal["slice", "refitted"],
+    space: SpaceName,
+    checkpoint: Checkpoint,
+    blocks: TokenBlocks,
+    tmp_path: Path,
+) -> None:
+    settings = replace(SETTINGS, init=init, scored_as=scored_as, space=space)
+    found = search(checkpoint, blocks, settings, tmp_path)
+    calibration = blocks.spread("train", settings.calibration_tokens)
+    source = calibrate(checkpoint, init, calibration)
+    as_scored = extract(
+        source.teacher.folder,
+        load_spec(tmp_path / "search.json"),
+        tmp_path / "as-scored",
+        statistics=source.statistics if scored_as == "refitted" else None,
+    )
+    student = AutoModelForCausalLM.from_pretrained(as_scored, dtype=torch.float32).eval()
+    loss = mean_loss(student, blocks.first("search", settings.tokens), 4)
+    assert loss == pytest.approx(found["loss"], abs=1e-4)
+    assert student.num_parameters() == found["parameters"]
+    out = extract_found(
+        checkpoint, tmp_path / "search.json", tmp_path / "out", calibration_blocks=calibration
+    )
+    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    logits = [model(calibration[:1]).logits for model in (student, again)]
+    assert torch.equal(*logits) == (init == "slice")  # the others are refitted on themselves
+    written = json.loads((out / "subnet.json").read_text())
+    assert written["init"] == found["init"] == init
+    assert written["teacher"] == found["teacher"]["name"] == str(checkpoint.folder)
+    assert written["teacher_hash"] == found["teacher"]["hash"]
+
+
+def test_calibration_reads_blocks_from_all_over_the_text(blocks: TokenBlocks) -> None:
+    split = torch.from_numpy(blocks.split("train").astype("int64"))
+    assert torch.equal(blocks.spread("train", split.numel()), split)
+    assert torch.equal(blocks.spread("train", 10 * split.numel()), split)
+    few = blocks.spread("train", 3 * BLOCK_LENGTH - 5)
+    assert torch.equal(few, split[[0, len(split) // 3, 2 * len(split) // 3]])
+    assert blocks.spread("train", 0).shape == (0, BLOCK_LENGTH)
+
+
+def test_calibration_is_charged(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
+) -> None:
+    costs = {}
+    for init in get_args(Init):
+        settings = replace(SETTINGS, init=init, order="teacher", layer_order="teacher")
+        settings = replace(settings, scored_as="refitted")
+        costs[init] = search(checkpoint, blocks, settings, tmp_path / init)["calibration_flops"]
+    shape = blocks.spread("train", SETTINGS.calibration_tokens).shape
+    teacher = checkpoint.architecture
+    for init, flops in costs.items():
+        assert flops == calibration_flops(teacher, init, *shape)
+    assert costs["slice"] == 0 < costs["least_squares"] == costs["rotate+least_squares"]
+
+
+@pytest.mark.parametrize("head_dim", [None, 8])
+@pytest.mark.parametrize("scored_as", ["slice", "refitted"])
+@pytest.mark.parametrize("init", get_args(Init))
+def test_extraction_pays_for_what_was_not_measured_yet(
+    init: Init,
+    scored_as: Literal["slice", "refitted"],
+    head_dim: int | None,
+    checkpoint: Checkpoint,
+    blocks: TokenBlocks,
+    tmp_path: Path,
+) -> None:
+    grid = GridSettings(head_dim_min=head_dim or 0)
+    settings = replace(SETTINGS, init=init, scored_as=scored_as, grid=grid)
+    found = search(checkpoint, blocks, settings, tmp_path)
+    text = blocks.spread("train", settings.calibration_tokens)
+    out = extract_found(
+        checkpoint, tmp_path / "search.json", tmp_path / "out", calibration_blocks=text
+    )
+    paid = json.loads((out / "subnet.json").read_text())["calibration_flops"]
+    teacher = cut_architecture(checkpoint.architecture, init)
+    importance = text.numel() * teacher.count(BLOCK_LENGTH).inference_flops_per_token
+    measured = calibration_flops(teacher, init, *text.shape)
+    kept = load_spec(tmp_path / "search.json")
+    has_narrow_heads, sizes = kept.head_dim is not None, kept.sizes(teacher.sizes)
+    needs = init == "rotate+least_squares" or scored_as == "refitted" or has_narrow_heads
+    refit = propagation_flops(teacher, sizes, *text.shape) if init != "slice" else 0
+    assert paid == importance + measured * needs + refit
+    assert found["calibration_flops"] <= paid
+
+
+def test_the_student_of_a_rotated_teacher_has_an_output_matrix_of_its_own(
+    checkpoint: Checkpoint,
+) -> None:
+    """And the bin counts it."""
+    teacher, config = checkpoint.architecture, checkpoint.architecture.config
+    assert config.tie_word_embeddings
+    plain, rotated = (
+        space_of(teacher, replace(SETTINGS, init=init), BLOCK_LENGTH).rows
+        for init in ("least_squares", "rotate+least_squares")
+    )
+    # The largest reachable size is the whole teacher's.
+    assert rotated.largest == plain.largest + config.vocab_size * config.hidden_size
+
+
+def test_a_plan_charges_calibration_too(checkpoint: Checkpoint) -> None:
+    teacher = checkpoint.architecture
+    sliced, refitted = (
+        plan_search(teacher, replace(SETTINGS, init=init), BLOCK_LENGTH)
+        for init in ("slice", "least_squares")
+    )
+    refits = [
+        propagation_flops(teacher, teacher.sizes | {"layers": layers}, 19, BLOCK_LENGTH)
+        for layers in (1, teacher.sizes["layers"])
+    ]
+    assert refits[0] < refitted.flops[0] - sliced.flops[0] < refits[1]
+    settings = replace(SETTINGS, init="least_squares", scored_as="refitted")
+    measured = plan_search(teacher, settings, BLOCK_LENGTH)
+    extra = calibration_flops(teacher, "least_squares", 19, BLOCK_LENGTH)
+    assert measured.flops[0] == refitted.flops[0] + extra
+
+
+def test_a_teacher_that_cannot_be_rotated_is_refused_from_its_config() -> None:
+    teacher = Architecture.of(random_teacher("olmo2-tied").config)
+    with pytest.raises(ValueError, match="olmo2 teacher cannot be rotated"):
+        space_of(teacher, replace(SETTINGS, init="rotate+least_squares"), BLOCK_LENGTH)
+
+
+def test_extraction_without_its_text_is_refused(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    spec = {"layers": "0-3", "embed": "0-47", "kv_groups": ["0-1"] * 4, "mlp": ["0-79"] * 4}
+    (tmp_path / "spec.json").write_text(json.dumps({"spec": spec, "init": "least_squares"}))
+    with pytest.raises(ValueError, match="least_squares needs text to calibrate with"):
+        extract_found(checkpoint, tmp_path / "spec.json", tmp_path / "out")
+    extract_found(checkpoint, tmp_path / "spec.json", tmp_path / "out", init="slice")
+
+
+@pytest.mark.parametrize(
+    ("searched", "init"), [("rotate+least_squares", "slice"), ("slice", "rotate+least_squares")]
+)
+def test_channels_of_another_basis_are_refused(
+    searched: str, init: Any, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    spec = {"layers": "0-3", "embed": "0-23", "kv_groups": ["0-1"] * 4, "mlp": ["0-79"] * 4}
+    (tmp_path / "spec.json").write_text(json.dumps({"spec": spec, "init": searched}))
+    with pytest.raises(
+        ValueError, match=rf"channels of a teacher that is .*; use --init {re.escape(searched)}"
+    ):
+        extract_found(checkpoint, tmp_path / "spec.json", tmp_path / "out", init=init)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,373 @@
+"""The whole search on a small teacher: what it writes, and that it is pinned and not repeated."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import extract
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from headstart.losses.next_token import mean_loss
+from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.cut import build_student
+from headstart.model.spec import SubnetSpec, load_spec
+from headstart.searching import run as module
+from headstart.searching.bins import BinSettings
+from headstart.searching.candidate import Candidate
+from headstart.searching.evolution import EvolutionSettings
+from headstart.searching.finalists import FinalistSettings
+from headstart.searching.fitness import HeldOutLoss
+from headstart.searching.grid import GridSettings
+from headstart.searching.importance import activation_importance
+from headstart.searching.racing import RacingSettings
+from headstart.searching.run import search
+from headstart.searching.settings import SearchSettings
+from headstart.text.blocks import TokenBlocks
+from headstart.text.prepare import prepare
+from headstart.text.settings import DataSettings
+
+SETTINGS = SearchSettings(
+    bin=BinSettings(low="25K", high="35K"),
+    evolution=EvolutionSettings(population=5, generations=3, elites=2),
+    tokens=300,
+    calibration_tokens=600,
+    batch_size=4,
+)
+BLOCK_LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def blocks(
+    corpus: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TokenBlocks:
+    settings = DataSettings(str(corpus), block_length=BLOCK_LENGTH, search_fraction=0.2)
+    return prepare(settings, teacher_folder, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own."""
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+
+
+def journal_of(folder: Path) -> list[dict[str, Any]]:
+    """All scores."""
+    return list(map(json.loads, (folder / "search.jsonl").read_text().splitlines()[1:]))
+
+
+def dying_after(num_calls: int) -> Callable[..., float]:
+    """A fitness that is killed in its next call."""
+    evaluate, calls = HeldOutLoss.__call__, []
+
+    def call(self: HeldOutLoss, candidate: Candidate, start: int, stop: int) -> float:
+        if len(calls) == num_calls:
+            raise KeyboardInterrupt
+        calls.append(candidate)
+        return evaluate(self, candidate, start, stop)
+
+    return call
+
+
+@pytest.mark.parametrize("order", ["activation", "contribution", "magnitude", "taylor", "teacher"])
+@pytest.mark.parametrize(
+    "space", ["coarse-uniform", "fine-uniform", "coarse-layerwise", "fine-layerwise"]
+)
+def test_the_winner_is_the_best_and_is_what_it_says(
+    space: Any, order: Any, checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    of_units_alone = ("activation", "contribution")
+    depth = "block_influence" if order in of_units_alone else order
+    settings = replace(SETTINGS, space=space, order=order, layer_order=depth)
+    result = search(checkpoint, blocks, settings, folder)
+    assert result == json.loads((folder / "search.json").read_text())
+    candidates = result["candidates"]
+    assert len(candidates) == 15
+    assert all(25_000 <= one["parameters"] == one["amount"] <= 35_000 for one in candidates)
+    winner, whole = candidates[result["winner"]], 10 * BLOCK_LENGTH  # 300 tokens round up
+    raced = [one["loss"] for one in candidates if one["tokens"] == whole]
+    assert result["loss"] == winner["loss"] == min(raced)
+    assert (winner["tokens"], result["parameters"]) == (whole, winner["parameters"])
+    assert result["search_tokens"] == sum(one["tokens"] for one in candidates) < 15 * whole
+
+    teacher = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
+    state = {name: one for name, one in teacher.state_dict().items() if name != "lm_head.weight"}
+    spec = load_spec(folder / "search.json")
+    student = build_student(state.items(), checkpoint.architecture, spec)
+    assert student.num_parameters() == result["parameters"]
+    assert mean_loss(student, blocks.first("search", 300), 4) == pytest.approx(result["loss"], 1e-5)
+    if space.endswith("uniform"):
+        extract(checkpoint.folder, spec, tmp_path / "student")
+        student = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+        tokens = blocks.first("search", 300)
+        with torch.no_grad():
+            loss = float(student(input_ids=tokens, labels=tokens).loss)
+        assert result["loss"] == pytest.approx(loss, abs=1e-5)
+    if space.startswith("coarse") and order in ("teacher", "activation"):
+        batches = blocks.first("train", 600).split(4)
+        scores = activation_importance(teacher, batches)
+        for layer, kept in zip(spec.layers, spec.mlp, strict=True):
+            first = range(len(kept))
+            ranks = first if order == "teacher" else scores.orders().mlp[layer][: len(kept)]
+            assert set(kept) == set(ranks)
+
+
+@pytest.mark.parametrize("measure", ["flops_per_token", "kv_cache_bytes_per_token", "weight_bytes"])
+def test_bins_of_every_measure(
+    measure: Any, checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
+) -> None:
+    bins = {"flops_per_token": ("50K", "70K"), "weight_bytes": ("100K", "140K")}
+    low, high = bins.get(measure, (512, 768))
+    settings = replace(SETTINGS, bin=BinSettings(low, high, measure=measure))
+    result = search(checkpoint, blocks, settings, tmp_path)
+    low, high = result["bin"]
+    assert all(low <= one["amount"] <= high for one in result["candidates"])
+
+
+def test_narrower_heads_and_divergence_and_finals(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
+) -> None:
+    settings = replace(
+        SETTINGS,
+        fitness="kl",
+        grid=GridSettings(head_dim_min=4, head_dim_step=4),
+        racing=RacingSettings(rungs=1),
+        finalists=FinalistSettings(count=3, steps=4, batch_size=2),
+    )
+    result = search(checkpoint, blocks, settings, tmp_path)
+    assert len({one["sizes"]["head_dim"] for one in result["candidates"]}) > 1
+    finals = [one for one in result["candidates"] if "trained_loss" in one]
+    assert len(finals) == 3
+    winner = result["candidates"][result["winner"]]
+    assert winner["trained_loss"] == min(one["trained_loss"] for one in finals)
+    shapes = {(one["sizes"]["layers"], one["sizes"]["embed"]) for one in finals}
+    assert len(shapes) == 3
+    (tmp_path / "search.json").unlink()
+    lines = (tmp_path / "search.jsonl").read_text()
+    again = search(checkpoint, blocks, settings, tmp_path)
+    assert (tmp_path / "search.jsonl").read_text() == lines
+    assert again == result
+    extract(checkpoint.folder, load_spec(tmp_path / "search.json"), tmp_path / "student")
+
+    # The winner's score is the mean divergence from the teacher, told from all logits at once.
+    tokens = blocks.first("search", 300)
+    with torch.no_grad():
+        student, teacher = (
+            AutoModelForCausalLM.from_pretrained(folder)(tokens).logits[:, :-1].double()
+            for folder in (tmp_path / "student", checkpoint.folder)
+        )
+    ours, theirs = student.log_softmax(-1), teacher.log_softmax(-1)
+    divergence = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert result["loss"] == winner["loss"] == pytest.approx(divergence, rel=1e-4)
+    last = next(one for one in journal_of(tmp_path) if one["loss"] == winner["trained_loss"])
+    assert last["steps"] == 4
+
+
+def test_what_is_paid_is_told(checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path) -> None:
+    """docs/search.md, section search.json: every key, and the sums from the models' own counts."""
+    finalists = FinalistSettings(count=2, steps=5, batch_size=3)
+    settings = replace(SETTINGS, finalists=finalists, order="taylor")
+    result = search(checkpoint, blocks, settings, tmp_path)
+    assert result.keys() == {
+        "format", "teacher", "spec", "loss", "parameters", "bin", "measure", "init", "scored_as",
+        "space", "order", "layer_order", "fitness", "settings", "calibration_flops", "search_flops",
+        "search_tokens", "search_seconds", "candidates", "winner", "front",
+    }  # fmt: skip
+    assert result["format"] == "headstart-search-result/1"
+    assert result["teacher"]["hash"] == Checkpoint.open(checkpoint.folder).hash
+    assert result["settings"] == json.loads(json.dumps(asdict(settings)))
+    assert [result[key] for key in ("bin", "measure", "fitness", "front")] == [
+        [25_000, 35_000], "parameters", "loss", [],
+    ]  # fmt: skip
+    assert [result[key] for key in ("space", "order", "layer_order")] == [
+        "coarse-uniform", "taylor", "block_influence",
+    ]  # fmt: skip
+
+    teacher = Architecture.of(AutoConfig.from_pretrained(checkpoint.folder))
+    assert result["teacher"]["sizes"] == teacher.sizes
+    forward = teacher.count(BLOCK_LENGTH).inference_flops_per_token
+    assert result["calibration_flops"] == 19 * BLOCK_LENGTH * 3 * forward  # 600 tokens round up
+    trained_tokens = 5 * 3 * BLOCK_LENGTH
+    tokens = flops = 0
+    for one in result["candidates"]:
+        sizes = one["sizes"]
+        assert sizes.keys() == {"layers", "embed", "head_dim", "kv_groups", "mlp"}
+        student = AutoConfig.from_pretrained(
+            checkpoint.folder,
+            num_hidden_layers=sizes["layers"],
+            hidden_size=sizes["embed"],
+            num_attention_heads=3 * sizes["kv_groups"],
+            num_key_value_heads=sizes["kv_groups"],
+            intermediate_size=sizes["mlp"],
+        )
+        cost = Architecture.of(student).count(BLOCK_LENGTH)
+        assert cost.parameters == one["parameters"]
+        tokens += one["tokens"]
+        flops += one["tokens"] * cost.inference_flops_per_token
+        if "trained_loss" in one:
+            tokens += 10 * BLOCK_LENGTH
+            flops += 10 * BLOCK_LENGTH * cost.inference_flops_per_token
+            flops += trained_tokens * cost.training_flops_per_token
+    assert (result["search_tokens"], result["search_flops"]) == (tokens, flops)
+    longest: dict[tuple[str, int], float] = {}  # a line tells the seconds of earlier rungs too
+    for line in journal_of(tmp_path):
+        key = (json.dumps(line["candidate"]), line["steps"])
+        longest[key] = max(longest.get(key, 0), line["seconds"])
+    assert result["search_seconds"] == pytest.approx(sum(longest.values()))
+
+
+def test_finals_decide(checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path) -> None:
+    """By their losses in the journal, of which one that is no number never wins."""
+    finalists = FinalistSettings(count=3, steps=2, batch_size=2)
+    settings = replace(SETTINGS, racing=RacingSettings(rungs=1), finalists=finalists)
+    search(checkpoint, blocks, settings, tmp_path)
+    path = tmp_path / "search.jsonl"
+    lines = path.read_text().splitlines()
+    for losses, place in (((5.5, 5.0, 5.2), 1), ((None, 5.4, 5.3), 2), ((5.1, None, None), 0)):
+        finals = [
+            {**json.loads(line), "loss": loss}
+            for line, loss in zip(lines[-3:], losses, strict=True)
+        ]
+        path.write_text("\n".join([*lines[:-3], *map(json.dumps, finals)]) + "\n")
+        (tmp_path / "search.json").unlink()
+        result = search(checkpoint, blocks, settings, tmp_path)
+        json.loads((tmp_path / "search.json").read_text(), parse_constant=pytest.fail)
+        told = [one for one in result["candidates"] if "trained_loss" in one]
+        assert sorted(map(str, (one["trained_loss"] for one in told))) == sorted(map(str, losses))
+        winner = result["candidates"][result["winner"]]
+        assert winner["trained_loss"] == losses[place]
+        assert len(load_spec(tmp_path / "search.json").layers) == winner["sizes"]["layers"]
+        assert result["parameters"] == winner["parameters"] == finals[place]["parameters"]
+
+
+def test_a_search_of_nothing_but_nan_is_refused(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeldOutLoss, "__call__", lambda *arguments: math.nan)
+    with pytest.raises(ValueError, match="no candidate of 15 has a finite loss"):
+        search(checkpoint, blocks, SETTINGS, tmp_path)
+    assert not (tmp_path / "search.json").exists()
+
+
+def test_a_finished_search_is_not_repeated(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = search(checkpoint, blocks, SETTINGS, tmp_path)
+    monkeypatch.setattr(HeldOutLoss, "__call__", dying_after(0))
+    (tmp_path / "search.json").unlink()
+    assert search(checkpoint, blocks, SETTINGS, tmp_path) == first  # from the journal alone
+    monkeypatch.setattr(module, "load_frozen", None)
+    assert search(checkpoint, blocks, SETTINGS, tmp_path) == first
+
+
+def test_another_search_does_not_go_on_from_this_one(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HeldOutLoss, "__call__", dying_after(2))
+        search(checkpoint, blocks, SETTINGS, tmp_path)
+    assert not (tmp_path / "search.json").exists()
+    with pytest.raises(ValueError, match=r"another search \(settings"):
+        search(checkpoint, blocks, replace(SETTINGS, unit_noise=0.1), tmp_path)
+    other = TokenBlocks(blocks.folder, {**blocks.manifest, "fingerprint": "other"})
+    with pytest.raises(ValueError, match=r"another search \(data is .* 'other' here"):
+        search(checkpoint, other, SETTINGS, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
+    model.get_input_embeddings().weight.data += 1
+    model.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"another search \(teacher_hash"):
+        search(Checkpoint.open(tmp_path / "teacher"), blocks, SETTINGS, tmp_path)
+
+
+def test_a_tradeoff_ends_with_its_front(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
+) -> None:
+    evolution = replace(SETTINGS.evolution, tradeoff="parameters")
+    settings = replace(SETTINGS, evolution=evolution, racing=RacingSettings(rungs=1))
+    result = search(checkpoint, blocks, settings, tmp_path)
+    points = [(one["loss"], one["parameters"]) for one in result["candidates"]]
+    front = [
+        place
+        for place, (loss, size) in enumerate(points)
+        if not any(a <= loss and b <= size and (a, b) != (loss, size) for a, b in points)
+    ]
+    assert sorted(result["front"]) == front and result["winner"] in front
+
+
+def test_importance_is_measured_once_for_a_teacher_and_its_text(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    measure = module.measure_importance
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(module, "measure_importance", counted)
+    for place, settings in enumerate(
+        (SETTINGS, replace(SETTINGS, space="fine-uniform"), replace(SETTINGS, order="magnitude"))
+    ):
+        search(checkpoint, blocks, settings, tmp_path / str(place))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokens": 0}, "search.tokens is 0"),
+        ({"calibration_tokens": -1}, "search.calibration_tokens is -1"),
+        ({"batch_size": -1}, "search.batch_size is -1"),
+        ({"unit_noise": 1.5}, "search.unit_noise is 1.5"),
+        ({"bins": (BinSettings(around="1M"),)}, "search.bin and search.bins are both set"),
+        ({"bin": BinSettings(), "bins": (BinSettings(around="1M"),) * 2}, "holds '1M' twice"),
+        ({"evolution": EvolutionSettings(tradeoff="parameters")}, "racing.rungs to 1"),
+    ],
+)
+def test_settings_errors_name_the_setting(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SETTINGS, **changed)
+
+
+SPEC = SubnetSpec((0, 2), (1, 2, 3), ((0,), (1,)), ((4, 5), (5, 6)))
+
+
+def test_a_spec_is_read_with_or_without_its_surroundings(tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    for content in (SPEC.to_json(), {"loss": 3.0, "spec": SPEC.to_json()}):
+        path.write_text(json.dumps(content))
+        assert load_spec(path) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("", "is not JSON"),
+        ("[1, 2]", "holds no spec"),
+        ('{"spec": 3}', "holds no spec"),
+        ('{"spec": null}', "holds no spec"),
+        ('{"loss": 3.0}', "lacks embed, kv_groups, layers, mlp"),
+        (json.dumps({**SPEC.to_json(), "embed": "1-"}), "'1-' is not a list of indices"),
+    ],
+)
+def test_spec_errors_tell_the_mistake(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_spec(path)
+
+
+def test_spec_errors_name_the_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent\.json does not exist"):
+        load_spec(tmp_path / "absent.json")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_spec(tmp_path)

@@ -1,0 +1,160 @@
+"""Every source gives the same documents, and what cannot be read is told in a sentence."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tests.text.documents import DOCUMENTS, SETTINGS, as_jsonl, blocks_by_hand, write_source
+
+from headstart.text import corpus as corpus_module
+from headstart.text.prepare import check_source, prepare
+from headstart.text.settings import SPLITS, DataSettings
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt",
+        "odd [name] *.txt",
+        "a.txt.gz",
+        "a.txt.xz",
+        "a.jsonl",
+        "A.JSONL",
+        "a.jsonl.gz",
+        "a.jsonl.bz2",
+        "a.json",
+        "a.parquet",
+        "folder",
+    ],
+)
+def test_every_format_gives_the_blocks_of_a_naive_tokenisation(
+    name: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    settings = replace(SETTINGS, source=str(write_source(tmp_path, name)))
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    for split in SPLITS:
+        expected = blocks_by_hand(DOCUMENTS, split, settings)
+        assert len(expected) > 3
+        np.testing.assert_array_equal(prepared.split(split), expected)
+
+
+def test_windows_text_with_blank_runs_and_byte_order_mark(tmp_path: Path, tokenizer: Path) -> None:
+    for number, packed in enumerate((bytes, gzip.compress)):
+        path = tmp_path / f"windows{number}.txt{'.gz' if number else ''}"
+        content = "\ufeff" + "\r\n\r\n\r\n".join(DOCUMENTS) + "\r\n"
+        path.write_bytes(packed(content.encode()))
+        settings = replace(SETTINGS, source=str(path))
+        prepared = prepare(settings, tokenizer, tmp_path / "cache")
+        expected = blocks_by_hand(DOCUMENTS, "train", settings)
+        np.testing.assert_array_equal(prepared.split("train"), expected)
+
+
+def test_lines_of_one_paragraph_are_one_document(tmp_path: Path, tokenizer: Path) -> None:
+    path = tmp_path / "verse.txt"
+    path.write_text("\n\n".join(text.replace(" ", "\n") for text in DOCUMENTS))
+    prepared = prepare(replace(SETTINGS, source=str(path)), tokenizer, tmp_path / "cache")
+    counts = prepared.manifest["splits"].values()
+    assert sum(count["documents"] for count in counts) == len(DOCUMENTS)
+
+
+def test_empty_and_absent_documents_are_skipped(tmp_path: Path, tokenizer: Path) -> None:
+    path = tmp_path / "gaps.jsonl"
+    gaps = ['{"text": ""}', '{"text": null}', '{"text": " \\n"}', '{"other": 1}']
+    path.write_text("\n".join(gaps) + "\n" + as_jsonl(DOCUMENTS))
+    settings = replace(SETTINGS, source=str(path))
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    expected = blocks_by_hand(DOCUMENTS, "train", settings)
+    np.testing.assert_array_equal(prepared.split("train"), expected)
+
+
+def test_a_hub_dataset_is_read_at_the_revision_it_is_known_by(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    class Hub:
+        def dataset_info(self, dataset_id: str, timeout: float) -> object:
+            return type("Info", (), {"sha": f"commit of {dataset_id}"})
+
+    def load_dataset(name: str, **options: object) -> datasets.IterableDataset:
+        asked.append((name, options))
+        return datasets.IterableDataset.from_generator(lambda: ({"body": t} for t in DOCUMENTS))
+
+    monkeypatch.setattr(corpus_module, "HfApi", Hub)
+    monkeypatch.setattr(corpus_module.datasets, "load_dataset", load_dataset)
+    settings = replace(SETTINGS, source="owner/name-v1.5", text_column="body")
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    pinned = {"revision": "commit of owner/name-v1.5", "split": "train", "streaming": True}
+    assert asked[-1] == ("owner/name-v1.5", pinned)
+    expected = blocks_by_hand(DOCUMENTS, "train", settings)
+    np.testing.assert_array_equal(prepared.split("train"), expected)
+
+
+def test_an_unknown_hub_dataset_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def dataset_info(self, dataset_id: str, timeout: float) -> object:
+            raise ConnectionError("offline\nlong story")
+
+    monkeypatch.setattr(corpus_module, "HfApi", Hub)
+    with pytest.raises(ValueError, match=r"owner/name is no local file .*\(offline\): check the n"):
+        check_source(DataSettings(source="owner/name"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text\nw1\n", r"a.csv has an unknown suffix: give a file that ends in .txt, "),
+        ("a.parquet.gz", b"x", "a.parquet.gz has an unknown suffix"),
+        ("suffixless", b"x", "suffixless has an unknown suffix"),
+        ("a.txt", b"", r"a.txt is empty: remove it or fetch it again"),
+        ("a.txt", b"\n\n \n\n", r"a.txt holds no text: every document is empty"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), r"a.jsonl.gz holds no text"),
+        ("a.jsonl", b'{"text": 3}\n', r"a.jsonl holds int, not text, in its column 'text'"),
+        ("a.jsonl", b'{"id": 1, "body": "w1"}\n', r"set data.text_column to one of id, body"),
+        ("a.jsonl", b'{"text": \n', r"a.jsonl holds no text"),
+        ("a.jsonl.gz", b'{"text": "w1"}\n', r"cannot read .*a.jsonl.gz: Not a gzipped file"),
+        ("a.parquet", b"no parquet", r"cannot read .*a.parquet: .*; mend or remove it"),
+        ("a.txt", b"caf\xe9", r"cannot read .*a.txt: 'utf-8' codec can't decode byte 0xe9"),
+    ],
+)
+def test_unreadable_sources_are_told(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        check_source(replace(SETTINGS, source=str(tmp_path / name)))
+
+
+def test_folders_without_data_are_told(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("not data")
+    with pytest.raises(ValueError, match=r"the folder .* holds no file that ends in \.txt, \.json"):
+        check_source(replace(SETTINGS, source=str(tmp_path)))
+    (tmp_path / "a.txt").write_text("w1")
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(ValueError, match=r"b.txt is empty"):
+        check_source(replace(SETTINGS, source=str(tmp_path)))
+
+
+def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:
+    lines = [{"text": f"document {number}"} for number in range(7)]
+    plain = tmp_path / "a.jsonl"
+    plain.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    table = tmp_path / "c.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines[:3]), table)
+    count = corpus_module.count_rows
+    assert [count(corpus_module.Corpus("", (file,)), [0]) for file in (plain, packed, table)] == [
+        7,
+        7,
+        3,
+    ]
+    assert count(corpus_module.Corpus("", (plain, packed, table)), range(3)) == 17
+    assert count(corpus_module.Corpus("", (tmp_path / "d.txt",)), [0]) is None
+    assert count(corpus_module.Corpus("org/name", revision="main"), [0]) is None

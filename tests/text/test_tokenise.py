@@ -1,0 +1,137 @@
+"""Tokens are those of the tokenizer, however often the work is broken off and shared."""
+
+import gzip
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.text.documents import DOCUMENTS, SETTINGS, as_jsonl, blocks_by_hand, refuse, write_source
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from headstart.text import tokenise as tokenise_module
+from headstart.text.prepare import check_source, prepare, split_of
+from headstart.text.settings import SPLITS
+
+
+def test_byte_level_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: n for n, character in enumerate([*alphabet, "</s>"])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    fast.save_pretrained(tmp_path / "bytes")
+    documents = [f"naïve café {n}\nline two" for n in range(100)]
+    path = tmp_path / "accents.jsonl"
+    path.write_text(as_jsonl(documents))
+    settings = replace(SETTINGS, source=str(path))
+    blocks = prepare(settings, tmp_path / "bytes", tmp_path / "cache").split("search")
+    chosen = [text for text in documents if split_of(text, settings) == "search"]
+    joined = "".join(text + "</s>" for text in chosen)
+    decoded = fast.decode(blocks.flatten().tolist(), errors="ignore").rstrip("\ufffd")
+    assert len(decoded) > 50
+    assert joined.startswith(decoded)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "folder"])
+def test_a_killed_preparation_goes_on(
+    name: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 20)
+    monkeypatch.setattr(tokenise_module, "BATCHES_PER_RECORD", 2)
+    whole_call, texts = PreTrainedTokenizerFast.__call__, []
+
+    def die_after_120(self: object, batch: list[str], **options: object) -> object:
+        texts.extend(batch)
+        return refuse() if len(texts) > 120 else whole_call(self, batch, **options)
+
+    settings = replace(SETTINGS, source=str(write_source(tmp_path, name)))
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(PreTrainedTokenizerFast, "__call__", die_after_120)
+        prepare(settings, tokenizer, tmp_path / "cache")
+    (unfinished,) = (tmp_path / "cache").iterdir()
+    for record in unfinished.glob("unit-*.json"):
+        if not json.loads(record.read_text())["is_done"]:
+            for part in unfinished.glob(f"{record.stem}.*.part"):
+                part.write_bytes(part.read_bytes() + b"junk")  # written after the last record
+    seen: list[str] = []
+
+    def watch(self: object, batch: list[str], **options: object) -> object:
+        seen.extend(batch)
+        return whole_call(self, batch, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watch)
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    assert 80 <= len(seen) < 140, "it began anew"
+    for split in SPLITS:
+        expected = blocks_by_hand(DOCUMENTS, split, settings)
+        np.testing.assert_array_equal(prepared.split(split), expected)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [prepared.folder.name]
+    assert {path.suffix for path in prepared.folder.iterdir()} == {".bin", ".json"}
+
+
+@pytest.mark.exhaustive
+def test_two_processes_write_the_bytes_of_one(tmp_path: Path, tokenizer: Path) -> None:
+    settings = replace(SETTINGS, source=str(write_source(tmp_path, "folder")))
+    alone = prepare(settings, tokenizer, tmp_path / "alone")
+    code = (
+        "import sys; from pathlib import Path; from headstart.text.settings import DataSettings\n"
+        "from headstart.system.distributed import process_group\n"
+        "from headstart.text.prepare import prepare\n"
+        "with process_group():\n"
+        f"    blocks = prepare({settings!r}, {str(tokenizer)!r}, Path(sys.argv[1]))\n"
+        "    assert (blocks.folder / 'manifest.json').is_file()\n"
+    )
+    (tmp_path / "work.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", str(tmp_path / "work.py")]
+    subprocess.run([*command, str(tmp_path / "shared")], check=True, timeout=300)
+    (shared,) = (tmp_path / "shared").iterdir()
+    assert {path.name for path in shared.iterdir()} == {p.name for p in alone.folder.iterdir()}
+    for path in alone.folder.iterdir():
+        assert (shared / path.name).read_bytes() == path.read_bytes()
+
+
+def test_reading_stops_at_the_tokens_asked_for(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 10)
+    for name in ("a.jsonl", "folder"):
+        settings = replace(SETTINGS, source=str(write_source(tmp_path, name)), max_tokens=500)
+        prepared = prepare(settings, tokenizer, tmp_path / "cache")
+        counts = prepared.manifest["splits"]
+        assert counts["train"]["tokens"] == 500
+        assert sum(count["documents"] for count in counts.values()) < 80
+        expected = blocks_by_hand(DOCUMENTS, "train", settings)[: 500 // SETTINGS.block_length]
+        np.testing.assert_array_equal(prepared.split("train"), expected)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_corrupt_lines_are_counted_or_named(
+    name: str, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = as_jsonl(DOCUMENTS).encode().splitlines()
+    for place, junk in ((40, b'{"text": "w1"'), (90, b"[1]"), (91, b'{"text": "\xff"}')):
+        lines.insert(place, junk)
+    content = b"\n".join(lines) + b"\n"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    settings = replace(SETTINGS, source=str(path))
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    expected = blocks_by_hand(DOCUMENTS, "train", settings)
+    np.testing.assert_array_equal(prepared.split("train"), expected)
+    assert prepared.manifest["corrupt_lines"] == 3
+    assert f"{name}, line 41: " in prepared.manifest["first_corrupt"]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "passed over 3 corrupt lines" in told
+    assert "data.strict" in told
+    strict = replace(settings, strict=True)
+    check_source(strict)
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}, line 41: .*; mend or remove it"):
+        prepare(strict, tokenizer, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [prepared.folder.name]
