@@ -42,7 +42,7 @@ from headstart.model.spec import Indices, SubnetSpec
 from headstart.runs.extraction import extract_student
 from headstart.runs.result import tokens_to_match
 from headstart.searching.candidate import Orders
-from headstart.searching.importance import activation_importance
+from headstart.searching.importance import measure_importance
 from headstart.system.device import default_device, load_frozen
 from headstart.system.files import finished_folder, write_json, write_whole
 from headstart.text.blocks import TokenBlocks
@@ -127,7 +127,7 @@ def students(
         orders, flops = Orders.of_teacher(teacher.architecture.sizes), 0
         if name != "first-k slice":
             model = load_frozen(teacher.folder, default_device())
-            orders = activation_importance(model, calibration.split(4)).orders()
+            orders = measure_importance(model, calibration.split(4)).orders()
             count = teacher.architecture.count(calibration.shape[1])
             flops = count.inference_flops_per_token * calibration.numel()
         if init == "rotate+least_squares":  # whose channels are in order

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headstart.demo import demo_corpus, demo_teacher
-from headstart.searching.importance import activation_importance
+from headstart.searching.importance import measure_importance
 from headstart.text.prepare import prepare
 from headstart.text.settings import DataSettings
 from peers.environment import ask_whittle, litgpt_checkpoint, num_threads
@@ -45,7 +45,7 @@ def headstart_scores(
 ) -> tuple[float, Float[Tensor, " layers"], Float[Tensor, " mlp"]]:
     """One pass: its seconds, the layers' scores, and the neurons' summed over layers."""
     start = time.perf_counter()
-    scores = activation_importance(teacher, batches)
+    scores = measure_importance(teacher, batches)
     seconds = time.perf_counter() - start
     return seconds, scores.layers, scores.mlp.sum(dim=0)
 

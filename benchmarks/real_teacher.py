@@ -11,7 +11,7 @@ from headstart.recipe import load_recipe
 from headstart.searching.bins import Bin
 from headstart.searching.candidate import Candidate, Orders
 from headstart.searching.fitness import HeldOutLoss
-from headstart.searching.importance import activation_importance
+from headstart.searching.importance import measure_importance
 from headstart.system.device import default_device, load_frozen
 from headstart.system.files import shipped
 from headstart.text.blocks import TokenBlocks
@@ -50,5 +50,5 @@ def load() -> RealTeacher:
     blocks = prepare(recipe.data, teacher.folder)
     model = load_frozen(teacher.folder, default_device())
     calibration = blocks.first("train", CALIBRATION_TOKENS)
-    importance = activation_importance(model, calibration.split(8))
+    importance = measure_importance(model, calibration.split(8))
     return RealTeacher(model, teacher.architecture, blocks, importance.orders())

@@ -210,6 +210,17 @@ def teacher(request: pytest.FixtureRequest) -> PreTrainedModel:
     return random_teacher(request.param)
 
 
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Write a model and return its folder."""
+
+    def save(model: PreTrainedModel, name: str = "teacher", **settings: Any) -> Path:
+        model.save_pretrained(tmp_path / name, **settings)
+        return tmp_path / name
+
+    return save
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of 400 documents in a made-up language with some structure to learn."""

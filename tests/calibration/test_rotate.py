@@ -9,12 +9,13 @@ from headstart.calibration.moments import Statistics, collect_statistics, rms_no
 from headstart.calibration.rotate import (
     check_rotates,
     principal_basis,
+    read_rotated,
     rotated_architecture,
     rotated_tensors,
     write_rotated,
 )
 from headstart.model.architecture import Architecture
-from headstart.model.checkpoint import Checkpoint, checkpoint_files
+from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import build_student
 from headstart.model.spec import SubnetSpec
 
@@ -60,7 +61,8 @@ def test_a_rotated_teacher_computes_what_it_did(kind, tokens, saved, tmp_path):
     (tmp_path / "rotated").mkdir()
     teacher = Checkpoint.open(saved(model))
     write_rotated(teacher, principal_basis(statistics.residual()), tmp_path / "rotated")
-    rotated = AutoModelForCausalLM.from_pretrained(tmp_path / "rotated")
+    turned, _ = read_rotated(tmp_path / "rotated")
+    rotated = AutoModelForCausalLM.from_pretrained(turned.folder)
     assert type(rotated) is type(model)
     assert not rotated.config.tie_word_embeddings
     with torch.no_grad():
@@ -72,7 +74,7 @@ def test_a_rotated_teacher_computes_what_it_did(kind, tokens, saved, tmp_path):
             assert torch.equal(parameter, torch.ones_like(parameter)), name
     architecture = Architecture.of(rotated.config)
     assert architecture.count(20).parameters == rotated.num_parameters()
-    for name in checkpoint_files(tmp_path / "rotated"):
+    for name in turned.files:
         architecture.match(name)
 
 
@@ -103,7 +105,7 @@ def test_turned_statistics_are_those_of_the_rotated_teacher(kind, tokens, tmp_pa
     for pattern in set(sources_of(architecture).values()):
         source = pattern.format(i=2)
         for moments in ("gram", "mean"):
-            found, expected = (getattr(one, moments)(source) for one in (turned, anew))
+            found, expected = (getattr(side, moments)(source) for side in (turned, anew))
             torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     for pattern in rms_norms_of(architecture):
         norm = pattern.format(i=2)
@@ -132,5 +134,8 @@ def test_other_norms_are_refused_by_name(kind, reason):
 
 
 def test_the_tokenizer_goes_along(teacher_folder, tmp_path):
-    write_rotated(Checkpoint.open(teacher_folder), torch.eye(48, dtype=torch.float64), tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<end>"
+    whole = torch.eye(48, dtype=torch.float64)
+    write_rotated(Checkpoint.open(teacher_folder), whole, tmp_path)
+    turned, basis = read_rotated(tmp_path)
+    assert torch.equal(basis, whole)
+    assert AutoTokenizer.from_pretrained(turned.folder).eos_token == "<end>"

@@ -39,21 +39,21 @@ def test_a_whole_text_is_the_models_own_loss_on_its_bytes(
     """Against transformers' own loss of the very documents, in float64."""
     text = tmp_path / "text.jsonl"
     documents = ["abc def " * 9, "hah bad " * 12, "cafe " * 20]
-    text.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents))
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     settings = DataSettings(str(text), block_length=8, validation_fraction=1.0, search_fraction=0.0)
     teacher = Checkpoint.open(teacher_folder)
     blocks = prepare(settings, teacher_folder)
     found = text_scores(teacher, blocks, 10_000)
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
-    tokens = [token for one in documents for token in [*tokenizer(one)["input_ids"], 0]]
+    tokens = [token for document in documents for token in [*tokenizer(document)["input_ids"], 0]]
     whole = torch.tensor(tokens[: len(tokens) // 8 * 8]).view(-1, 8)
     model = AutoModelForCausalLM.from_pretrained(teacher_folder).double()
     with torch.no_grad():
         expected = model(whole, labels=whole).loss.item()
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
-    num_bytes = sum(len(one.encode()) for one in documents)
+    num_bytes = sum(len(document.encode()) for document in documents)
     bits = expected * len(tokens) / num_bytes / math.log(2)
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     assert (found["tokens"], found["parameters"]) == (whole.numel(), model.num_parameters())

@@ -63,8 +63,8 @@ def right_by_hand(folder: Path, questions: Path) -> dict[str, int]:
             sums.append(sum(float(scores[place - 1, whole[place]]) for place in tail))
         lengths = [len(item["sol1"]), len(item["sol2"])]
         chosen = {
-            "acc": max((0, 1), key=lambda one: sums[one]),
-            "acc_norm": max((0, 1), key=lambda one: sums[one] / lengths[one]),
+            "acc": max((0, 1), key=lambda choice: sums[choice]),
+            "acc_norm": max((0, 1), key=lambda choice: sums[choice] / lengths[choice]),
         }
         for metric, choice in chosen.items():
             right[metric] += choice == item["label"]
@@ -120,9 +120,9 @@ def test_every_shipped_task_changes_where_questions_lie_and_not_how_they_are_ask
         path = place.with_suffix(".jsonl")
         path.write_text("{}\n")
         (source,) = task_sources([task], tmp_path / task).values()
-        own = {"task", "dataset_path", "dataset_name", "dataset_kwargs"}
+        unchanged_keys = {"task", "dataset_path", "dataset_name", "dataset_kwargs"}
         splits = {f"{kind}_split" for kind in ("training", "validation", "test", "fewshot")}
-        assert set(source) == own | splits | set(recipe.get("lm_eval", {}))
+        assert set(source) == unchanged_keys | splits | set(recipe.get("lm_eval", {}))
         assert set(recipe.get("lm_eval", {})) <= {"doc_to_target"}
 
 

@@ -135,7 +135,7 @@ def test_top_k_of_the_whole_vocabulary_is_forward_kl(student, teacher, count):
         forward_kl(student, teacher, 2.0),
     )
     torch.testing.assert_close(kept, whole, rtol=1e-12, atol=0)
-    of_kept, of_whole = (torch.autograd.grad(one.sum(), student)[0] for one in (kept, whole))
+    of_kept, of_whole = (torch.autograd.grad(loss.sum(), student)[0] for loss in (kept, whole))
     torch.testing.assert_close(of_kept, of_whole)
 
 
@@ -219,8 +219,8 @@ def test_teacher_tokens_are_those_with_a_weight(schedule, beta, beta_end):
     settings = DistillationSettings(beta=beta, **more)
     for tokens in (0, 10, 40, 90):
         # A linear schedule that starts from 0 has no weight at the very first token alone.
-        asked = sum(settings.weights(token)[1] > 0 for token in range(tokens))
-        assert settings.teacher_tokens(tokens) - asked in (
+        num_asked = sum(settings.weights(token)[1] > 0 for token in range(tokens))
+        assert settings.teacher_tokens(tokens) - num_asked in (
             0,
             int(schedule == "linear" and not beta),
         )

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from headstart.losses.next_token import mean_loss, next_token_loss
-from headstart.runs.result import tokens_to_match
 
 BLOCKS = torch.randint(0, 128, (5, 12), generator=torch.Generator().manual_seed(0))
 
@@ -35,23 +34,3 @@ def test_next_token_loss_pairs_a_position_with_the_token_after_it():
     knows_next = torch.nn.functional.one_hot(blocks.roll(-1, dims=1), 5).float()
     total = next_token_loss(100 * knows_next, torch.eye(5), blocks)
     assert float(total) == pytest.approx(0, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("losses", "target", "expected"),
-    [
-        ([9, 7, 5], 9.5, 0),  # before training
-        ([9, 7, 5], 9, 0),
-        ([9, 7, 5], 7, 100),  # an evaluation hits it
-        ([9, 7, 5], 5, 300),
-        ([9, 7, 5], 8, 50),  # between two evaluations
-        ([9, 7, 5], 6.5, 150),
-        ([9, 7, 5], 4.9, None),  # never
-        ([9, 5, 8], 7, 50),  # rises again: the first crossing counts
-        ([7, 9, 5], 6, 250),  # rises at first
-        ([9, 7, 7], 7, 100),  # a plateau divides by nothing
-        ([9, 9, 7], 8, 200),
-    ],
-)
-def test_tokens_to_match(losses, target, expected):
-    assert tokens_to_match([0, 100, 300], losses, target) == expected

@@ -94,7 +94,7 @@ def masked_parent(model: PreTrainedModel, spec: SubnetSpec) -> PreTrainedModel:
         else:
             attention, mlp = layer.attention.dense, layer.mlp.dense_4h_to_h
             readers = [layer.attention.query_key_value]
-        for parameter in (one for reader in readers for one in reader.parameters()):
+        for parameter in (weight for reader in readers for weight in reader.parameters()):
             parameter.unflatten(0, (-1, head_dim))[:, channels] = 0
         if number not in spec.layers:
             for parameter in (*attention.parameters(), *mlp.parameters()):

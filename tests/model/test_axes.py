@@ -92,11 +92,11 @@ def test_stacked_tensors_are_sliced_and_placed_one_by_one(kept):
     assert axes_of(layout) == {"kv_groups", "q_per_kv", "head_dim", "embed", "mlp"}
     assert [block for _, block in unstack(whole, layout, SIZES)] == blocks
     pairs = list(zip(tensors, blocks, strict=True))
-    expected = [naive_slice(one.numpy(), block, kept) for one, block in pairs]
+    expected = [naive_slice(part.numpy(), block, kept) for part, block in pairs]
     sliced = slice_tensor(whole, layout, SIZES, kept).numpy()
     np.testing.assert_array_equal(sliced, np.concatenate(expected))
     larger = SIZES | {"kv_groups": 5, "mlp": 7}
-    placed = [place_tensor(one, block, SIZES, larger) for one, block in pairs]
+    placed = [place_tensor(part, block, SIZES, larger) for part, block in pairs]
     assert torch.equal(place_tensor(whole, layout, SIZES, larger), torch.cat(placed))
     rows, channels = kept_indices(layout, SIZES, kept)
     assert torch.equal(whole[rows][:, channels], slice_tensor(whole, layout, SIZES, kept))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tests.conftest import extract, random_teacher
 from tests.model.oracles import assert_same_tensors, random_spec
 
-from headstart.model.checkpoint import Checkpoint, checkpoint_files
+from headstart.model.checkpoint import Checkpoint
 from headstart.system.errors import UserError
 
 
@@ -58,7 +58,7 @@ def test_a_shard_that_was_cut_short_is_named_before_anything_is_read(saved, refu
     shard = sorted(folder.glob("*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:-64])
     with pytest.raises(UserError, match=f"{shard.name} is not a whole safetensors file"):
-        checkpoint_files(folder)
+        _ = Checkpoint.open(folder).files
     refused(folder, f"{shard.name} is not a whole safetensors file .*; fetch it again")
 
 

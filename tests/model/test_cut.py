@@ -19,7 +19,7 @@ from tests.model.oracles import (
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from headstart.model.architecture import Architecture
-from headstart.model.cut import build_student
+from headstart.model.cut import build_student, slice_tensors
 from headstart.model.rotary import head_sizes, rotary_pairs
 from headstart.model.spec import SubnetSpec
 
@@ -253,7 +253,7 @@ def test_stock_code_derives_the_kept_frequencies(kind, size, rope, tokens, saved
     spec = stock_spec(model, size, layers=2)
     written = AutoModelForCausalLM.from_pretrained(extract(saved(model), spec, tmp_path / "out"))
     pairs = [channel for channel in spec.head_dim if channel < turning_pairs(model.config)]
-    ours, teachers = (one.base_model.rotary_emb.inv_freq for one in (written, model))
+    ours, teachers = (side.base_model.rotary_emb.inv_freq for side in (written, model))
     torch.testing.assert_close(ours, teachers[pairs], rtol=1e-5, atol=0)
     student = in_memory(model, spec)
     torch.testing.assert_close(logits(written, tokens), logits(student, tokens), atol=1e-5, rtol=0)
@@ -294,3 +294,46 @@ def test_a_head_that_stock_code_cannot_turn_is_not_written(kind, saved, tmp_path
         with pytest.raises(ValueError, match=message):
             in_memory(AutoModelForCausalLM.from_pretrained(source), refused)
     assert not list(tmp_path.glob("out*"))
+
+
+# The teacher's tensors
+
+
+def sliced(tensors, model, layers=2):
+    spec = random_spec(model, layers=layers)
+    return dict(slice_tensors(tensors.items(), Architecture.of(model.config), spec))
+
+
+def test_the_output_matrix_of_gpt_neox_has_two_names(saved):
+    model = random_teacher("gpt_neox-untied")
+    on_disk = load_file(saved(model) / "model.safetensors")
+    assert "embed_out.weight" in on_disk
+    spec = SubnetSpec.identity(Architecture.of(model.config).sizes)
+    for tensors in (on_disk, model.state_dict()):
+        assert_same_tensors(sliced(tensors, model, layers=4), tensors)
+        student = build_student(tensors.items(), Architecture.of(model.config), spec)
+        assert torch.equal(student.lm_head.weight, model.lm_head.weight)
+
+
+def test_an_unknown_tensor_is_named():
+    model = random_teacher("llama-tied-gqa")
+    name = "model.layers.0.self_attn.q_norm.weight"
+    with pytest.raises(ValueError, match=f"'{name}' matches no rule"):
+        sliced(model.state_dict() | {name: torch.ones(16)}, model)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"]
+)
+def test_a_missing_tensor_is_named(name):
+    model = random_teacher("llama-untied-gqa")
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key != name}
+    with pytest.raises(ValueError, match=f"lacks '{name}'"):
+        sliced(tensors, model, layers=4)
+
+
+def test_an_unexpected_bias_is_named():
+    model = random_teacher("llama-untied-gqa")
+    name = "model.layers.0.self_attn.o_proj.bias"
+    with pytest.raises(ValueError, match=f"'{name}' .* attention_bias=False"):
+        sliced(model.state_dict() | {name: torch.ones(48)}, model)

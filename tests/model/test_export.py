@@ -93,7 +93,7 @@ def test_the_stock_folder_computes_the_same_where_headstart_is_not(
 def test_a_stock_student_is_copied_clean(uniform: Path, tmp_path: Path) -> None:
     (uniform / "training_args.bin").write_bytes(b"pickle")
     out = export_stock(uniform, tmp_path / "stock")
-    before, after = (load_file(one / "model.safetensors") for one in (uniform, out))
+    before, after = (load_file(path / "model.safetensors") for path in (uniform, out))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert (out / "subnet.json").read_bytes() == (uniform / "subnet.json").read_bytes()
@@ -103,7 +103,7 @@ def test_a_stock_student_is_copied_clean(uniform: Path, tmp_path: Path) -> None:
 
 def test_precision(uniform: Path, tmp_path: Path) -> None:
     out = export_stock(uniform, tmp_path / "stock", precision="bfloat16")
-    before, after = (load_file(one / "model.safetensors") for one in (uniform, out))
+    before, after = (load_file(path / "model.safetensors") for path in (uniform, out))
     assert all(torch.equal(before[name].bfloat16(), tensor) for name, tensor in after.items())
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 

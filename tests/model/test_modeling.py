@@ -63,11 +63,12 @@ def test_it_is_saved_loaded_and_saved_again_bit_for_bit(folder: Path, tmp_path: 
     assert type(model) in modeling.MODELS
     assert architecture.count(64).parameters == model.num_parameters()
     model.save_pretrained(tmp_path / "again")
-    files = [load_file(one / "model.safetensors") for one in (folder, tmp_path / "again")]
+    folders = (folder, tmp_path / "again")
+    files = [load_file(path / "model.safetensors") for path in folders]
     assert_same_tensors(*files)
-    texts = [json.loads((one / "config.json").read_text()) for one in (folder, tmp_path / "again")]
+    texts = [json.loads((path / "config.json").read_text()) for path in folders]
     assert texts[0] == texts[1]
-    codes = [(one / "modeling.py").read_text() for one in (folder, tmp_path / "again")]
+    codes = [(path / "modeling.py").read_text() for path in folders]
     assert codes[0] == codes[1] == Path(modeling.__file__).read_text()
 
 

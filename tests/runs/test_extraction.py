@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import extract, random_teacher
-from tests.model import conftest
 from tests.model.oracles import assert_same_tensors, random_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,8 +16,6 @@ from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import build_student, slice_tensors
 from headstart.model.spec import SubnetSpec
-
-saved = conftest.saved
 
 # The written folder
 
@@ -123,11 +120,6 @@ def test_one_teacher_tensor_is_in_memory_at_a_time(saved, tmp_path, monkeypatch)
     assert len(references) == len(tensors)
 
 
-def sliced(tensors, model, layers=2):
-    spec = random_spec(model, layers=layers)
-    return dict(slice_tensors(tensors.items(), Architecture.of(model.config), spec))
-
-
 @pytest.mark.parametrize(
     ("kind", "buffers", "tied"),
     [
@@ -150,41 +142,6 @@ def test_old_buffers_and_tied_copies_are_dropped_silently(kind, buffers, tied, s
     folder = extract(file.parent, spec, tmp_path / "out")
     expected = dict(slice_tensors(tensors.items(), Architecture.of(model.config), spec))
     assert_same_tensors(load_file(folder / "model.safetensors"), expected)
-
-
-def test_the_output_matrix_of_gpt_neox_has_two_names(saved):
-    model = random_teacher("gpt_neox-untied")
-    on_disk = load_file(saved(model) / "model.safetensors")
-    assert "embed_out.weight" in on_disk
-    spec = SubnetSpec.identity(Architecture.of(model.config).sizes)
-    for tensors in (on_disk, model.state_dict()):
-        assert_same_tensors(sliced(tensors, model, layers=4), tensors)
-        student = build_student(tensors.items(), Architecture.of(model.config), spec)
-        assert torch.equal(student.lm_head.weight, model.lm_head.weight)
-
-
-def test_an_unknown_tensor_is_named():
-    model = random_teacher("llama-tied-gqa")
-    name = "model.layers.0.self_attn.q_norm.weight"
-    with pytest.raises(ValueError, match=f"'{name}' matches no rule"):
-        sliced(model.state_dict() | {name: torch.ones(16)}, model)
-
-
-@pytest.mark.parametrize(
-    "name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"]
-)
-def test_a_missing_tensor_is_named(name):
-    model = random_teacher("llama-untied-gqa")
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if key != name}
-    with pytest.raises(ValueError, match=f"lacks '{name}'"):
-        sliced(tensors, model, layers=4)
-
-
-def test_an_unexpected_bias_is_named():
-    model = random_teacher("llama-untied-gqa")
-    name = "model.layers.0.self_attn.o_proj.bias"
-    with pytest.raises(ValueError, match=f"'{name}' .* attention_bias=False"):
-        sliced(model.state_dict() | {name: torch.ones(48)}, model)
 
 
 # What is left alone

@@ -29,7 +29,6 @@ from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import recipe_from_dict
 from headstart.runs.extraction import extract_found
 from headstart.runs.plan import print_search_plans, teacher_architecture
-from headstart.runs.result import match_of
 from headstart.runs.stages import run_cache_teacher, run_pretrain, run_recipe, run_search
 from headstart.text.prepare import check_source, prepare
 
@@ -338,37 +337,6 @@ def test_a_plan_needs_no_weights_and_bounds_the_tokens(
     assert plan.tokens[0] <= outcome["search_tokens"] <= plan.tokens[1]
     upfront = outcome["calibration_flops"] + outcome["search_flops"]
     assert 0.8 * plan.flops[0] <= upfront <= 1.2 * plan.flops[1]
-
-
-def points(
-    losses: list[float], flops_per_token: float, upfront: float = 0
-) -> list[dict[str, float]]:
-    tokens = [0, 100, 300]
-    return [
-        {"tokens": t, "flops": upfront + t * flops_per_token, "loss": loss}
-        for t, loss in zip(tokens, losses, strict=True)
-    ]
-
-
-def test_match_by_hand() -> None:
-    scratch = points([10.0, 8.0, 6.0], 5)
-    arm = points([9.0, 7.0, 5.0], 10, upfront=50)
-    match = match_of(arm, scratch)
-    # From 7 at 100 tokens to 5 at 300, 6 is reached at 200 tokens, 50 + 2000 FLOPs.
-    assert match["tokens_to_match"] == 200
-    assert match["tokens_factor"] == 300 / 200
-    assert match["flops_to_match"] == 2050
-    assert match["flops_factor"] == 1500 / 2050
-    assert match["loss_difference"] == -1.0
-
-    before = match_of(points([5.5, 5.0, 4.0], 10, upfront=50), scratch)
-    assert (before["tokens_to_match"], before["tokens_factor"]) == (0, None)
-    assert (before["flops_to_match"], before["flops_factor"]) == (50, 30)
-
-    never = match_of(points([9.0, 8.0, 7.0], 10), scratch)
-    assert [never[key] for key in ("tokens_to_match", "tokens_factor")] == [None, None]
-    assert [never[key] for key in ("flops_to_match", "flops_factor")] == [None, None]
-    assert set(match_of(arm, None).values()) == {None}
 
 
 def with_cache(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:

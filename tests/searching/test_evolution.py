@@ -54,7 +54,7 @@ def space(name: SpaceName = "fine-uniform", bin: Bin = BIN) -> Space:
 
 
 def mean(units: tuple[Units, ...]) -> float:
-    return sum(one.size for one in units) / len(units)
+    return sum(of_layer.size for of_layer in units) / len(units)
 
 
 def distance(candidate: Candidate) -> float:
@@ -120,7 +120,7 @@ def run(
 
 def timeless(scores: list[Evaluated]) -> str:
     """As text, in which one NaN equals another."""
-    return repr([replace(one, seconds=0) for one in scores])
+    return repr([replace(score, seconds=0) for score in scores])
 
 
 def timeless_journal(path: Path) -> str:
@@ -132,14 +132,17 @@ def test_generations_are_whole_and_nothing_is_scored_twice(name: SpaceName, tmp_
     settings = EvolutionSettings(population=10, generations=6, mutation=0.4, crossover=0.2)
     fitness = Fitness()
     scores = run(tmp_path / "j", fitness, settings, space(name))
-    asked = [candidate for candidate, _, _ in fitness.calls]
-    assert [one.candidate for one in scores] == asked
-    assert len(set(asked)) == len(asked)
-    for one in scores:
-        assert BIN.low <= one.parameters == parameters(one.candidate) <= BIN.high
-        assert one.tokens == 16 * BLOCK_LENGTH
-    assert Counter(one.generation for one in scores) == dict.fromkeys(range(6), 10)
-    first, second = (Counter(one.origin for one in scores if one.generation == g) for g in (0, 1))
+    scored_candidates = [candidate for candidate, _, _ in fitness.calls]
+    assert [score.candidate for score in scores] == scored_candidates
+    assert len(set(scored_candidates)) == len(scored_candidates)
+    for score in scores:
+        assert BIN.low <= score.parameters == parameters(score.candidate) <= BIN.high
+        assert score.tokens == 16 * BLOCK_LENGTH
+    assert Counter(score.generation for score in scores) == dict.fromkeys(range(6), 10)
+    first, second = (
+        Counter(score.origin for score in scores if score.generation == generation)
+        for generation in (0, 1)
+    )
     assert first == {"sample": 10}
     assert second == {"mutation": 4, "crossover": 2, "immigrant": 4}
 
@@ -189,12 +192,12 @@ def test_only_the_elites_breed(racing: RacingSettings, tmp_path: Path) -> None:
     """The best of all that were scored on all tokens."""
     settings = replace(SETTINGS, population=24, elites=3, seed=3)
     scores, parents = watched(tmp_path, settings, racing)
-    token_counts = {one.tokens for one in scores}
+    token_counts = {score.tokens for score in scores}
     assert token_counts == {64} if racing.rungs == 1 else {BLOCK_LENGTH, 64} <= token_counts
     for generation, breeding in enumerate(parents, start=1):
-        whole = [one for one in scores[: 24 * generation] if one.tokens == 64]
-        elites = sorted(whole, key=lambda one: one.loss)[:3]
-        assert breeding == {one.candidate for one in elites}
+        whole = [score for score in scores[: 24 * generation] if score.tokens == 64]
+        elites = sorted(whole, key=lambda score: score.loss)[:3]
+        assert breeding == {score.candidate for score in elites}
 
 
 def front_numbers(points: list[tuple[float, float]]) -> list[int]:
@@ -222,11 +225,11 @@ def test_elites_of_a_tradeoff_come_from_the_first_fronts(tmp_path: Path) -> None
     breeds_large = False
     for generation, breeding in enumerate(parents, start=1):
         pool = elites + scores[30 * (generation - 1) : 30 * generation]
-        fronts = front_numbers([(one.loss, one.parameters) for one in pool])
-        elites = [one for one in pool if one.candidate in breeding]
-        assert sorted(fronts[pool.index(one)] for one in elites) == sorted(fronts)[:6]
-        by_loss = sorted(pool, key=lambda one: one.loss)[:6]
-        breeds_large |= {one.candidate for one in by_loss} != breeding
+        fronts = front_numbers([(score.loss, score.parameters) for score in pool])
+        elites = [score for score in pool if score.candidate in breeding]
+        assert sorted(fronts[pool.index(score)] for score in elites) == sorted(fronts)[:6]
+        by_loss = sorted(pool, key=lambda score: score.loss)[:6]
+        breeds_large |= {score.candidate for score in by_loss} != breeding
     assert breeds_large  # it is not the six lowest losses that were chosen
 
 
@@ -242,7 +245,7 @@ def test_a_killed_search_ends_like_one_that_was_not(
 
     where, fitness = space(name), Fitness(loss=loss)
     whole = run(tmp_path / "whole", fitness, where=where, racing=racing)
-    assert any(math.isnan(one.loss) for one in whole)
+    assert any(math.isnan(score.loss) for score in whole)
     rng = random.Random(name)
     for moment in range(20):
         path, kill_after = tmp_path / str(moment), rng.randrange(len(fitness.calls))
@@ -288,7 +291,7 @@ def test_full_scores_rank_first_and_no_number_last() -> None:
             [(3.0, 8), (math.nan, 8), (1.0, 8), (math.inf, 8), (0.5, 4), (math.nan, 4), (2.0, 8)]
         )
     ]
-    assert [scores.index(one) for one in ranked(scores)] == [2, 6, 0, 1, 3, 4, 5]
+    assert [scores.index(score) for score in ranked(scores)] == [2, 6, 0, 1, 3, 4, 5]
 
 
 @with_and_without_racing
@@ -300,21 +303,21 @@ def test_a_search_of_nothing_but_nan_ends(racing: RacingSettings, tmp_path: Path
 def test_random_search_takes_the_samples_as_they_come(tmp_path: Path) -> None:
     settings = replace(SETTINGS, method="random")
     scores = run(tmp_path / "j", Fitness(), settings)
-    assert {one.origin for one in scores} == {"sample"}
+    assert {score.origin for score in scores} == {"sample"}
     expected = dict[Candidate, None]()
     for generation in range(4):
         rng = random.Random(f"{SETTINGS.seed}, generation {generation}")
         while len(expected) < 6 * (generation + 1):
             expected[space().sample(rng)] = None
-    assert [one.candidate for one in scores] == list(expected)
+    assert [score.candidate for score in scores] == list(expected)
 
 
 def test_importance_alone_takes_the_shapes_nearest_to_the_teachers(tmp_path: Path) -> None:
     settings = replace(SETTINGS, method="importance")
     scores = run(tmp_path / "j", Fitness(), settings)
-    assert {one.origin for one in scores} == {"proportional"}
-    assert [one.generation for one in scores] == sorted([0, 1, 2, 3] * 6)
-    assert [one.candidate for one in scores] == space().proportional(24)
+    assert {score.origin for score in scores} == {"proportional"}
+    assert [score.generation for score in scores] == sorted([0, 1, 2, 3] * 6)
+    assert [score.candidate for score in scores] == space().proportional(24)
     few = space(bin=NARROW)
     scores = run(tmp_path / "few", Fitness(), replace(settings, population=50), few)
     assert 0 < len(scores) == len(few.proportional(1000)) < 200
@@ -323,7 +326,7 @@ def test_importance_alone_takes_the_shapes_nearest_to_the_teachers(tmp_path: Pat
 def test_immigrants_take_the_place_of_offspring_that_run_out(tmp_path: Path) -> None:
     settings = replace(SETTINGS, population=12, elites=1, mutation=0, crossover=1)
     scores = run(tmp_path / "j", Fitness(), settings, space("coarse-uniform"))
-    origins = Counter((one.generation, one.origin) for one in scores)
+    origins = Counter((score.generation, score.origin) for score in scores)
     assert origins == {(0, "sample"): 12, **{(g, "immigrant"): 12 for g in (1, 2, 3)}}
 
 
@@ -334,7 +337,7 @@ def test_a_space_that_runs_dry_ends_the_search(racing: RacingSettings, tmp_path:
     assert 5 < num_shapes < 60
     settings = replace(SETTINGS, population=40, generations=6)
     scores = run(tmp_path / "j", Fitness(), settings, few, racing)
-    assert len({one.candidate for one in scores}) == len(scores) == num_shapes
+    assert len({score.candidate for score in scores}) == len(scores) == num_shapes
     again = run(tmp_path / "j", Fitness(0), settings, few, racing)
     assert timeless(again) == timeless(scores)
 
@@ -358,7 +361,7 @@ def test_no_candidate_is_asked_for_once_a_generation_found_none(tmp_path: Path) 
 
     few: Any = OnlyOne()
     settings = EvolutionSettings(population=2, generations=10_000)
-    assert [one.candidate for one in run(tmp_path / "j", Fitness(), settings, few)] == [shape]
+    assert [score.candidate for score in run(tmp_path / "j", Fitness(), settings, few)] == [shape]
     assert few.samples < 1000
 
 
@@ -370,8 +373,8 @@ def test_search_improves_on_its_first_generation_and_on_chance(
     for seed in range(10):
         settings = EvolutionSettings(seed=seed)
         best, by_chance = (
-            ranked(run(tmp_path / f"{seed}-{method}", Fitness(), one, space(name)))[0].loss
-            for method, one in (("e", settings), ("r", replace(settings, method="random")))
+            ranked(run(tmp_path / f"{seed}-{method}", Fitness(), variant, space(name)))[0].loss
+            for method, variant in (("e", settings), ("r", replace(settings, method="random")))
         )
         only_first = replace(settings, generations=1)
         first = run(tmp_path / f"{seed}-1", Fitness(), only_first, space(name))
@@ -392,8 +395,8 @@ def test_screening_finds_better_ones(
         screened = EvolutionSettings(population=8, seed=seed)
         best = [
             min(
-                one.loss
-                for one in run(tmp_path / f"{seed}-{index}", Fitness(), how, space(name), racing)
+                score.loss
+                for score in run(tmp_path / f"{seed}-{index}", Fitness(), how, space(name), racing)
             )
             for index, how in enumerate((screened, replace(screened, screening=1)))
         ]
@@ -426,11 +429,13 @@ def test_cost_grows_no_faster_than_the_search(racing: RacingSettings, tmp_path: 
     where, costs = space("fine-layerwise"), []
     for generations in (5, 10, 20):
         settings = EvolutionSettings(population=100, generations=generations, elites=10)
-        fitness = Fitness(loss=lambda one: distance(one) + hash(one) % 9973 / 1e5, noise=0)
+        fitness = Fitness(
+            loss=lambda candidate: distance(candidate) + hash(candidate) % 9973 / 1e5, noise=0
+        )
 
         def search() -> None:
             journal = Journal(tmp_path / str(generations), IDENTITY)  # noqa: B023
-            race = Race(fitness, lambda one: 1, journal, racing, 10)  # noqa: B023
+            race = Race(fitness, lambda candidate: 1, journal, racing, 10)  # noqa: B023
             evolve(where, race, settings)  # noqa: B023
 
         anew, num_calls = count_calls(search), len(fitness.calls)

@@ -111,7 +111,7 @@ def test_layerwise_finalists_learn_too(kind: str, tmp_path: Path) -> None:
     held_out, train = counting(7, seed=0), counting(40, seed=1)
     fitness = fitness_of(teacher, held_out)
     samples = (sampled(teacher, "fine-layerwise", seed) for seed in range(100))
-    candidate = next(one for one in samples if len({units.size for units in one.mlp}) > 2)
+    candidate = next(sample for sample in samples if len({units.size for units in sample.mlp}) > 2)
     (final,) = run_finals(
         [scored(candidate)], fitness, train, SETTINGS, Journal(tmp_path / "j", {})
     )
@@ -146,7 +146,7 @@ def test_finals_that_were_killed_go_on(trainings: list[int], tmp_path: Path) -> 
     def finals() -> list[Evaluated]:
         journal = Journal(tmp_path / "j", {})
         journal.append(
-            [one for one in finalists if journal.find(one.candidate, one.tokens) is None]
+            [score for score in finalists if journal.find(score.candidate, score.tokens) is None]
         )
         told: list[Evaluated] = []
         scores = run_finals(finalists, fitness, train, settings, journal, told.append)
@@ -156,10 +156,10 @@ def test_finals_that_were_killed_go_on(trainings: list[int], tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         finals()
     first_two = [score for score in Journal(tmp_path / "j", {}).scores.values() if score.steps]
-    assert [one.candidate for one in first_two] == [one.candidate for one in finalists[:2]]
+    assert [score.candidate for score in first_two] == [score.candidate for score in finalists[:2]]
     scores = finals()
     assert scores[:2] == first_two  # even their seconds
-    assert [one.candidate for one in scores] == [one.candidate for one in finalists]
+    assert [score.candidate for score in scores] == [score.candidate for score in finalists]
     assert len(trainings) == 5  # of which the third was killed
     assert finals() == scores and len(trainings) == 5
     settings = replace(settings, steps=3)  # another training is another score
@@ -177,20 +177,20 @@ def test_finalists_are_the_best_of_each_depth_and_width() -> None:
 
     ranked = [score(place) for place in range(40)]
     rng.shuffle(ranked)
-    ranked.sort(key=lambda one: one.loss)
+    ranked.sort(key=lambda score: score.loss)
 
-    def shape(one: Evaluated) -> tuple[int, int]:
-        return one.candidate.layers.size, one.candidate.embed.size
+    def shape(score: Evaluated) -> tuple[int, int]:
+        return score.candidate.layers.size, score.candidate.embed.size
 
     for count in (1, 4, 9, 100):
         chosen = choose_finalists(ranked, count)
         assert len(chosen) == min(count, 9)
-        assert len({shape(one) for one in chosen}) == len(chosen)
+        assert len({shape(score) for score in chosen}) == len(chosen)
         worst = chosen[-1].loss
-        for one in ranked:
-            if one not in chosen:
-                better = [other for other in chosen if shape(other) == shape(one)]
-                assert one.loss > worst or better[0].loss < one.loss
+        for score in ranked:
+            if score not in chosen:
+                better = [other for other in chosen if shape(other) == shape(score)]
+                assert score.loss > worst or better[0].loss < score.loss
     assert choose_finalists(ranked, 0) == choose_finalists([], 3) == []
 
 

@@ -42,16 +42,16 @@ def fitness_of(
 ) -> HeldOutLoss:
     """Read the axes in a random order."""
     rng, architecture = random.Random(0), Architecture.of(teacher.config)
-    own = Orders.of_teacher(architecture.sizes)
+    teacher_order = Orders.of_teacher(architecture.sizes)
 
     def shuffled(units: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(rng.sample(units, len(units)))
 
     orders = Orders(
-        shuffled(own.layers),
-        shuffled(own.embed),
-        tuple(map(shuffled, own.kv_groups)),
-        tuple(map(shuffled, own.mlp)),
+        shuffled(teacher_order.layers),
+        shuffled(teacher_order.embed),
+        tuple(map(shuffled, teacher_order.kv_groups)),
+        tuple(map(shuffled, teacher_order.mlp)),
     )
     state = teacher.state_dict()
     if teacher.config.tie_word_embeddings:
@@ -89,7 +89,7 @@ def test_layerwise_fitness_equals_that_of_the_whole_weights_in_float64(
     """Nothing is sliced by the oracle: what is dropped is multiplied by zero."""
     fitness, space = fitness_of(teacher, blocks, kl=kl), space_of(teacher, 0.8, "fine-layerwise")
     samples = (space.sample(random.Random(seed)) for seed in range(100))
-    candidate = next(one for one in samples if len({units.size for units in one.mlp}) > 1)
+    candidate = next(sample for sample in samples if len({units.size for units in sample.mlp}) > 1)
     identity = SubnetSpec.identity(fitness.teacher.sizes)
     student, whole = (
         reference_logits(teacher, blocks, spec)[:, :-1].log_softmax(-1)
@@ -122,7 +122,7 @@ def test_a_teacher_in_order_is_the_same_and_gives_the_same_candidates_as_views(
     torch.testing.assert_close(teacher(blocks).logits, logits, rtol=1e-4, atol=1e-5)
     after = [fitness(candidate, 0, NUM_BLOCKS) for candidate in candidates]
     assert after == pytest.approx(before, rel=1e-5)
-    places = {one.untyped_storage().data_ptr() for one in fitness.state.values()}
+    places = {tensor.untyped_storage().data_ptr() for tensor in fitness.state.values()}
     for weight in fitness.student(candidates[0]).parameters():
         assert weight.untyped_storage().data_ptr() in places
 

@@ -118,8 +118,8 @@ def bins_of(amounts: list[int], measure: str) -> Iterator[Bin]:
     last = len(amounts) - 1
     for low, high in [(last // 4, last * 3 // 4), (0, last // 9), (last * 8 // 9, last)]:
         yield Bin(amounts[low], amounts[high], measure, 32)
-    for one in generator.sample(amounts, 3):
-        yield Bin(one, one, measure, 32)
+    for amount in generator.sample(amounts, 3):
+        yield Bin(amount, amount, measure, 32)
     yield Bin(1, 10 * amounts[-1], measure, 32)
 
 

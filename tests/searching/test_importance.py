@@ -17,7 +17,6 @@ from headstart.searching.importance import (
     DepthImportance,
     Importance,
     UnitImportance,
-    activation_importance,
     measure_importance,
     remembered_importance,
 )
@@ -53,7 +52,7 @@ def wrapped(module: nn.Module, use: Callable[[Tensor, Tensor], None]) -> None:
 
 
 def mean_magnitude(activations: list[Tensor]) -> Tensor:
-    return torch.cat([one.double().abs().flatten(0, -2) for one in activations]).mean(dim=0)
+    return torch.cat([tensor.double().abs().flatten(0, -2) for tensor in activations]).mean(dim=0)
 
 
 @torch.no_grad()
@@ -78,7 +77,9 @@ def importance_by_hand(teacher: PreTrainedModel, tokens: Tensor) -> dict[str, Te
     scores["kv_groups"] = torch.stack(
         [part.mean(dim=1) for part in scores["kv_groups"].chunk(num_groups, dim=1)], dim=1
     )
-    scores["embed"] = mean_magnitude([one for key in seen if key[1] in NORMS for one in seen[key]])
+    scores["embed"] = mean_magnitude(
+        [tensor for key in seen if key[1] in NORMS for tensor in seen[key]]
+    )
 
     # The last hidden state has been through the final norm: take the last layer's output anew.
     positions = torch.arange(tokens.shape[1])[None]
@@ -90,7 +91,7 @@ def importance_by_hand(teacher: PreTrainedModel, tokens: Tensor) -> dict[str, Te
     scores["layers"] = torch.stack(
         [
             1 - ((a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)).mean()
-            for a, b in itertools.pairwise(one.double() for one in hidden)
+            for a, b in itertools.pairwise(states.double() for states in hidden)
         ]
     )
     return scores
@@ -101,7 +102,7 @@ def test_importance_equals_activations_taken_by_hand(
     teacher: PreTrainedModel, tokens: Tensor, dtype: torch.dtype
 ) -> None:
     teacher.to(dtype)
-    found = activation_importance(teacher, [tokens])
+    found = measure_importance(teacher, [tokens])
     expected = importance_by_hand(teacher, tokens)
     for axis, scores in expected.items():
         torch.testing.assert_close(getattr(found, axis).double(), scores, rtol=1e-5, atol=1e-6)
@@ -109,8 +110,9 @@ def test_importance_equals_activations_taken_by_hand(
 
 def test_batches_of_any_sizes_give_one_result(teacher: PreTrainedModel, tokens: Tensor) -> None:
     num_tokens: list[int] = []
-    whole = activation_importance(teacher, [tokens], num_tokens.append)
-    uneven = activation_importance(teacher, iter(tokens.split([1, 3, 2])), num_tokens.append)
+    whole = measure_importance(teacher, [tokens], on_batch=num_tokens.append)
+    batches = iter(tokens.split([1, 3, 2]))
+    uneven = measure_importance(teacher, batches, on_batch=num_tokens.append)
     assert num_tokens == [size * BLOCK_LENGTH for size in (6, 1, 3, 2)]
     for axis, scores in vars(whole).items():
         torch.testing.assert_close(getattr(uneven, axis), scores, rtol=1e-5, atol=1e-6)
@@ -128,12 +130,12 @@ def test_a_unit_that_does_nothing_comes_last(teacher: PreTrainedModel, tokens: T
     with torch.no_grad():
         for parameter in teacher.base_model.layers[2].get_submodule(reader).parameters():
             parameter[3] = 0
-    assert activation_importance(teacher, [tokens]).orders().mlp[2][-1] == 3
+    assert measure_importance(teacher, [tokens]).orders().mlp[2][-1] == 3
 
 
 def rows(module: nn.Module, index: int | slice) -> list[Tensor]:
     bias = getattr(module, "bias", None)
-    return [one[index] for one in (module.weight, bias) if one is not None]
+    return [tensor[index] for tensor in (module.weight, bias) if tensor is not None]
 
 
 def columns(module: nn.Module, index: int | slice) -> list[Tensor]:
@@ -160,10 +162,12 @@ def group(teacher: PreTrainedModel, layer: int, unit: int) -> list[Tensor]:
         return rows(block.attention.query_key_value, fused) + columns(block.attention.dense, out)
     size = config.head_dim
     width = size * config.num_attention_heads // config.num_key_value_heads
-    one, many = slice(size * unit, size * unit + size), slice(width * unit, width * unit + width)
+    head = slice(size * unit, size * (unit + 1))
+    query_heads = slice(width * unit, width * (unit + 1))
     attention = block.self_attn
-    keys_and_values = rows(attention.k_proj, one) + rows(attention.v_proj, one)
-    return keys_and_values + rows(attention.q_proj, many) + columns(attention.o_proj, many)
+    keys_and_values = rows(attention.k_proj, head) + rows(attention.v_proj, head)
+    queries = rows(attention.q_proj, query_heads)
+    return keys_and_values + queries + columns(attention.o_proj, query_heads)
 
 
 def channel(teacher: PreTrainedModel, unit: int) -> list[Tensor]:
@@ -184,13 +188,13 @@ def channel(teacher: PreTrainedModel, unit: int) -> list[Tensor]:
         else:
             readers = [block.attention.query_key_value, block.mlp.dense_h_to_4h]
             writers = [block.attention.dense, block.mlp.dense_4h_to_h]
-        found += [one for module in readers for one in columns(module, unit)]
-        found += [one for module in writers for one in rows(module, unit)]
+        found += [tensor for module in readers for tensor in columns(module, unit)]
+        found += [tensor for module in writers for tensor in rows(module, unit)]
     return found
 
 
 def norm_of(weights: list[Tensor]) -> float:
-    return float(torch.cat([one.detach().double().flatten() for one in weights]).norm())
+    return float(torch.cat([tensor.detach().double().flatten() for tensor in weights]).norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -218,7 +222,7 @@ def test_magnitude_is_the_norm_of_a_units_weights(
 def in_float64(teacher: PreTrainedModel) -> None:
     """Have a teacher compute in float64 throughout; Llama's norms go through float32."""
     teacher.double()
-    for norm in (one for one in teacher.modules() if isinstance(one, LlamaRMSNorm)):
+    for norm in (module for module in teacher.modules() if isinstance(module, LlamaRMSNorm)):
         norm.forward = lambda hidden, norm=norm: functional.rms_norm(
             hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon
         )
@@ -226,10 +230,10 @@ def in_float64(teacher: PreTrainedModel) -> None:
 
 def slope(teacher: PreTrainedModel, tokens: Tensor, weights: list[Tensor]) -> float:
     """How the mean loss rises as weights are scaled up: d loss / d factor at factor 1."""
-    before, losses = [one.clone() for one in weights], []
+    before, losses = [tensor.clone() for tensor in weights], []
     for factor in (1 + 1e-4, 1 - 1e-4, 1.0):
-        for one, old in zip(weights, before, strict=True):
-            one.copy_(old * factor)
+        for tensor, old in zip(weights, before, strict=True):
+            tensor.copy_(old * factor)
         logits = teacher(tokens, use_cache=False).logits[:, :-1]
         losses.append(functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
     return float(losses[0] - losses[1]) / 2e-4

@@ -116,7 +116,7 @@ class MadeUpFitness:
 def tokens_of_a_search(settings: SearchSettings, loss: Callable[[int], float], folder: Path) -> int:
     folder.mkdir()
     fitness, journal = MadeUpFitness(loss), Journal(folder / "j", {})
-    race = Race(fitness, lambda one: 1, journal, settings.racing, settings.evolution.elites)
+    race = Race(fitness, lambda candidate: 1, journal, settings.racing, settings.evolution.elites)
     evolve(space_of(TEACHER, settings, BLOCK_LENGTH), race, settings.evolution)
     return fitness.tokens
 

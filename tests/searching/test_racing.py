@@ -25,11 +25,11 @@ class Table:
         rng = random.Random(seed)
         self.num_blocks = num_blocks
         level = [rng.uniform(3, 9) for _ in range(num_candidates)]
-        self.nats = [[rng.gauss(one, 1) for _ in range(num_blocks)] for one in level]
-        self.asked: list[tuple[int, int, int]] = []
+        self.nats = [[rng.gauss(mean, 1) for _ in range(num_blocks)] for mean in level]
+        self.calls: list[tuple[int, int, int]] = []
 
     def __call__(self, candidate: Candidate, start: int, stop: int) -> float:
-        self.asked.append((candidate.head_dim, start, stop))
+        self.calls.append((candidate.head_dim, start, stop))
         return sum(self.nats[candidate.head_dim][start:stop])
 
     def mean(self, number: int, num_blocks: int) -> float:
@@ -41,7 +41,7 @@ def proposal(number: int) -> Proposal:
 
 
 def race(table: Table, folder: Path, settings: RacingSettings, keep: int = 2) -> Race:
-    return Race(table, lambda one: 7, Journal(folder / "search.jsonl", {}), settings, keep)
+    return Race(table, lambda candidate: 7, Journal(folder / "search.jsonl", {}), settings, keep)
 
 
 @pytest.mark.parametrize(("rungs", "factor", "keep"), [(3, 4, 2), (2, 2, 3), (4, 2, 1), (1, 2, 2)])
@@ -64,12 +64,12 @@ def test_a_candidate_goes_on_while_it_is_among_the_best_so_far(
                 reached[number] = num_blocks
                 seen[rung].append(table.mean(number, num_blocks))
             bar = sorted(seen[rung])[:keep][-1]
-            alive = [one for one in alive if table.mean(one, num_blocks) <= bar]
+            alive = [number for number in alive if table.mean(number, num_blocks) <= bar]
         for number, score in zip(numbers, scores, strict=True):
             assert score.tokens == reached[number] * BLOCK_LENGTH
             assert score.loss == pytest.approx(table.mean(number, reached[number]), rel=1e-12)
             assert (score.generation, score.origin, score.parameters) == (generation, "sample", 7)
-    assert sum((stop - start) * BLOCK_LENGTH for _, start, stop in table.asked) == tokens
+    assert sum((stop - start) * BLOCK_LENGTH for _, start, stop in table.calls) == tokens
     if rungs > 1:
         assert tokens < 30 * 16 * BLOCK_LENGTH / 1.5
 
@@ -80,7 +80,7 @@ def test_what_the_journal_knows_is_not_scored_again(tmp_path: Path) -> None:
     table = Table(8, 8)
     again = race(table, tmp_path, RacingSettings()).run(0, proposals)
     assert again == first
-    assert table.asked == []
+    assert table.calls == []
 
 
 def test_a_race_that_was_killed_reads_only_what_is_missing(tmp_path: Path) -> None:
@@ -88,21 +88,21 @@ def test_a_race_that_was_killed_reads_only_what_is_missing(tmp_path: Path) -> No
     whole = Table(8, 16)
     scores = race(whole, tmp_path, RacingSettings()).run(0, proposals)
     lines = (tmp_path / "search.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 1 + len(whole.asked) > 8 + 2 + 1  # some went on
-    for num_kept in range(len(whole.asked) + 1):
+    assert len(lines) == 1 + len(whole.calls) > 8 + 2 + 1  # some went on
+    for num_kept in range(len(whole.calls) + 1):
         (tmp_path / "search.jsonl").write_text("".join(lines[: 1 + num_kept]))
         table = Table(8, 16)
         told: list[bool] = []
         again = race(table, tmp_path, RacingSettings())
         again.on_score = lambda score, tokens, replayed: told.append(replayed)  # noqa: B023
-        for one, other in zip(again.run(0, proposals), scores, strict=True):
-            assert (one.candidate, one.loss, one.tokens) == (
+        for score, other in zip(again.run(0, proposals), scores, strict=True):
+            assert (score.candidate, score.loss, score.tokens) == (
                 other.candidate,
                 other.loss,
                 other.tokens,
             )
-        assert table.asked == whole.asked[num_kept:]
-        assert told == [True] * num_kept + [False] * len(table.asked)
+        assert table.calls == whole.calls[num_kept:]
+        assert told == [True] * num_kept + [False] * len(table.calls)
 
 
 def test_good_ones_go_on_beside_many_that_are_no_number(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_everything_is_told_with_its_own_tokens(tmp_path: Path) -> None:
     for replayed in (False, True):
         told.clear()
         run = race(Table(6, 16), tmp_path, RacingSettings())
-        run.on_score = lambda *one: told.append(one)
+        run.on_score = lambda *arguments: told.append(arguments)
         scores = run.run(0, [proposal(number) for number in range(6)])
         assert sum(tokens for _, tokens, _ in told) == sum(score.tokens for score in scores)
         assert {again for _, _, again in told} == {replayed}

@@ -13,8 +13,8 @@ import pyarrow.parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from headstart.text.prepare import split_of
 from headstart.text.settings import DataSettings
+from headstart.text.tokenise import split_of
 
 EOS = 1
 NUM_WORDS = 300

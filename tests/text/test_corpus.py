@@ -76,14 +76,14 @@ def test_empty_and_absent_documents_are_skipped(tmp_path: Path, tokenizer: Path)
 def test_a_hub_dataset_is_read_at_the_revision_it_is_known_by(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[object] = []
+    requests: list[object] = []
 
     class Hub:
         def dataset_info(self, dataset_id: str, timeout: float) -> object:
             return type("Info", (), {"sha": f"commit of {dataset_id}"})
 
     def load_dataset(name: str, **options: object) -> datasets.IterableDataset:
-        asked.append((name, options))
+        requests.append((name, options))
         return datasets.IterableDataset.from_generator(lambda: ({"body": t} for t in DOCUMENTS))
 
     monkeypatch.setattr(corpus_module, "HfApi", Hub)
@@ -91,7 +91,7 @@ def test_a_hub_dataset_is_read_at_the_revision_it_is_known_by(
     settings = replace(SETTINGS, source="owner/name-v1.5", text_column="body")
     prepared = prepare(settings, tokenizer, tmp_path / "cache")
     pinned = {"revision": "commit of owner/name-v1.5", "split": "train", "streaming": True}
-    assert asked[-1] == ("owner/name-v1.5", pinned)
+    assert requests[-1] == ("owner/name-v1.5", pinned)
     expected = blocks_by_hand(DOCUMENTS, "train", settings)
     np.testing.assert_array_equal(prepared.split("train"), expected)
 

@@ -21,11 +21,11 @@ def test_a_mixture_has_the_shares_that_were_asked_for(tmp_path: Path, tokenizer:
     mixed = prepare(replace(SETTINGS, mixture=sources), tokenizer, tmp_path / "cache")
     parts = [
         prepare(
-            replace(SETTINGS, source=one.source, text_column=one.text_column or "text"),
+            replace(SETTINGS, source=part.source, text_column=part.text_column or "text"),
             tokenizer,
             tmp_path / "cache",
         )
-        for one in sources
+        for part in sources
     ]
     for name in SPLITS:
         blocks = mixed.split(name)

@@ -18,8 +18,9 @@ from tests.text.documents import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from headstart.text.prepare import check_source, prepare, split_of
+from headstart.text.prepare import check_source, prepare
 from headstart.text.settings import SPLITS, DataSettings, MixtureSource
+from headstart.text.tokenise import split_of
 
 
 def test_manifest_says_what_went_in(tmp_path: Path, corpus: Path, tokenizer: Path) -> None:

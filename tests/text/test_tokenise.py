@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headstart.text import tokenise as tokenise_module
-from headstart.text.prepare import check_source, prepare, split_of
+from headstart.text.prepare import check_source, prepare
 from headstart.text.settings import SPLITS
+from headstart.text.tokenise import split_of
 
 
 def test_byte_level_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:

@@ -258,9 +258,9 @@ def test_a_layerwise_student_trains_sharded_as_in_one_process(inputs, teacher_fo
     folder = tmp_path / "sharded"
     assert start_worker(launcher, tmp_path, SUBNET, halved, folder, None) == 0
     result = json.loads((folder / "arm.json").read_text())
-    losses = [[point["loss"] for point in one["curve"]] for one in (result, whole)]
+    losses = [[point["loss"] for point in run["curve"]] for run in (result, whole)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    left, right = (weights_of(one) for one in (folder, tmp_path / "whole"))
+    left, right = (weights_of(run) for run in (folder, tmp_path / "whole"))
     for name, tensor in right.items():
         torch.testing.assert_close(left[name], tensor, rtol=0, atol=1e-5)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -129,9 +129,9 @@ def test_bytes_per_token_are_those_on_disk(teacher, train, tmp_path, kd, dtype):
     manifest = write(tmp_path / "c", kd, teacher, train)
     assert manifest == json.loads((tmp_path / "c" / "cache.json").read_text())
     shards = [load_file(path) for path in (tmp_path / "c").glob("shard-*")]
-    num_bytes = sum(v.nbytes for one in shards for name, v in one.items() if name != "blocks")
+    num_bytes = sum(v.nbytes for shard in shards for name, v in shard.items() if name != "blocks")
     assert num_bytes == manifest["bytes_per_token"] * len(train) * (train.shape[1] - 1)
-    assert all(sum(v.nbytes for v in one.values()) <= 1.3 * SHARD_BYTES for one in shards)
+    assert all(sum(v.nbytes for v in shard.values()) <= 1.3 * SHARD_BYTES for shard in shards)
 
 
 class Killed(BaseException):
@@ -248,7 +248,7 @@ def test_a_batch_holds_each_blocks_outputs_in_a_row(teacher, train, tmp_path, kd
         assert isinstance(found, kind)
         each = [read.outputs(block.numpy().astype(np.uint16)) for block in batch["input_ids"]]
         for name, values in found._asdict().items():
-            expected = torch.cat([one[name] for one in each])
+            expected = torch.cat([part[name] for part in each])
             torch.testing.assert_close(values, expected, rtol=0, atol=0)
 
 

@@ -64,8 +64,8 @@ def test_a_loaded_state_goes_on_where_it_was_saved(model):
             group["lr"] = 3e-3
     take_step(model, first)
     take_step(resumed, second)
-    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for parameter, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0, atol=0)
 
 
 def test_torch_without_muon_is_told(model, monkeypatch):

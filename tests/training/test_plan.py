@@ -78,8 +78,8 @@ def test_state_is_what_a_step_of_adamw_holds(kd, teacher):
     model(torch.arange(8)[None]).logits.sum().backward()
     optimizer.step()
     held = [*model.parameters(), *(p.grad for p in model.parameters())]
-    held += [v for one in optimizer.state.values() for v in one.values() if v.dim()]
-    expected = sum(one.nbytes for one in held)
+    held += [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    expected = sum(tensor.nbytes for tensor in held)
     if teacher:
         expected += sum(p.nbytes for p in LlamaForCausalLM(TEACHER).bfloat16().parameters())
     assert plan(kd).state_bytes == expected

@@ -24,7 +24,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headstart.calibration.moments import ROWS_AT_ONCE, Statistics, rms_norms_of, sources_of
+from headstart.calibration.moments import (
+    ROWS_AT_ONCE,
+    Statistics,
+    has_bias,
+    rms_norms_of,
+    sources_of,
+)
 from headstart.model.architecture import Architecture
 from headstart.model.axes import kept_indices, shape_of
 from headstart.model.spec import SubnetSpec
@@ -78,12 +84,12 @@ def refitted(
             continue
         parts = waiting.setdefault(stem, {})
         parts[kind] = tensor
-        has_bias = f"{pattern.removesuffix('.weight')}.bias" in layouts
-        if len(parts) < 1 + has_bias:
+        is_biased = has_bias(pattern, architecture)
+        if len(parts) < 1 + is_biased:
             continue
         source = sources[pattern].format(i=layer)
         if len(units[0]) < shape_of(layouts[pattern], sizes)[1]:
-            gram, mean = statistics.gram(source), statistics.mean(source) if has_bias else None
+            gram, mean = statistics.gram(source), statistics.mean(source) if is_biased else None
             parts = _refitted(parts, gram, mean, rows, units[0], ridge)
         yield from ((f"{stem}.{kind}", part) for kind, part in parts.items())
         del waiting[stem], parts
@@ -114,16 +120,11 @@ def _refitted(
 ) -> dict[str, Tensor]:
     """A linear layer's weight, and its bias if it has one, with the kept part refitted.
 
-    Args:
-        parts: "weight" and maybe "bias".
-        gram: second moment of the inputs.
-        mean: of the inputs, where there is a bias.
-        rows: outputs that are kept.
-        kept: inputs that are kept.
-        ridge: relative to the mean of the diagonal.
+    `gram` and, where there is a bias, `mean` are moments of its inputs; `rows` are the outputs and
+    `kept` the inputs that are kept.
     """
     weight = parts["weight"]
-    gram, rows, kept = (part.to(weight.device) for part in (gram, rows, kept))
+    gram, rows, kept = (tensor.to(weight.device) for tensor in (gram, rows, kept))
     if mean is not None:
         mean = mean.to(weight.device)
         gram = gram - torch.outer(mean, mean)

@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headstart.calibration.layer_by_layer import LayerwiseForward
@@ -70,15 +73,13 @@ class Statistics:
 
     def residual(self) -> Float[Tensor, "embed embed"]:
         """Mean over tokens of z z^T, summed over all norms that layers read."""
-        files = sorted(self.folder.glob("*.safetensors"))
-        norms = [
-            name.removesuffix(".gains")
-            for file in files
-            for name in _names(file)
-            if name.endswith(".gains")
-        ]
-        assert norms and self.basis is None
-        return torch.stack([self._read(f"{norm}.gram") for norm in norms]).sum(dim=0)
+        grams = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                norms = [name.removesuffix(".gains") for name in file.keys() if ".gains" in name]  # noqa: SIM118
+                grams += [file.get_tensor(f"{norm}.gram") for norm in norms]
+        assert grams and self.basis is None
+        return torch.stack(grams).sum(dim=0)
 
     def _turned(self, gram: Float[Tensor, "embed embed"]) -> Float[Tensor, "components components"]:
         assert self.basis is not None
@@ -90,8 +91,6 @@ class Statistics:
         return found
 
     def _find(self, name: str) -> Tensor | None:
-        from safetensors import safe_open
-
         layer = re.search(r"\.(\d+)\.", name)
         with safe_open(_file(self.folder, layer and int(layer[1])), framework="pt") as file:
             found: Tensor | None = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
@@ -127,14 +126,18 @@ def norm_before(architecture: Architecture) -> dict[str, str]:
 
 def rms_norms_of(architecture: Architecture) -> tuple[str, ...]:
     """The weights of a model's RMSNorms, as patterns; a norm with a bias is a LayerNorm."""
-    layouts = architecture.layouts
     return tuple(
         pattern
-        for pattern, layout in layouts.items()
+        for pattern, layout in architecture.layouts.items()
         if pattern.endswith(".weight")
         and len(dimensions_of(layout)) == 1
-        and f"{pattern.removesuffix('.weight')}.bias" not in layouts
+        and not has_bias(pattern, architecture)
     )
+
+
+def has_bias(pattern: str, architecture: Architecture) -> bool:
+    """Whether the module of a weight has a bias, too."""
+    return f"{pattern.removesuffix('.weight')}.bias" in architecture.layouts
 
 
 def writing_norms(architecture: Architecture) -> list[str]:
@@ -193,43 +196,39 @@ def _summing(states: LayerwiseForward, layer: int | None) -> Iterator[dict[str, 
     architecture, sums = states.architecture, dict[str, Tensor]()
     sources, rms_norms = set(sources_of(architecture).values()), rms_norms_of(architecture)
 
-    def add(name: str, value: Tensor) -> None:
+    def add(pattern: str, kind: str, value: Tensor) -> None:
+        name = f"{pattern.format(i=layer)}.{kind}"
         if name not in sums:
             sums[name] = torch.zeros_like(value, dtype=widest(value.device))
         sums[name] += value
 
-    def add_moments(name: str, values: Tensor) -> None:
-        add(f"{name}.gram", products(values, values))
-        add(f"{name}.mean", rows_of(values).sum(dim=0))
+    def add_moments(pattern: str, values: Tensor) -> None:
+        add(pattern, "gram", products(values, values))
+        add(pattern, "mean", rows_of(values).sum(dim=0))
 
-    def of_norm(name: str, pattern: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if pattern in rms_norms:
-                tokens = rows_of(inputs[0])
-                mean_square = tokens.square().mean(dim=-1, keepdim=True)
-                tokens = tokens * (mean_square + architecture.config.rms_norm_eps).rsqrt()
-                if pattern in _stream_norms(architecture):
-                    add_moments(name, tokens)
-                else:
-                    add(f"{name}.share", tokens.square().sum(dim=0))
-            elif pattern in sources:
-                add_moments(name, output)
+    def see_norm(pattern: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if pattern in rms_norms:
+            tokens = rows_of(inputs[0])
+            mean_square = tokens.square().mean(dim=-1, keepdim=True)
+            tokens = tokens * (mean_square + architecture.config.rms_norm_eps).rsqrt()
+            if pattern in _stream_norms(architecture):
+                add_moments(pattern, tokens)
+            else:
+                add(pattern, "share", tokens.square().sum(dim=0))
+        elif pattern in sources:
+            add_moments(pattern, output)
 
-        return hook
-
-    def of_linear(name: str) -> Callable[..., None]:
-        return lambda module, inputs: add_moments(name, inputs[0])
+    def see_linear(pattern: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        add_moments(pattern, inputs[0])
 
     norms = _norms(states, layer)
     with ExitStack() as undo:
         for pattern, norm in norms.items():
-            name = pattern.format(i=layer)
-            undo.callback(norm.register_forward_hook(of_norm(name, pattern)).remove)
+            undo.callback(norm.register_forward_hook(partial(see_norm, pattern)).remove)
         for pattern in sources - set(norms):
             if ("{i}" in pattern) == (layer is not None):
-                name = pattern.format(i=layer)
-                linear = states.model.get_submodule(name.removesuffix(".weight"))
-                undo.callback(linear.register_forward_pre_hook(of_linear(name)).remove)
+                hook = partial(see_linear, pattern)
+                undo.callback(states.linear(pattern, layer).register_forward_pre_hook(hook).remove)
         yield sums
 
 
@@ -285,19 +284,10 @@ def _file(folder: Path, layer: int | None) -> Path:
     return folder / ("rest.safetensors" if layer is None else f"layer-{layer:04}.safetensors")
 
 
-def _names(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
-
-
 def _write(
     folder: Path, states: LayerwiseForward, layer: int | None, sums: Mapping[str, Tensor]
 ) -> None:
     """Write the means over tokens, and the gains that are left out of them."""
-    from safetensors.torch import save_file
-
     architecture, num_tokens = states.architecture, len(states.hidden)
     tensors = {name: (total / num_tokens).cpu() for name, total in sums.items()}
     for pattern in _stream_norms(architecture) & set(_norms(states, layer)):

@@ -18,7 +18,8 @@ quantises; here the stream's error is added to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from headstart.calibration.layer_by_layer import TOKENS_PER_BATCH, LayerwiseForward, batches_of
 from headstart.calibration.moments import (
     ROWS_AT_ONCE,
+    has_bias,
     products,
     rows_of,
     sources_of,
@@ -81,7 +83,7 @@ def refit_on_itself(
     spec: SubnetSpec,
     blocks: Int[Tensor, "blocks tokens"],
 ) -> dict[str, Tensor]:
-    """A student's tensors, after what `propagated` makes of them.
+    """A student's tensors by their names in files, after what `propagated` makes of them.
 
     Args:
         teacher: the checkpoint that it was cut out of.
@@ -90,9 +92,8 @@ def refit_on_itself(
         blocks: calibration token ids.
     """
     aliases = teacher.architecture.family.aliases
-    contiguous = torch.contiguous_format
     # Copies, since these are views of files.
-    in_files = {name: part.clone(memory_format=contiguous) for name, part in sliced}
+    in_files = {name: part.clone(memory_format=torch.contiguous_format) for name, part in sliced}
     tensors = {aliases.get(name, name): tensor for name, tensor in in_files.items()}
     release_memory()
     model = load_frozen(teacher.folder, default_device())
@@ -133,52 +134,51 @@ def propagated(
         something was removed; last of the output matrix, or of the norm before it, which for a
         family that cannot is the only one.
     """
-    prior = prior_tokens / sum(batch.numel() for batch in batches)
     architecture = Architecture.of(teacher.config)
-    layouts, sizes = architecture.layouts, architecture.sizes
-    if spec.layers == tuple(range(sizes["layers"])) and all(
-        _is_whole(spec, position, sizes) for position in spec.layers
-    ):
+    sizes = architecture.sizes
+    if spec.sizes(sizes) == sizes:
         return
-    groups = groups_of(architecture, spec.head_dim is not None)
-    whole, kept = LayerwiseForward(teacher, batches), LayerwiseForward(student, batches)
+    whole, cut = LayerwiseForward(teacher, batches), LayerwiseForward(student, batches)
+    refit = _Refit(whole, cut, tensors, prior_tokens / sum(batch.numel() for batch in batches))
     if not can_propagate(architecture):
         for layer in range(len(whole.layers)):
             whole.run(layer)
-        for position in range(len(kept.layers)):
-            kept.run(position, on_batch=on_batch)
-        yield from _refit_output(kept, whole, tensors, prior)
+        for position in range(len(cut.layers)):
+            cut.run(position, on_batch=on_batch)
+        yield from refit.output()
         return
+    groups = groups_of(architecture, spec.head_dim is not None)
     embed = torch.tensor(spec.embed, device=teacher.device)
     for layer in range(spec.layers[0]):
         whole.run(layer)
     is_same = spec.layers[0] == 0
-    for position, (layer, following) in enumerate(
-        zip(spec.layers, (*spec.layers[1:], sizes["layers"]), strict=True)
-    ):
-        lacking = whole.hidden[:, embed].float().sub_(kept.hidden)
+    followers = (*spec.layers[1:], sizes["layers"])
+    for position, (layer, following) in enumerate(zip(spec.layers, followers, strict=True)):
+        lacking = whole.hidden[:, embed].float().sub_(cut.hidden)
         teacher_values = _advance(whole, layer, following, groups, embed)
         is_same = is_same and following == layer + 1 and _is_whole(spec, position, sizes)
         for group in () if is_same else groups:
-            inputs, has_bias = kept.inputs(group[0], position), _has_bias(group[0], layouts)
-            if _reads_stream(layouts[group[0]]):
-                moments = _moments(_pieces(inputs, teacher_values.pop(group[0])), has_bias, True)
+            inputs, is_biased = cut.inputs(group[0], position), has_bias(group[0], architecture)
+            if _reads_stream(group[0], architecture):
+                pieces = _pieces(inputs, teacher_values.pop(group[0]))
+                moments = _moments(pieces, is_biased, biases_targets=True)
                 for pattern in group:
-                    rows = kept_indices(layouts[pattern], sizes, spec.kept_in_layer(position))[0]
-                    taught_by = (whole.linear(pattern, layer), rows)
-                    yield from _refit(kept, pattern, position, tensors, prior, *moments, taught_by)
+                    layout, kept = architecture.layouts[pattern], spec.kept_in_layer(position)
+                    rows = kept_indices(layout, sizes, kept)[0]
+                    taught_by = _Rows(whole.linear(pattern, layer), rows)
+                    yield from refit.linear(pattern, position, moments, taught_by)
             else:
                 (pattern,) = group
-                wanted = lacking.add_(teacher_values.pop(pattern))
-                moments = _moments(_pieces(inputs, wanted), has_bias, False)
-                yield from _refit(kept, pattern, position, tensors, prior, *moments)
-                for x, y in _pieces(inputs, wanted):
-                    y.sub_(kept.linear(pattern, position)(x))  # what is lacking now
+                lacking += teacher_values.pop(pattern)
+                moments = _moments(_pieces(inputs, lacking), is_biased)
+                yield from refit.linear(pattern, position, moments)
+                for x, y in _pieces(inputs, lacking):
+                    y.sub_(cut.linear(pattern, position)(x))  # what is lacking now
             del inputs
-        kept.hidden.copy_(whole.hidden[:, embed] - lacking)
+        cut.hidden.copy_(whole.hidden[:, embed] - lacking)
         for batch in batches:
             on_batch(batch.numel())
-    yield from _refit_output(kept, whole, tensors, prior)
+    yield from refit.output()
 
 
 def _advance(
@@ -194,11 +194,10 @@ def _advance(
         For the first of every group: what it reads, or the kept channels of what it writes; the
         last writer's with what all removed layers up to the next kept one write.
     """
-    layouts = teacher.architecture.layouts
-    teacher_values: dict[str, Tensor] = {}
+    architecture, teacher_values = teacher.architecture, dict[str, Tensor]()
 
     def see(pattern: str) -> Callable[[Tensor, Tensor], None]:
-        reads = _reads_stream(layouts[pattern])
+        reads = _reads_stream(pattern, architecture)
         num_units = teacher.linear(pattern, layer).in_features if reads else len(embed)
         teacher_values[pattern] = teacher.empty(num_units)
         rest = teacher.batches(teacher_values[pattern])
@@ -210,7 +209,7 @@ def _advance(
 
     teacher.run(layer, {pattern: see(pattern) for pattern, *_ in groups})
     if following > layer + 1:
-        *_, last = (pattern for pattern in teacher_values if not _reads_stream(layouts[pattern]))
+        *_, last = (name for name in teacher_values if not _reads_stream(name, architecture))
         behind = teacher.hidden[:, embed]
         for removed in range(layer + 1, following):
             teacher.run(removed)
@@ -218,102 +217,113 @@ def _advance(
     return teacher_values
 
 
-def _refit(
-    student: LayerwiseForward,
-    pattern: str,
-    layer: int | None,
-    tensors: Mapping[str, Tensor],
-    prior: float,
-    gram: Float[Tensor, "inputs inputs"],
-    cross: Float[Tensor, "targets inputs"],
-    taught_by: tuple[nn.Linear, Int[Tensor, " outputs"]] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Change a linear layer of the student for the moments of its inputs x and of targets y.
+class _Moments(NamedTuple):
+    """Means over tokens of x x^T and y x^T, with x a layer's inputs and y its targets.
 
-    Args:
-        prior: weight of the layer as it was, for each token's worth of `gram`.
-        gram: mean of x x^T; with a bias, x has a last number that is one.
-        cross: mean of y x^T.
-        taught_by: the linear layer of which some rows turn y into the outputs that are wanted; None
-            where y are these.
+    With a bias, x has a last number that is one.
     """
-    linear, stem = student.linear(pattern, layer), pattern.format(i=layer).removesuffix("weight")
-    names = [f"{stem}{kind}" for kind, _ in linear.named_parameters()]
-    mean_square = gram.diagonal()[: linear.in_features].mean().item()
-    ridge = torch.full_like(gram.diagonal(), prior * mean_square)
-    ridge[linear.in_features :] = 0  # a bias needs none
-    factor = torch.linalg.cholesky(gram + (ridge + torch.finfo(gram.dtype).tiny).diag())
-    for rows in torch.arange(linear.out_features).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
-        before = _columns([tensors[name] for name in names], rows, gram)
-        if taught_by is None:
-            wanted = cross[rows.to(cross.device)]
-        else:
-            teacher, of_teacher = taught_by
-            wanted = _columns(list(teacher.parameters()), of_teacher[rows], gram) @ cross
-        after = before + torch.cholesky_solve((wanted - before @ gram).T, factor).T
-        for name, part in zip(names, after.tensor_split([linear.in_features], dim=1), strict=False):
-            tensors[name][rows] = part.reshape(tensors[name][rows].shape).to(tensors[name])
-    for name in names:
-        student.model.get_parameter(name).copy_(tensors[name])
-        yield name, tensors[name]
+
+    gram: Float[Tensor, "inputs inputs"]
+    cross: Float[Tensor, "targets inputs"]
 
 
-def _refit_output(
-    student: LayerwiseForward,
-    teacher: LayerwiseForward,
-    tensors: Mapping[str, Tensor],
-    prior: float,
-) -> Iterator[tuple[str, Tensor]]:
-    """Change the output matrix, or the gains before it; both models are through their layers."""
-    layouts = teacher.architecture.layouts
-    for norm, readers in teacher.architecture.family.readers.items():
-        for pattern in (pattern for pattern in readers if "{i}" not in pattern):
-            if pattern in layouts:
-                pieces = zip(student.normed(norm), teacher.normed(norm), strict=True)
-                moments = _moments(pieces, False, True)
-                outputs = teacher.linear(pattern, None)
-                taught_by = (outputs, torch.arange(outputs.out_features))
-                yield from _refit(student, pattern, None, tensors, prior, *moments, taught_by)
+class _Rows(NamedTuple):
+    """Some of a linear layer's outputs."""
+
+    linear: nn.Linear
+    rows: Int[Tensor, " outputs"]
+
+
+@dataclass(frozen=True)
+class _Refit:
+    """Changes a student's linear layers one by one.
+
+    Attributes:
+        teacher: on its way through the text.
+        student: beside it.
+        tensors: the student's by their names in the model; they are changed in place.
+        prior: weight of a layer as it was, against the mean over tokens.
+    """
+
+    teacher: LayerwiseForward
+    student: LayerwiseForward
+    tensors: Mapping[str, Tensor]
+    prior: float
+
+    def linear(
+        self, pattern: str, layer: int | None, moments: _Moments, taught_by: _Rows | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Change a linear layer for the moments of its inputs and targets.
+
+        Targets are the outputs that are wanted, or else what `taught_by` turns into these.
+        """
+        linear, gram = self.student.linear(pattern, layer), moments.gram
+        stem = pattern.format(i=layer).removesuffix("weight")
+        names = [f"{stem}{kind}" for kind, _ in linear.named_parameters()]
+        mean_square = gram.diagonal()[: linear.in_features].mean().item()
+        ridge = torch.full_like(gram.diagonal(), self.prior * mean_square)
+        ridge[linear.in_features :] = 0  # a bias needs none
+        factor = torch.linalg.cholesky(gram + (ridge + torch.finfo(gram.dtype).tiny).diag())
+        for rows in torch.arange(linear.out_features).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+            before = _columns([self.tensors[name] for name in names], rows, gram)
+            if taught_by is None:
+                wanted = moments.cross[rows.to(gram.device)]
             else:
-                yield from _refit_gains(student, teacher, norm, tensors, prior)
+                parameters = list(taught_by.linear.parameters())
+                wanted = _columns(parameters, taught_by.rows[rows], gram) @ moments.cross
+            after = before + torch.cholesky_solve((wanted - before @ gram).T, factor).T
+            parts = after.tensor_split([linear.in_features], dim=1)
+            for name, part in zip(names, parts, strict=False):
+                tensor = self.tensors[name]
+                tensor[rows] = part.reshape(tensor[rows].shape).to(tensor)
+        for name in names:
+            self.student.model.get_parameter(name).copy_(self.tensors[name])
+            yield name, self.tensors[name]
 
+    def output(self) -> Iterator[tuple[str, Tensor]]:
+        """Change the output matrix, or the gains before it, after both models' last layers."""
+        architecture = self.teacher.architecture
+        for norm, readers in architecture.family.readers.items():
+            for pattern in (pattern for pattern in readers if "{i}" not in pattern):
+                if pattern not in architecture.layouts:
+                    yield from self.gains(norm)
+                    continue
+                pieces = zip(self.student.normed(norm), self.teacher.normed(norm), strict=True)
+                outputs = self.teacher.linear(pattern, None)
+                taught_by = _Rows(outputs, torch.arange(outputs.out_features))
+                yield from self.linear(pattern, None, _moments(pieces), taught_by)
 
-def _refit_gains(
-    student: LayerwiseForward,
-    teacher: LayerwiseForward,
-    norm: str,
-    tensors: Mapping[str, Tensor],
-    prior: float,
-) -> Iterator[tuple[str, Tensor]]:
-    """Change the gains of the last norm for an output matrix that cannot be, being the input's too.
+    def gains(self, norm: str) -> Iterator[tuple[str, Tensor]]:
+        """Change the gains of the last norm for an output matrix that is the input embedding too.
 
-    The student's logits are to come closest to the teacher's, both less their mean over the
-    vocabulary, which a softmax does not see. With E the student's output matrix and F the
-    teacher's, both less the mean of their rows, x the student's normalised stream, b its norm's
-    bias, and z what the teacher's norm makes, the gains g minimise the mean of
-    |E (g x + b) - F z|^2, drawn towards what they were.
-    """
-    offset, gains = student.architecture.family.norm_offset, tensors[norm]
-    stem, parameter = norm.removesuffix("weight"), student.model.get_parameter(norm)
-    outputs, theirs = (side.model.get_output_embeddings().weight for side in (student, teacher))
-    of_outputs, with_theirs = _covariances(outputs, outputs), _covariances(outputs, theirs)
-    bias = tensors.get(f"{stem}bias", torch.zeros(1)).to(of_outputs)
-    before = gains.to(of_outputs) + offset
-    parameter.fill_(1 - offset)  # not before, since the two may share memory
-    gram: Any = 0
-    cross: Any = 0
-    for some, wanted in zip(student.normed(norm), teacher.normed(norm), strict=True):
-        x = rows_of(some).to(of_outputs) - bias
-        y = rows_of(wanted).to(of_outputs) @ with_theirs.T - of_outputs @ bias.expand(x.shape[1])
-        gram = gram + of_outputs * (x.T @ x)
-        cross = cross + (x * y).sum(dim=0)
-    num_tokens = len(student.hidden)
-    ridge = prior * gram.diagonal().mean() / num_tokens
-    factor = torch.linalg.cholesky(gram / num_tokens + ridge * torch.eye(len(gram)).to(gram))
-    after = torch.cholesky_solve((cross / num_tokens + ridge * before)[:, None], factor)[:, 0]
-    gains.copy_(after - offset)
-    parameter.copy_(gains)
-    yield norm, gains
+        The student's logits are to come closest to the teacher's, both less their mean over the
+        vocabulary, which a softmax does not see. With E the student's output matrix and F the
+        teacher's, both less the mean of their rows, x the student's normalised stream, b its norm's
+        bias, and z what the teacher's norm makes, the gains g minimise the mean of
+        |E (g x + b) - F z|^2, drawn towards what they were.
+        """
+        student, teacher = self.student, self.teacher
+        offset, gains = student.architecture.family.norm_offset, self.tensors[norm]
+        stem, parameter = norm.removesuffix("weight"), student.model.get_parameter(norm)
+        ours, theirs = (side.model.get_output_embeddings().weight for side in (student, teacher))
+        of_ours, with_theirs = _covariances(ours, ours), _covariances(ours, theirs)
+        bias = self.tensors.get(f"{stem}bias", torch.zeros(1)).to(of_ours)
+        before = gains.to(of_ours) + offset
+        parameter.fill_(1 - offset)  # not before, since the two may share memory
+        gram: Any = 0
+        cross: Any = 0
+        for stream, wanted in zip(student.normed(norm), teacher.normed(norm), strict=True):
+            x = rows_of(stream).to(of_ours) - bias
+            y = rows_of(wanted).to(of_ours) @ with_theirs.T - of_ours @ bias.expand(x.shape[1])
+            gram = gram + of_ours * (x.T @ x)
+            cross = cross + (x * y).sum(dim=0)
+        num_tokens = len(student.hidden)
+        ridge = self.prior * gram.diagonal().mean() / num_tokens
+        factor = torch.linalg.cholesky(gram / num_tokens + ridge * torch.eye(len(gram)).to(gram))
+        after = torch.cholesky_solve((cross / num_tokens + ridge * before)[:, None], factor)[:, 0]
+        gains.copy_(after - offset)
+        parameter.copy_(gains)
+        yield norm, gains
 
 
 def _covariances(
@@ -345,20 +355,14 @@ def _pieces(
 
 def _moments(
     pieces: Iterable[tuple[Float[Tensor, "*batch inputs"], Float[Tensor, "*batch targets"]]],
-    has_bias: bool,
-    biases_targets: bool,
-) -> tuple[Float[Tensor, "inputs inputs"], Float[Tensor, "targets inputs"]]:
-    """Means over tokens of x x^T and y x^T.
-
-    Args:
-        pieces: x and y of some tokens at a time.
-        has_bias: x is given a last number that is one,
-        biases_targets: and so is y.
-    """
+    is_biased: bool = False,
+    biases_targets: bool = False,
+) -> _Moments:
+    """The moments of pairs of inputs and targets, which a bias gives a last number that is one."""
     gram = cross = torch.zeros(())
     num_tokens = 0
     for x, y in pieces:
-        if has_bias:
+        if is_biased:
             ones = x.new_ones(*x.shape[:-1], 1)
             x, y = torch.cat([x, ones], -1), torch.cat([y, ones], -1) if biases_targets else y
         if num_tokens == 0:
@@ -369,15 +373,11 @@ def _moments(
         gram += products(x, x)
         cross += products(y, x)
         num_tokens += x[..., 0].numel()
-    return gram.div_(num_tokens), cross.div_(num_tokens)
+    return _Moments(gram.div_(num_tokens), cross.div_(num_tokens))
 
 
-def _reads_stream(layout: str) -> bool:
-    return dimensions_of(layout)[1:] == (("embed",),)
-
-
-def _has_bias(pattern: str, layouts: Mapping[str, str]) -> bool:
-    return f"{pattern.removesuffix('.weight')}.bias" in layouts
+def _reads_stream(pattern: str, architecture: Architecture) -> bool:
+    return dimensions_of(architecture.layouts[pattern])[1:] == (("embed",),)
 
 
 def _is_whole(spec: SubnetSpec, position: int, sizes: Mapping[str, Any]) -> bool:
@@ -396,11 +396,7 @@ def propagation_flops(
     which are computed in part for each group of linear layers, and the products of activations.
     Where the output alone is refitted, the student has one pass.
 
-    Args:
-        architecture: the teacher's.
-        student_sizes: axis -> size; a tuple gives a size for each layer.
-        num_blocks: of the calibration text.
-        block_length: tokens in each.
+    The architecture is the teacher's; a tuple among the student's sizes gives one for each layer.
     """
     layouts, sizes = architecture.layouts, architecture.sizes
     groups, passes = groups_of(architecture, student_sizes["head_dim"] != sizes["head_dim"]), 2
@@ -412,7 +408,7 @@ def propagation_flops(
     for layer in range(student_sizes["layers"]):
         for pattern, *_ in groups:
             inputs = shape_of(layouts[pattern], sizes_in_layer(student_sizes, layer))[1]
-            of_targets = sizes if _reads_stream(layouts[pattern]) else student_sizes
+            of_targets = sizes if _reads_stream(pattern, architecture) else student_sizes
             num_products += inputs * (inputs + of_targets["embed"])
     per_token = of_teacher + passes * of_student + 2 * num_products
     return int(per_token) * num_blocks * block_length

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.calibration.moments import ROWS_AT_ONCE, norm_before, rms_norms_of, writing_norms
@@ -44,11 +45,7 @@ def rotation_obstacle(architecture: Architecture) -> str:
 
 
 def check_rotates(architecture: Architecture) -> None:
-    """Find out whether a teacher's residual stream can be rotated.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Raise a UserError if a teacher's residual stream cannot be rotated."""
     if obstacle := rotation_obstacle(architecture):
         raise UserError(
             f"a {architecture.family.name} teacher cannot be rotated: {obstacle}; choose "
@@ -139,16 +136,25 @@ def _rows_in_basis(
 def write_rotated(
     teacher: Checkpoint, basis: Float[Tensor, "embed components"], folder: Path
 ) -> None:
-    """Write a teacher in another basis of its residual stream, as an ordinary checkpoint.
+    """Write a teacher in an orthogonal basis of its residual stream, and the basis beside it.
 
     Args:
-        teacher: its checkpoint.
-        basis: orthogonal; its columns are the new channels.
-        folder: exists, and receives weights in the teacher's precision, config and tokenizer.
+        teacher: its weights are written in its precision, with config and tokenizer.
+        basis: its columns are the new channels.
+        folder: exists, and is what `read_rotated` reads.
 
     Raises:
         UserError: the family's residual stream cannot be rotated.
     """
+    save_file({"basis": basis.contiguous()}, folder / "basis.safetensors")
+    rotated = folder / "teacher"
+    rotated.mkdir()
     tensors = dict(rotated_tensors(dict(teacher.tensors()), teacher.architecture, basis))
-    write_checkpoint(folder, tensors, rotated_architecture(teacher.architecture).config)
-    copy_files(teacher.folder, folder)
+    write_checkpoint(rotated, tensors, rotated_architecture(teacher.architecture).config)
+    copy_files(teacher.folder, rotated)
+
+
+def read_rotated(folder: Path) -> tuple[Checkpoint, Float[Tensor, "embed components"]]:
+    """What `write_rotated` wrote: the teacher in another basis, and the basis."""
+    basis = load_file(folder / "basis.safetensors")["basis"]
+    return Checkpoint.open(folder / "teacher"), basis

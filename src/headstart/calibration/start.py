@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.calibration.layer_by_layer import batches_of
@@ -23,6 +22,7 @@ from headstart.calibration.propagate import can_propagate, refit_on_itself
 from headstart.calibration.rotate import (
     check_rotates,
     principal_basis,
+    read_rotated,
     rotated_architecture,
     write_rotated,
 )
@@ -63,11 +63,7 @@ class Calibration:
 
 
 def cut_architecture(teacher: Architecture, init: Init) -> Architecture:
-    """The architecture of the teacher that sub-networks are cut out of.
-
-    Args:
-        teacher: as it is.
-        init: a rotated teacher's embeddings are not tied.
+    """The architecture of the teacher that sub-networks are cut out of, rotated if need be.
 
     Raises:
         UserError: the teacher cannot be rotated.
@@ -124,8 +120,8 @@ def calibrate(
         "rotated",
         ROTATED_VERSION,
         [STATISTICS_VERSION, key],
-        make=lambda folder: _rotate(teacher, statistics, folder),
-        read=_read_rotated,
+        make=lambda folder: write_rotated(teacher, principal_basis(statistics.residual()), folder),
+        read=read_rotated,
     )
     return Calibration(rotated, replace(statistics, basis=basis), flops, blocks)
 
@@ -135,18 +131,6 @@ def _collect(teacher: Checkpoint, blocks: Int[Tensor, "blocks tokens"], folder: 
     tokens_in_layers = blocks.numel() * teacher.architecture.sizes["layers"]
     with progress("calibrate", tokens_in_layers, "tokens in layers") as advance:
         collect_statistics(model, batches_of(blocks), folder, advance)
-
-
-def _rotate(teacher: Checkpoint, statistics: Statistics, folder: Path) -> None:
-    basis = principal_basis(statistics.residual())
-    save_file({"basis": basis.contiguous()}, folder / "basis.safetensors")
-    (folder / "teacher").mkdir()
-    write_rotated(teacher, basis, folder / "teacher")
-
-
-def _read_rotated(folder: Path) -> tuple[Checkpoint, Tensor]:
-    basis = load_file(folder / "basis.safetensors")["basis"]
-    return Checkpoint.open(folder / "teacher"), basis
 
 
 def calibration_flops(teacher: Architecture, init: Init, num_blocks: int, block_length: int) -> int:
@@ -181,9 +165,8 @@ def student_tensors(
         on_tensor()
         return named_tensor
 
-    tensors: Iterator[tuple[str, Tensor]] = map(
-        reported, teacher.tensors()
-    )  # a loop would hold on to its last tensor
+    # A loop would hold on to its last tensor.
+    tensors: Iterator[tuple[str, Tensor]] = map(reported, teacher.tensors())
     if statistics is not None:
         tensors = refitted(tensors, teacher.architecture, spec, statistics)
     sliced = slice_tensors(tensors, teacher.architecture, spec)

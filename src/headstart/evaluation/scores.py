@@ -60,7 +60,6 @@ def text_scores(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> Scor
     """Loss, perplexity and bits per byte of a checkpoint on a corpus' validation split.
 
     Args:
-        model: its checkpoint.
         blocks: made with the model's own tokenizer.
         num_tokens: at most so many.
 

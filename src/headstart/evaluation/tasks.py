@@ -65,13 +65,12 @@ def zero_shot(
     version = lm_eval_version()
     sources = task_sources(tasks, data)
     weights = [model.hash, tokenizer_hash(model.folder)]
-    scorer: list[Any] = []  # loaded when the first task needs it
+    scorer = cache(partial(_scorer, model.folder, batch_size))  # loaded when a task needs it
 
     def measured(task: str) -> Scores:
-        if not scorer:
-            scorer.append(_scorer(model.folder, batch_size))
+        loaded = scorer()
         console.print(f"{task} with {model.folder}")
-        return _score(scorer[0], sources[task], limit)
+        return _score(loaded, sources[task], limit)
 
     scores = {}
     for task, source in sources.items():
@@ -172,12 +171,7 @@ def _task_manager() -> Any:
 
 
 def write_task(source: dict[str, Any], folder: Path) -> Path:
-    """Write a task of `task_sources` as a file that lm-eval reads.
-
-    Args:
-        source: the task.
-        folder: for the file.
-    """
+    """Write a task of `task_sources` to a folder, as a file that lm-eval reads."""
     definition = _task_manager().task_index[source["task"]].yaml_path
     path = folder / f"{source['task']}.yaml"
     path.write_text(yaml.safe_dump({"include": str(definition), **source}))
@@ -187,9 +181,9 @@ def write_task(source: dict[str, Any], folder: Path) -> Path:
 def loaded_task(source: dict[str, Any]) -> Any:
     """A task of `task_sources` as lm-eval's own object."""
     with tempfile.TemporaryDirectory() as scratch:
-        is_own = len(source) == 1
-        named = source["task"] if is_own else str(write_task(source, Path(scratch)))
-        (task,) = _task_manager().load([named])["tasks"].values()
+        is_unchanged = len(source) == 1
+        task_name = source["task"] if is_unchanged else str(write_task(source, Path(scratch)))
+        (task,) = _task_manager().load([task_name])["tasks"].values()
     return task
 
 

@@ -133,8 +133,8 @@ def forward_kl(
 
     Source: Hinton et al. (arXiv 1503.02531), section 2.
     """
-    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _divergence(teacher, student)
+    teacher = _log_probabilities(teacher_logits, temperature)
+    return _divergence(teacher, _log_probabilities(student_logits, temperature))
 
 
 def reverse_kl(
@@ -146,8 +146,7 @@ def reverse_kl(
 
     Source: MiniLLM (arXiv 2306.08543), section 2.1.
     """
-    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _divergence(student, teacher)
+    return forward_kl(teacher_logits, student_logits, temperature)
 
 
 def symmetric_kl(
@@ -156,7 +155,8 @@ def symmetric_kl(
     temperature: float = 1.0,
 ) -> Float[Tensor, " tokens"]:
     """The mean of KL(teacher || student) and KL(student || teacher) of each token."""
-    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    student = _log_probabilities(student_logits, temperature)
+    teacher = _log_probabilities(teacher_logits, temperature)
     return ((teacher.exp() - student.exp()) * (teacher - student)).sum(dim=-1) / 2
 
 
@@ -172,7 +172,8 @@ def jensen_shannon(
 
     Source: generalised Jensen-Shannon of GKD (arXiv 2306.13649), section 2, whose beta is m.
     """
-    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    student = _log_probabilities(student_logits, temperature)
+    teacher = _log_probabilities(teacher_logits, temperature)
     middle = torch.logaddexp(teacher + math.log(mixture), student + math.log(1 - mixture))
     of_teacher, of_student = _divergence(teacher, middle), _divergence(student, middle)
     return mixture * of_teacher + (1 - mixture) * of_student
@@ -196,7 +197,7 @@ def top_k(
     teacher_logits: Float[Tensor, "tokens vocab"], count: int, temperature: float = 1.0
 ) -> TopK:
     """A teacher's `count` likeliest tokens at a temperature; all where it knows fewer."""
-    teacher = torch.log_softmax(_widened(teacher_logits) / temperature, dim=-1)
+    teacher = _log_probabilities(teacher_logits, temperature)
     kept, ids = teacher.topk(min(count, teacher.shape[-1]), dim=-1)
     return TopK(ids, kept, teacher.scatter(-1, ids, -math.inf).logsumexp(dim=-1))
 
@@ -209,7 +210,7 @@ def top_k_kl(
     A lower bound of `forward_kl`, and equal to it when every token is kept. Unlike a top k that is
     scaled to sum to one it asks the student for no more than the teacher's share of the top.
     """
-    student = torch.log_softmax(_widened(student_logits) / temperature, dim=-1)
+    student = _log_probabilities(student_logits, temperature)
     loss = _divergence(teacher.log_probabilities, student.gather(-1, teacher.ids))
     if teacher.ids.shape[-1] < student.shape[-1]:
         tail = student.scatter(-1, teacher.ids, -math.inf).logsumexp(dim=-1)
@@ -258,7 +259,7 @@ def sampled_kl(
     Source: random sampling of "Sparse Logit Sampling" (arXiv 2503.16870), with weights that are
     left as they are where the paper scales them to sum to one.
     """
-    student = torch.log_softmax(_widened(student_logits) / temperature, dim=-1)
+    student = _log_probabilities(student_logits, temperature)
     gap = teacher.log_probabilities - student.gather(-1, teacher.ids)
     return (teacher.weights * gap).sum(dim=-1)
 
@@ -270,10 +271,7 @@ def divergence(
 ) -> Float[Tensor, " tokens"]:
     """The divergence that the settings ask for, of each token, without the factor T^2.
 
-    Args:
-        student_logits: of each token.
-        teacher: its logits, or what was kept of them at the settings' temperature.
-        settings: which divergence.
+    `teacher` is its logits, or what was kept of them at the settings' temperature.
     """
     temperature = settings.temperature
     if isinstance(teacher, Tensor) and settings.top_k:
@@ -305,7 +303,7 @@ def distillation_loss(
     Args:
         student_logits: of each token.
         targets: the tokens of the text.
-        teacher: its logits, or what was kept of them.
+        teacher: its logits, or what was kept of them at the settings' temperature.
         settings: divergence and weights.
         tokens_seen: where the schedule of the weights stands.
         on_parts: called with the cross-entropy and with `T^2 * divergence` of each token.
@@ -317,11 +315,8 @@ def distillation_loss(
     return alpha * hard + beta * soft
 
 
-def _log_probabilities(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    student = torch.log_softmax(_widened(student_logits) / temperature, dim=-1)
-    return student, torch.log_softmax(_widened(teacher_logits) / temperature, dim=-1)
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(_widened(logits) / temperature, dim=-1)
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -81,8 +81,4 @@ def cross_entropy(
 
 def _widened(logits: Tensor) -> Tensor:
     """Lower precisions as float32; float32 and float64 as they are."""
-    return logits.to(_wide(logits.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -169,7 +169,14 @@ class Architecture:
             context_length: tokens that attention spans, for the FLOPs.
             sizes: axis -> size; a tuple gives a size for each layer. None for the model's own.
         """
-        return counting.count(self.layouts, self.sizes if sizes is None else sizes, context_length)
+        layouts, sizes = self.layouts, self.sizes if sizes is None else sizes
+        inference = counting.inference_flops_per_token(layouts, sizes, context_length)
+        return Count(
+            counting.parameters(layouts, sizes),
+            counting.non_embedding_parameters(layouts, sizes),
+            inference_flops_per_token=inference,
+            training_flops_per_token=3 * inference,
+        )
 
     def amount(self, sizes: Sizes, measure: Measure, context_length: int) -> Any:
         """What a model of these sizes comes to in one measure.

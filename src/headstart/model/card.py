@@ -31,11 +31,9 @@ def licence_of(folder: Path) -> str:
 
 
 def write_card(folder: Path, notes: Mapping[str, str] | None = None) -> Path:
-    """Write the card of a student, whole or not at all.
+    """Write the card of a student, whole or not at all, into its folder with `subnet.json`.
 
-    Args:
-        folder: of the student, with config.json and `subnet.json`.
-        notes: heading -> text of more sections, such as how it was trained.
+    `notes` has the text of more sections by their headings, such as how it was trained.
     """
     write_whole(folder / CARD, card_text(folder, notes or {}))
     return folder / CARD
@@ -60,21 +58,19 @@ def card_text(folder: Path, notes: Mapping[str, str]) -> str:
     sizes = architecture.sizes
     rows = "\n".join(f"| {axis} | {_size_text(size)} |" for axis, size in sizes.items())
     parameters = architecture.count(1).parameters
-    loading = (
-        "No stock checkpoint has its shape, so it carries `modeling.py`. It loads after "
-        "`import headstart`, or without headstart by `trust_remote_code=True`:\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)\n```\n'
-        if architecture.is_layerwise
-        else "It is a stock checkpoint, which loads in every tool that reads its family:\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n'
-    )
+    how = "It is a stock checkpoint, which loads in every tool that reads its family:"
+    arguments = '"FOLDER"'
+    if architecture.is_layerwise:
+        how = (
+            "No stock checkpoint has its shape, so it carries `modeling.py`. It loads after "
+            "`import headstart`, or without headstart by `trust_remote_code=True`:"
+        )
+        arguments += ", trust_remote_code=True"
     stated = "its card does not say" if licence == UNKNOWN_LICENCE else licence
-    found = [f"- cut by headstart {origin.get('headstart', '')} out of `{teacher}`"]
-    found += [f"- licence of that teacher, which binds this model too: {stated}"]
+    found = [
+        f"- cut by headstart {origin.get('headstart', '')} out of `{teacher}`",
+        f"- licence of that teacher, which binds this model too: {stated}",
+    ]
     if "bin" in origin:
         low, high = origin["bin"]
         found.append(f"- found by a search between {low:,} and {high:,}")
@@ -88,7 +84,9 @@ def card_text(folder: Path, notes: Mapping[str, str]) -> str:
         f"| axis | size |\n| :-- | --: |\n{rows}\n",
         "Which units of the teacher these are, `subnet.json` tells.\n",
         "## Loading it\n",
-        loading,
+        f"{how}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n```\n",
         *(f"## {heading}\n\n{text.rstrip()}\n" for heading, text in notes.items()),
     ]
     return "\n".join(sections)

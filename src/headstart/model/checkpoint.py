@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headstart.demo import DEMO, demo_teacher
@@ -41,14 +42,7 @@ class Checkpoint:
 
     @staticmethod
     def open(model: str | Path) -> Checkpoint:
-        """Find a model and read its config.
-
-        Args:
-            model: a folder, a hub id, or "demo".
-
-        Raises:
-            UserError: as `find_model` and `Architecture.read`.
-        """
+        """Find a model and read its config; errors as in `find_model` and `Architecture.read`."""
         folder = find_model(model)
         return Checkpoint(folder, Architecture.read(folder))
 
@@ -60,14 +54,36 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> the safetensors file that holds it; errors as in `checkpoint_files`."""
-        return checkpoint_files(self.folder)
+        """Tensor name -> the safetensors file that holds it.
+
+        Raises:
+            UserError: a file is cut short, or missing or not what the index says.
+        """
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            shards = sorted(self.folder.glob("*.safetensors"))
+            return {name: file for file in shards for name in _names(file)}
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is no index of shards; fetch the model again") from error
+        files = {name: self.folder / file for name, file in names.items()}
+        for file in sorted(set(files.values())):
+            if not file.is_file():
+                raise UserError(f"{index} names {file.name}, which is missing; fetch it again")
+            held = set(_names(file))
+            for name, place in files.items():
+                if place == file and name not in held:
+                    raise UserError(
+                        f"{file} lacks {name!r}, which {index} says it has; fetch both again"
+                    )
+        return files
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) pairs one at a time, shard by shard, memory-mapped."""
         for name, file in sorted(self.files.items(), key=lambda named: named[1]):
             # Opened for each, since what was read of an open shard stays mapped.
-            with open_shard(file) as shard:
+            with _open_shard(file) as shard:
                 tensor = shard.get_tensor(name)
             yield name, tensor
             del tensor
@@ -101,12 +117,9 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    patterns = ["*.safetensors", "*.json", "*.txt", CARD, *TOKENIZER_FILES]
     try:
-        return Path(
-            snapshot_download(
-                repo_id, allow_patterns=["*.safetensors", "*.json", "*.txt", CARD, *TOKENIZER_FILES]
-            )
-        )
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         raise UserError(
             f"teacher {repo_id!r} is neither a folder nor a model that can be fetched from the hub "
@@ -114,52 +127,18 @@ def _download(repo_id: str) -> Path:
         ) from error
 
 
-def open_shard(file: Path) -> Any:
-    """Open one safetensors file.
+def _names(shard: Path) -> list[str]:
+    with _open_shard(shard) as tensors:
+        return list(tensors.keys())
 
-    Raises:
-        UserError: it is cut short, or no safetensors file at all.
-    """
-    from safetensors import SafetensorError, safe_open
 
+def _open_shard(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise UserError(
             f"{file} is not a whole safetensors file ({error}); fetch it again"
         ) from error
-
-
-def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it.
-
-    Raises:
-        UserError: the index names a file that is not there.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index} is no index of shards; fetch the model again") from error
-        files = {name: folder / file for name, file in names.items()}
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise UserError(f"{index} names {file.name}, which is missing; fetch it again")
-            with open_shard(file) as shard:
-                held = set(shard.keys())
-            if lost := [
-                name for name, place in files.items() if place == file and name not in held
-            ]:
-                raise UserError(
-                    f"{file} lacks {lost[0]!r}, which {index} says it has; fetch both again"
-                )
-        return files
-    files = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with open_shard(file) as shard:
-            files.update(dict.fromkeys(shard.keys(), file))
-    return files
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> None:

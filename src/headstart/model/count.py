@@ -32,23 +32,6 @@ class Count:
     training_flops_per_token: int
 
 
-def count(layouts: Mapping[str, str], sizes: Sizes, context_length: int) -> Count:
-    """Count a model.
-
-    Args:
-        layouts: tensor name pattern -> layout, as an `Architecture` has them.
-        sizes: axis -> size; a tuple gives a size for each layer.
-        context_length: tokens that attention spans, for the FLOPs.
-    """
-    inference = inference_flops_per_token(layouts, sizes, context_length)
-    return Count(
-        parameters(layouts, sizes),
-        non_embedding_parameters(layouts, sizes),
-        inference,
-        3 * inference,
-    )
-
-
 def parameters(layouts: Mapping[str, str], sizes: Sizes) -> Any:
     """Parameters of a model with these tensors and sizes.
 
@@ -62,11 +45,8 @@ def parameters(layouts: Mapping[str, str], sizes: Sizes) -> Any:
 
 def non_embedding_parameters(layouts: Mapping[str, str], sizes: Sizes) -> Any:
     """Parameters of the tensors that have no vocabulary axis."""
-    return sum(
-        _numel(pattern, layout, sizes)
-        for pattern, layout in layouts.items()
-        if "vocab" not in axes_of(layout)
-    )
+    body = {name: layout for name, layout in layouts.items() if "vocab" not in axes_of(layout)}
+    return parameters(body, sizes)
 
 
 def inference_flops_per_token(layouts: Mapping[str, str], sizes: Sizes, context_length: int) -> Any:

@@ -24,10 +24,7 @@ def slice_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Cut each of a teacher's tensors down to the sub-network, and renumber the kept layers.
 
-    Args:
-        tensors: (name, tensor) pairs of the whole teacher, in any order.
-        teacher: its architecture.
-        spec: what to keep.
+    The (name, tensor) pairs are the whole teacher's, in any order.
 
     Raises:
         UserError: a tensor matches no rule or has not the config's shape, or one that the table
@@ -54,11 +51,10 @@ def slice_tensors(
             if family.scaled_embedding and rule.pattern in family.scaled_embedding:
                 part = _rescaled_embedding(part, rule, teacher, len(spec.embed))
         elif rule.layout != DROPPED and layer in positions:
-            position = positions[layer]
-            name = name.replace(f".{layer}.", f".{position}.", 1)
-            part = slice_tensor(tensor, rule.layout, sizes, spec.kept_in_layer(position))
+            kept = spec.kept_in_layer(positions[layer])
+            name = name.replace(f".{layer}.", f".{positions[layer]}.", 1)
+            part = slice_tensor(tensor, rule.layout, sizes, kept)
             if spec.head_dim is not None and rule.pattern in family.queries:
-                kept = spec.kept_in_layer(position)
                 part = _rescaled_queries(part, rule.layout, sizes, kept)
         del tensor  # or it would stay until the next one is read
         if part is not None:
@@ -114,12 +110,8 @@ def build_student(
 ) -> PreTrainedModel:
     """Cut a sub-network out of a teacher in memory, without touching disk.
 
-    Shapes that no stock checkpoint could hold, such as layers of different sizes, work as well.
-
-    Args:
-        tensors: (name, tensor) pairs of the whole teacher, refitted or as they are.
-        teacher: its architecture.
-        spec: what to keep.
+    Shapes that no stock checkpoint could hold, such as layers of different sizes, work as well. The
+    (name, tensor) pairs are the whole teacher's, refitted or as they are.
 
     Returns:
         A model in eval mode on the teacher's device, whose parameters ask for no gradients; those
@@ -135,13 +127,7 @@ def build_student(
 def assemble_student(
     sliced: Iterable[tuple[str, Tensor]], teacher: Architecture, spec: SubnetSpec
 ) -> PreTrainedModel:
-    """What `build_student` returns, of tensors that were cut already.
-
-    Args:
-        sliced: (name, tensor) pairs, all on one device.
-        teacher: the architecture that they were cut out of.
-        spec: what they keep.
-    """
+    """What `build_student` returns, of pairs that were cut already and are on one device."""
     model = assemble(teacher.student(spec, with_rope=False), sliced)
     if spec.head_dim is not None:
         _set_frequencies(model, teacher, spec.head_dim)
@@ -149,12 +135,7 @@ def assemble_student(
 
 
 def assemble(architecture: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> PreTrainedModel:
-    """A model around tensors that are there already, without making others first.
-
-    Args:
-        architecture: of the model.
-        tensors: (name, tensor) pairs, all that it has.
-    """
+    """A model around all of its (name, tensor) pairs, without making other tensors first."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights

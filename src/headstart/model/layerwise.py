@@ -26,16 +26,13 @@ def is_layerwise(config: PreTrainedConfig) -> bool:
 def layerwise_config(family: str, entries: dict[str, Any]) -> PreTrainedConfig:
     """The config of a layer-wise model of a family, naming the classes that travel with it.
 
-    Args:
-        family: `model_type` of the stock family, such as "llama".
-        entries: of the config, with `per_layer_config`.
+    `entries` are the config's, with `per_layer_config`.
     """
     from headstart.model.modeling import MODELS
 
     register()  # for whoever makes a model of it without having loaded a config
-    by_type = {model.config_class.model_type: model for model in MODELS}
     model_type = PREFIX + family
-    model = by_type[model_type]
+    (model,) = (model for model in MODELS if model.config_class.model_type == model_type)
     config = model.config_class.from_dict({**entries, "model_type": model_type})
     config.architectures = [model.__name__]
     classes = {"AutoConfig": model.config_class, "AutoModelForCausalLM": model}

@@ -10,26 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -45,7 +27,7 @@ class Layerwise:
 
     layer_class: type[nn.Module]
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: transformers.PreTrainedConfig) -> None:
         without_layers = copy.copy(config)
         without_layers.per_layer_config = None
         without_layers.num_hidden_layers = 0
@@ -65,10 +47,10 @@ class Layerwise:
         model.base_model.post_init()
         model.post_init()
 
-    def build_layer(self, config: PreTrainedConfig, index: int) -> nn.Module:
+    def build_layer(self, config: transformers.PreTrainedConfig, index: int) -> nn.Module:
         return self.layer_class(config, index)
 
-    def shared_config(self, of_layer: PreTrainedConfig) -> Any:
+    def shared_config(self, of_layer: transformers.PreTrainedConfig) -> Any:
         """What a module of a layer reads while it runs, in place of the config that built it."""
         return self.config  # type: ignore[attr-defined]
 
@@ -80,70 +62,70 @@ class AnyShape:
         pass
 
 
-class LayerwiseLlamaConfig(AnyShape, LlamaConfig):  # type: ignore[misc]
+class LayerwiseLlamaConfig(AnyShape, transformers.LlamaConfig):  # type: ignore[misc]
     model_type = "headstart_llama"
 
 
-class LayerwiseLlamaForCausalLM(Layerwise, LlamaForCausalLM):  # type: ignore[misc]
+class LayerwiseLlamaForCausalLM(Layerwise, transformers.LlamaForCausalLM):  # type: ignore[misc]
     config_class = LayerwiseLlamaConfig
     layer_class = LlamaDecoderLayer
 
 
-class LayerwiseMistralConfig(AnyShape, MistralConfig):  # type: ignore[misc]
+class LayerwiseMistralConfig(AnyShape, transformers.MistralConfig):  # type: ignore[misc]
     model_type = "headstart_mistral"
 
 
-class LayerwiseMistralForCausalLM(Layerwise, MistralForCausalLM):  # type: ignore[misc]
+class LayerwiseMistralForCausalLM(Layerwise, transformers.MistralForCausalLM):  # type: ignore[misc]
     config_class = LayerwiseMistralConfig
     layer_class = MistralDecoderLayer
 
 
-class LayerwiseQwen2Config(AnyShape, Qwen2Config):  # type: ignore[misc]
+class LayerwiseQwen2Config(AnyShape, transformers.Qwen2Config):  # type: ignore[misc]
     model_type = "headstart_qwen2"
 
 
-class LayerwiseQwen2ForCausalLM(Layerwise, Qwen2ForCausalLM):  # type: ignore[misc]
+class LayerwiseQwen2ForCausalLM(Layerwise, transformers.Qwen2ForCausalLM):  # type: ignore[misc]
     config_class = LayerwiseQwen2Config
     layer_class = Qwen2DecoderLayer
 
 
-class LayerwiseQwen3Config(AnyShape, Qwen3Config):  # type: ignore[misc]
+class LayerwiseQwen3Config(AnyShape, transformers.Qwen3Config):  # type: ignore[misc]
     model_type = "headstart_qwen3"
 
 
-class LayerwiseQwen3ForCausalLM(Layerwise, Qwen3ForCausalLM):  # type: ignore[misc]
+class LayerwiseQwen3ForCausalLM(Layerwise, transformers.Qwen3ForCausalLM):  # type: ignore[misc]
     config_class = LayerwiseQwen3Config
     layer_class = Qwen3DecoderLayer
 
 
-class LayerwiseGemma3Config(AnyShape, Gemma3TextConfig):  # type: ignore[misc]
+class LayerwiseGemma3Config(AnyShape, transformers.Gemma3TextConfig):  # type: ignore[misc]
     model_type = "headstart_gemma3_text"
 
 
-class LayerwiseGemma3ForCausalLM(Layerwise, Gemma3ForCausalLM):  # type: ignore[misc]
+class LayerwiseGemma3ForCausalLM(Layerwise, transformers.Gemma3ForCausalLM):  # type: ignore[misc]
     config_class = LayerwiseGemma3Config
     layer_class = Gemma3DecoderLayer
 
 
-class LayerwiseOlmo2Config(AnyShape, Olmo2Config):  # type: ignore[misc]
+class LayerwiseOlmo2Config(AnyShape, transformers.Olmo2Config):  # type: ignore[misc]
     model_type = "headstart_olmo2"
 
 
-class LayerwiseOlmo2ForCausalLM(Layerwise, Olmo2ForCausalLM):  # type: ignore[misc]
+class LayerwiseOlmo2ForCausalLM(Layerwise, transformers.Olmo2ForCausalLM):  # type: ignore[misc]
     config_class = LayerwiseOlmo2Config
     layer_class = Olmo2DecoderLayer
 
 
-class LayerwisePhi3Config(AnyShape, Phi3Config):  # type: ignore[misc]
+class LayerwisePhi3Config(AnyShape, transformers.Phi3Config):  # type: ignore[misc]
     model_type = "headstart_phi3"
     head_dim: int | None = None  # for which the stock config has no key
 
 
-class LayerwisePhi3ForCausalLM(Layerwise, Phi3ForCausalLM):  # type: ignore[misc]
+class LayerwisePhi3ForCausalLM(Layerwise, transformers.Phi3ForCausalLM):  # type: ignore[misc]
     config_class = LayerwisePhi3Config
     layer_class = Phi3DecoderLayer
 
-    def shared_config(self, of_layer: PreTrainedConfig) -> Any:
+    def shared_config(self, of_layer: transformers.PreTrainedConfig) -> Any:
         # The stock attention tells queries from keys by a number of heads in its config.
         return WithHeads(self.config, of_layer.num_attention_heads)
 
@@ -151,7 +133,7 @@ class LayerwisePhi3ForCausalLM(Layerwise, Phi3ForCausalLM):  # type: ignore[misc
 class WithHeads:
     """A config shared by all layers, but for the number of heads of one."""
 
-    def __init__(self, config: PreTrainedConfig, num_attention_heads: int) -> None:
+    def __init__(self, config: transformers.PreTrainedConfig, num_attention_heads: int) -> None:
         self.config, self.num_attention_heads = config, num_attention_heads
 
     def __getattr__(self, name: str) -> Any:
@@ -160,16 +142,16 @@ class WithHeads:
         return getattr(self.config, name)
 
 
-class LayerwiseGPTNeoXConfig(AnyShape, GPTNeoXConfig):  # type: ignore[misc]
+class LayerwiseGPTNeoXConfig(AnyShape, transformers.GPTNeoXConfig):  # type: ignore[misc]
     model_type = "headstart_gpt_neox"
     head_dim: int | None = None  # for which the stock config has no key
 
 
-class LayerwiseGPTNeoXForCausalLM(Layerwise, GPTNeoXForCausalLM):  # type: ignore[misc]
+class LayerwiseGPTNeoXForCausalLM(Layerwise, transformers.GPTNeoXForCausalLM):  # type: ignore[misc]
     config_class = LayerwiseGPTNeoXConfig
     layer_class = GPTNeoXLayer
 
-    def build_layer(self, config: PreTrainedConfig, index: int) -> nn.Module:
+    def build_layer(self, config: transformers.PreTrainedConfig, index: int) -> nn.Module:
         # The stock attention is as wide as the residual stream; this one as its heads together.
         of_heads = copy.copy(config)
         of_heads.hidden_size = config.num_attention_heads * config.head_dim

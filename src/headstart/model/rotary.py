@@ -120,5 +120,5 @@ def student_rope(rope: Rope, head_dim: int, channels: tuple[int, ...]) -> dict[s
             f"the spec keeps rotary pairs {kept}, and stock code knows evenly spaced frequencies "
             "from pair 0 on only; keep pairs 0, s, 2s and so on"
         )
-    widths = (_turning_width(rope, len(channels)), _turning_width(rope, head_dim))
-    return {**rope, "rope_theta": rope["rope_theta"] ** (stride * widths[0] / widths[1])}
+    narrow, whole = (_turning_width(rope, width) for width in (len(channels), head_dim))
+    return {**rope, "rope_theta": rope["rope_theta"] ** (stride * narrow / whole)}

@@ -69,13 +69,10 @@ class SubnetSpec:
     @staticmethod
     def identity(sizes: Sizes) -> SubnetSpec:
         """The spec that keeps everything of a teacher with these sizes."""
-        layers = tuple(range(sizes["layers"]))
-        return SubnetSpec(
-            layers,
-            tuple(range(sizes["embed"])),
-            tuple(tuple(range(sizes["kv_groups"])) for _ in layers),
-            tuple(tuple(range(sizes["mlp"])) for _ in layers),
+        layers, embed, kv_groups, mlp = (
+            tuple(range(sizes[axis])) for axis in ("layers", "embed", "kv_groups", "mlp")
         )
+        return SubnetSpec(layers, embed, (kv_groups,) * len(layers), (mlp,) * len(layers))
 
     def kept_in_layer(self, position: int) -> dict[str, Indices]:
         """Axis -> kept indices, for the student's layer at this position."""
@@ -92,15 +89,14 @@ class SubnetSpec:
         Raises:
             UserError: an axis is empty, unordered, repeated or beyond the teacher's size.
         """
-        for axis in ("kv_groups", "mlp"):
-            if len(getattr(self, axis)) != len(self.layers):
+        checks = [("layers", self.layers), ("embed", self.embed)]
+        for axis, of_layers in (("kv_groups", self.kv_groups), ("mlp", self.mlp)):
+            if len(of_layers) != len(self.layers):
                 raise UserError(
                     f"the spec keeps {len(self.layers)} layers but lists {axis} for "
-                    f"{len(getattr(self, axis))}; list one index set for each kept layer"
+                    f"{len(of_layers)}; list one index set for each kept layer"
                 )
-        checks = [("layers", self.layers), ("embed", self.embed)]
-        checks += [("kv_groups", units) for units in self.kv_groups]
-        checks += [("mlp", units) for units in self.mlp]
+            checks += [(axis, units) for units in of_layers]
         if self.head_dim is not None:
             checks.append(("head_dim", self.head_dim))
         for axis, units in checks:
@@ -144,9 +140,8 @@ class SubnetSpec:
         """
         missing = {"layers", "embed", "kv_groups", "mlp"} - set(value)
         if missing:
-            raise UserError(
-                f"the spec lacks {', '.join(sorted(missing))}: {json.dumps(value)[:80]}"
-            )
+            found = json.dumps(value)[:80]
+            raise UserError(f"the spec lacks {', '.join(sorted(missing))}: {found}")
         return SubnetSpec(
             parse_indices(value["layers"]),
             parse_indices(value["embed"]),

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 def stock_sizes(architecture: Architecture) -> dict[str, Any]:
     """The smallest sizes of a stock checkpoint that can hold a model, in zeros where it has less.
 
-    Args:
-        architecture: of any model of a family, layer-wise or not.
-
     Raises:
         UserError: no stock checkpoint computes what this model does; the message says why and
             names the nearest shape that one could have.
@@ -44,36 +41,28 @@ def stock_sizes(architecture: Architecture) -> dict[str, Any]:
             )
         return padded
     of_heads = largest["kv_groups"] * largest["q_per_kv"] * largest["head_dim"]  # always fits
-    widths = range(1, 1 + max(of_heads, 2 * largest["embed"]))
-    nearest = min(
-        (width for width in widths if _fits(architecture, largest, width)),
-        key=lambda width: abs(width - largest["embed"]),
-    )
+    widths = [
+        width
+        for width in range(1, 1 + max(of_heads, 2 * largest["embed"]))
+        if not stock_obstacle(architecture.family, {**largest, "embed": width})
+    ]
+    nearest = min(widths, key=lambda width: abs(width - largest["embed"]))
     raise UserError(
         f"{stock_obstacle(architecture.family, largest)}, which zeros cannot mend; the nearest "
         f"stock shape has embed {nearest}: cut a student of that width"
     )
 
 
-def _fits(architecture: Architecture, sizes: Sizes, width: int) -> bool:
-    return not stock_obstacle(architecture.family, {**sizes, "embed": width})
-
-
 def _norm_over_heads(architecture: Architecture) -> str:
     """A norm that averages over the channels of several heads, or nothing."""
-    for pattern, layout in architecture.layouts.items():
-        if "norm" in pattern and "kv_groups" in axes_of(layout):
-            return pattern
-    return ""
+    layouts = architecture.layouts
+    return next(
+        (name for name in layouts if "norm" in name and "kv_groups" in axes_of(layouts[name])), ""
+    )
 
 
 def stock_config(architecture: Architecture, sizes: Sizes) -> PreTrainedConfig:
-    """The config of a family's stock code for a model of these sizes.
-
-    Args:
-        architecture: of the model, layer-wise or not.
-        sizes: of `stock_sizes`.
-    """
+    """The config of a family's stock code for a model of these sizes, which `stock_sizes` gave."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -92,13 +81,7 @@ def stock_config(architecture: Architecture, sizes: Sizes) -> PreTrainedConfig:
 def stock_tensors(
     tensors: Iterable[tuple[str, Tensor]], architecture: Architecture, sizes: Sizes
 ) -> Iterator[tuple[str, Tensor]]:
-    """A model's tensors in a stock checkpoint of these sizes, with zeros where it has less.
-
-    Args:
-        tensors: (name, tensor) pairs of the whole model, in any order.
-        architecture: of the model.
-        sizes: of `stock_sizes`.
-    """
+    """A model's tensors in a stock checkpoint of these sizes, with zeros where it has less."""
     in_files = {name: alias for alias, name in architecture.family.aliases.items()}
     for name, tensor in tensors:
         rule, layer = architecture.match(name)

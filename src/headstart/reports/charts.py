@@ -195,14 +195,13 @@ def _loss_title(search: Search) -> str:
 
 def _points(search: Search, x: list[float]) -> Figure:
     candidates = search["candidates"]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": x,
-        "y": _finite([loss_of(candidate) for candidate in candidates]),
-        "text": [_hover_text(search, candidate) for candidate in candidates],
-        "hovertemplate": "%{y:.3f} nats<br>%{text}<extra></extra>",
-    }
+    return _trace(
+        "markers",
+        x,
+        _finite([loss_of(candidate) for candidate in candidates]),
+        text=[_hover_text(search, candidate) for candidate in candidates],
+        hovertemplate="%{y:.3f} nats<br>%{text}<extra></extra>",
+    )
 
 
 def _hover_text(search: Search, candidate: Candidate) -> str:
@@ -219,27 +218,18 @@ def _hover_text(search: Search, candidate: Candidate) -> str:
 
 
 def _step_line(x: Sequence[float], y: Sequence[float | None], line: Figure) -> Figure:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "x": x,
-        "y": y,
-        "line": {**line, "shape": "hv"},
-        "hoverinfo": "skip",
-    }
+    return _trace("lines", x, y, line={**line, "shape": "hv"}, hoverinfo="skip")
 
 
 def _winner_ring(search: Search, x: Sequence[float]) -> Figure:
     winner = search["winner"]
     ring = {"symbol": "circle-open", "size": 15, "color": _WINNER, "line": {"width": 2.5}}
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": [x[winner]],
-        "y": [search["candidates"][winner]["loss"]],
-        "marker": ring,
-        "hoverinfo": "skip",
-    }
+    loss = search["candidates"][winner]["loss"]
+    return _trace("markers", [x[winner]], [loss], marker=ring, hoverinfo="skip")
+
+
+def _trace(mode: str, x: Sequence[float], y: Sequence[float | None], **more: Any) -> Figure:
+    return {"type": "scatter", "mode": mode, "x": x, "y": y, **more}
 
 
 def _finite(values: list[float]) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""The result of a run in words and as a table, for the terminal, for Markdown and for the page.
+"""The result of a run in words and as a table, for the terminal and for the page.
 
 Everything here reads one file, `result.json` (its format is documented in docs/result.md), so a
 report can be made again long after the checkpoints are gone.
@@ -6,8 +6,8 @@ report can be made again long after the checkpoints are gone.
 
 from __future__ import annotations
 
-import html
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,13 +43,7 @@ _ARM_KEYS = (
 
 
 def load_result(run_folder: Path) -> Result:
-    """Read `result.json` of a run folder and check that a report can be made of it.
-
-    Args:
-        run_folder: the folder a finished run wrote.
-
-    Returns:
-        The result, as documented in docs/result.md.
+    """Read `result.json` of a run's folder, which docs/result.md documents, and check it.
 
     Raises:
         UserError: the file is missing, is no JSON, has another format, or lacks keys.
@@ -112,7 +106,7 @@ def _row(arm: Result, compared: bool) -> tuple[str, ...]:
     loss_final = f"{arm['loss_final']:.3f}"
     if arm.get("loss_spread") is not None:
         loss_final += f" ± {arm['loss_spread']:.3f}"
-    tokens = fewer_tokens = flops = fewer_flops = NOTHING
+    comparison = [NOTHING] * 4
     if compared and arm["name"] != SCRATCH:
         loss_final += f" ({arm['loss_difference']:+.3f})".replace("-", "−")
         if arm["tokens_to_match"] is None:
@@ -121,23 +115,24 @@ def _row(arm: Result, compared: bool) -> tuple[str, ...]:
             tokens = "before training"
         else:
             tokens = f"{round(arm['tokens_to_match']):,}"
-        if arm["tokens_factor"] is not None:
-            fewer_tokens = factor_text(arm["tokens_factor"])
-        if arm["flops_to_match"] is not None:
-            flops = flops_text(arm["flops_to_match"])
-        if arm["flops_factor"] is not None:
-            fewer_flops = factor_text(arm["flops_factor"])
+        comparison = [
+            tokens,
+            _text(arm["tokens_factor"], factor_text),
+            _text(arm["flops_to_match"], flops_text),
+            _text(arm["flops_factor"], factor_text),
+        ]
     return (
         arm["name"],
         count_text(arm["parameters"]),
         f"{arm['loss_before']:.3f}",
         loss_final,
-        tokens,
-        fewer_tokens,
-        flops,
-        fewer_flops,
+        *comparison,
         duration_text(arm["seconds"]),
     )
+
+
+def _text(value: float | None, as_text: Callable[[float], str]) -> str:
+    return NOTHING if value is None else as_text(value)
 
 
 def result_table(result: Result) -> Table:
@@ -159,13 +154,6 @@ def result_table(result: Result) -> Table:
         # Text, so that brackets in a name are no markup.
         table.add_row(*(Text(row[index]) for index in kept))
     return table
-
-
-def markdown_table(result: Result) -> str:
-    """The table of results in GitHub's Markdown, with no newline at its end."""
-    rule = [":--"] + ["--:"] * (len(COLUMNS) - 1)
-    rows = [[html.escape(cell).replace("|", r"\|") for cell in row] for row in result_rows(result)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(COLUMNS), rule, *rows])
 
 
 def best_arm(result: Result) -> Result:

@@ -97,22 +97,22 @@ def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
 
         def check_and_lock() -> tuple[Checkpoint, Checkpoint | None]:
             models = _checked(recipe, student or recipe.student)
-            for of_folder in recipes:
-                check_run_folder(of_folder)
-            for of_folder in recipes:
-                stack.enter_context(locked(Path(of_folder.output)))
+            for folder_recipe in recipes:
+                check_run_folder(folder_recipe)
+            for folder_recipe in recipes:
+                stack.enter_context(locked(Path(folder_recipe.output)))
             return models
 
         teacher, given = from_main(check_and_lock)
         text = prepare(recipe.data, teacher.folder)
-        inputs = from_main(lambda: _inputs(recipe, teacher, given, text))
 
-        def pin() -> Checkpoint:
-            for of_folder in recipes:
-                pin_inputs(pin_recipe(of_folder), inputs)
-            return teacher
+        def check_and_pin() -> Checkpoint:
+            inputs = _inputs(recipe, teacher, given, text)
+            for folder_recipe in recipes:
+                pin_inputs(pin_recipe(folder_recipe), inputs)
+            return teacher  # which has its hash by now
 
-        yield Run(recipe, Path(recipe.output), from_main(pin), text, given)
+        yield Run(recipe, Path(recipe.output), from_main(check_and_pin), text, given)
 
 
 def _checked(recipe: Recipe, student_folder: str) -> tuple[Checkpoint, Checkpoint | None]:
@@ -123,15 +123,25 @@ def _checked(recipe: Recipe, student_folder: str) -> tuple[Checkpoint, Checkpoin
         raise UserError(
             "data.validation_fraction is 1 and leaves nothing to search and train on; lower it"
         )
-    check_source(recipe.data)
-    teacher = Checkpoint.open(recipe.teacher)
-    for name in teacher.files:
-        teacher.architecture.match(name)
+    teacher = checked_teacher(recipe)
     if student_folder:
         return teacher, _given_student(Path(student_folder), recipe, teacher.architecture)
     for of_bin in bin_recipes(recipe):
         space_of(teacher.architecture, of_bin.search, recipe.data.block_length)
     return teacher, None
+
+
+def checked_teacher(recipe: Recipe) -> Checkpoint:
+    """The teacher, once text and teacher are known to be readable.
+
+    Raises:
+        UserError: the text does not read, or the teacher does not, or has an unknown tensor.
+    """
+    check_source(recipe.data)
+    teacher = Checkpoint.open(recipe.teacher)
+    for name in teacher.files:
+        teacher.architecture.match(name)
+    return teacher
 
 
 def _given_student(folder: Path, recipe: Recipe, teacher: Architecture) -> Checkpoint:

@@ -11,7 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from rich.console import Console
+from torch import Tensor
 
 from headstart.calibration.start import Calibration, calibrate
 from headstart.demo import teacher_name
@@ -25,7 +27,7 @@ from headstart.reports.search import write_search_html
 from headstart.reports.table import baseline_sentences, headline, load_result, result_table
 from headstart.runs.extraction import extract_found
 from headstart.runs.result import result_of
-from headstart.runs.run import Run, open_run
+from headstart.runs.run import Run, checked_teacher, open_run
 from headstart.searching.fitness import fitting_batch_size
 from headstart.searching.run import search
 from headstart.system.device import default_device, load_frozen
@@ -33,7 +35,7 @@ from headstart.system.distributed import from_main, is_main, process_group, worl
 from headstart.system.errors import UserError
 from headstart.system.files import write_json
 from headstart.system.progress import progress
-from headstart.text.prepare import check_source, prepare, tokenizer_hash
+from headstart.text.prepare import prepare, tokenizer_hash
 from headstart.training.arms import ArmInputs
 from headstart.training.cache import CacheIdentity, TeacherCache, write_cache
 from headstart.training.teacher import Teacher
@@ -48,30 +50,34 @@ def search_stage(run: Run) -> dict[str, Any]:
     return outcome
 
 
-def calibration_of(run: Run, spec: SubnetSpec) -> Calibration:
-    """What a run's student is cut out of, and how; found in the cache if the search made it."""
+def _calibration_blocks(run: Run) -> Int[Tensor, "blocks tokens"] | None:
+    """The text that a run's student is calibrated on; None for a plain slice."""
     settings = run.recipe.search
     if settings.init == "slice":
+        return None
+    return run.text.spread("train", settings.calibration_tokens)
+
+
+def calibration_of(run: Run, spec: SubnetSpec) -> Calibration:
+    """What a run's student is cut out of, and how; found in the cache if the search made it."""
+    blocks = _calibration_blocks(run)
+    if blocks is None:
         return Calibration(run.teacher)
-    blocks = run.text.spread("train", settings.calibration_tokens)
-    return calibrate(run.teacher, settings.init, blocks, spec=spec)
+    return calibrate(run.teacher, run.recipe.search.init, blocks, spec=spec)
 
 
 def extract_stage(run: Run) -> Checkpoint:
     """Cut out what the search has found, unless that is done."""
-    folder, settings = run.folder / "student", run.recipe.search
+    folder = run.folder / "student"
 
     def extract() -> Checkpoint:
         if not folder.exists():
-            needs_text = settings.init != "slice"
             extract_found(
                 run.teacher,
                 run.folder / "search.json",
                 folder,
-                init=settings.init,
-                calibration_blocks=(
-                    run.text.spread("train", settings.calibration_tokens) if needs_text else None
-                ),
+                init=run.recipe.search.init,
+                calibration_blocks=_calibration_blocks(run),
                 provenance={
                     "teacher_name": teacher_name(run.recipe.teacher),
                     "recipe": recipe_to_dict(run.recipe),
@@ -204,8 +210,14 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "no arm of the recipe distils from a cache; set kd.cache, and kd.top_k or kd.samples, "
             "in pretrain.arms"
         )
+
+    def hashed_teacher() -> Checkpoint:
+        checkpoint = checked_teacher(recipe)
+        assert checkpoint.hash
+        return checkpoint
+
     with process_group():
-        checkpoint = from_main(lambda: _hashed_teacher(recipe))
+        checkpoint = from_main(hashed_teacher)
         blocks = prepare(recipe.data, checkpoint.folder)
         split, device = blocks.split("train"), default_device()
         teacher = Teacher(load_frozen(checkpoint.folder, device))
@@ -227,15 +239,6 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
                     on_blocks=lambda count: advance(count * split.shape[1]),
                 )
         return written
-
-
-def _hashed_teacher(recipe: Recipe) -> Checkpoint:
-    check_source(recipe.data)
-    checkpoint = Checkpoint.open(recipe.teacher)
-    for name in checkpoint.files:
-        checkpoint.architecture.match(name)
-    assert checkpoint.hash
-    return checkpoint
 
 
 def run_report(folder: Path) -> dict[str, Any]:

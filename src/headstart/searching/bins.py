@@ -38,10 +38,7 @@ class Bin:
 
     @staticmethod
     def around(
-        reference: int,
-        tolerance: float,
-        measure: Measure = "parameters",
-        context_length: int = 512,
+        reference: int, tolerance: float, measure: Measure = "parameters", context_length: int = 512
     ) -> Bin:
         """The bin from `reference * (1 - tolerance)` to `reference * (1 + tolerance)`."""
         if not 0 <= tolerance < 1:
@@ -72,10 +69,7 @@ class BinSettings:
     name: str = ""
 
     def resolve(self, context_length: int) -> Bin:
-        """The bin in numbers.
-
-        Args:
-            context_length: tokens that attention spans, for FLOPs.
+        """The bin in numbers, where attention spans `context_length` tokens.
 
         Raises:
             UserError: neither or both forms are given, or an amount cannot be read.

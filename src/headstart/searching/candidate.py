@@ -7,16 +7,13 @@ layer by layer, so "the first k" may mean the teacher's first or its most import
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
 from headstart.model.rotary import head_channels
 from headstart.model.spec import Indices, SubnetSpec
 from headstart.searching.units import Units
-
-if TYPE_CHECKING:
-    pass
 
 
 class Candidate(NamedTuple):
@@ -38,19 +35,12 @@ class Candidate(NamedTuple):
     mlp: tuple[Units, ...]
 
     def spec(self, teacher: Architecture, orders: Orders) -> SubnetSpec:
-        """The sub-network in the teacher's own numbering.
-
-        Args:
-            teacher: its architecture.
-            orders: what the ranks mean.
-        """
-        ranks = self.layers.ranks()
-        groups, neurons = self.kv_groups, self.mlp
-        if len(groups) == 1:
-            groups = groups * len(ranks)
-        if len(neurons) == 1:
-            neurons = neurons * len(ranks)
-        teacher_layers = [orders.layers[rank] for rank in ranks]
+        """The sub-network in the teacher's own numbering; the orders say what the ranks mean."""
+        teacher_layers = [orders.layers[rank] for rank in self.layers.ranks()]
+        groups, neurons = (
+            units * len(teacher_layers) if len(units) == 1 else units
+            for units in (self.kv_groups, self.mlp)
+        )
         kept = sorted(zip(teacher_layers, groups, neurons, strict=True))
         rope, head_dim = teacher.config.rope_parameters, teacher.sizes["head_dim"]
         whole_heads = self.head_dim == head_dim

@@ -7,7 +7,6 @@ and evaluates only what is not there yet: one that was killed ends exactly like 
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -82,7 +81,6 @@ def evolve(
     Args:
         space: proposes candidates inside the bin.
         race: scores them.
-        settings: population and operators.
         burden: what elites keep small beside the loss; None for the loss alone.
         on_generation: called with a generation, from 0, and its candidates before they are scored.
         on_scored: called with a generation and the scores of its candidates.
@@ -94,23 +92,21 @@ def evolve(
     scores: dict[Candidate, Evaluated] = {}
     elites: list[Evaluated] = []
     known: list[Evaluated] = []
-    evenly: list[Candidate] = []
-    if settings.method == "importance":
-        evenly = space.proportional(settings.population * settings.generations)
+    by_importance = settings.method == "importance"
+    budget = settings.population * settings.generations
+    proportional = space.proportional(budget) if by_importance else []
     for generation in range(settings.generations):
-        if settings.method == "importance":
+        if by_importance:
             start = generation * settings.population
-            proposals = [
-                (candidate, "proportional") for candidate in evenly[start:][: settings.population]
-            ]
+            chosen = proportional[start : start + settings.population]
+            proposals = [(candidate, "proportional") for candidate in chosen]
         else:
             parents = [] if settings.method == "random" else [elite.candidate for elite in elites]
             proposals, whole = race.journal.proposals(generation)
             if not whole and len(proposals) < settings.population:
                 rng = random.Random(f"{settings.seed}, generation {generation}")
-                screen = (
-                    Surrogate(space.totals, [score.candidate for score in known]) if known else None
-                )
+                best = [score.candidate for score in known]
+                screen = Surrogate(space.totals, best) if known else None
                 proposals = _propose(space, settings, rng, parents, scores, screen)
         if not proposals:
             break
@@ -127,13 +123,7 @@ def evolve(
 
 def ranked(scores: Sequence[Evaluated]) -> list[Evaluated]:
     """Scores on the most tokens first, then from the lowest loss; no number comes last."""
-    return sorted(
-        scores,
-        key=lambda score: (
-            -score.tokens,
-            score.loss if math.isfinite(score.loss) else math.inf,
-        ),
-    )
+    return sorted(scores, key=lambda score: (-score.tokens, score.comparable_loss))
 
 
 def _elites(

@@ -50,9 +50,7 @@ class FinalistSettings:
 def choose_finalists(ranked: Sequence[Evaluated], count: int) -> list[Evaluated]:
     """The best candidates of different depth and width, so that the round has a choice to make.
 
-    Args:
-        ranked: best first.
-        count: how many; fewer where there are fewer shapes.
+    They are fewer than `count` where there are fewer shapes. `ranked` has the best first.
     """
     by_shape: dict[tuple[int, int], Evaluated] = {}
     for score in ranked:
@@ -77,7 +75,6 @@ def run_finals(
         finalists: candidates with their scores before training.
         fitness: cuts candidates out, and holds the tokens they are scored on.
         train_blocks: at least `steps * batch_size` blocks, read in order; repeated if fewer.
-        settings: steps and learning rate.
         journal: keeps every score; what it knows is not trained again.
         on_score: called with each score.
 

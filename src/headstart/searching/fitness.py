@@ -129,7 +129,6 @@ def put_in_order(state: Mapping[str, Tensor], teacher: Architecture, orders: Ord
 
     Args:
         state: the teacher's state dict, whose tensors are overwritten one at a time.
-        teacher: its architecture.
         orders: what comes first; layers stay where they are.
 
     Returns:
@@ -149,8 +148,6 @@ def fitting_batch_size(
 
     Args:
         sizes: of the teacher's axes, which bound every candidate's.
-        block_length: tokens in a block.
-        device: on which candidates run.
         bytes_per_number: of an activation.
     """
     if device.type != "cuda":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -20,9 +20,6 @@ from headstart.model.rotary import head_channels, head_sizes, student_rope
 from headstart.model.shapes import stock_constraints
 from headstart.searching.bins import Bin
 from headstart.system.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 MAX_ROWS = 10_000_000
 """Of a longer table only every so many rows in the bin are kept."""
@@ -102,8 +99,8 @@ def head_values(architecture: Architecture, grid: GridSettings) -> list[int]:
     rope, whole = architecture.config.rope_parameters, architecture.sizes["head_dim"]
     if not grid.head_dim_min:
         return [whole]
-    _check_range("head_dim", grid.head_dim_min, grid.head_dim_step or 1, whole)
     step = grid.head_dim_step or 1
+    _check_range("head_dim", grid.head_dim_min, step, whole)
     values = [
         size
         for size in head_sizes(rope, whole)
@@ -157,9 +154,6 @@ def rows_in_bin(architecture: Architecture, grid: GridSettings, bin: Bin, unifor
     """List the shapes of a space that lie in a bin.
 
     Args:
-        architecture: the teacher's.
-        grid: sizes that each axis may take.
-        bin: what they must meet.
         uniform: whether all layers are alike; shapes are then those of a stock checkpoint.
 
     Raises:

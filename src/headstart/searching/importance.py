@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +105,9 @@ def measure_importance(
     Source: see the classes of `headstart.searching.scores`.
     """
     scores: dict[str, Scores] = {}
+    observers: dict[str, Observer] = {}
+    num_tokens = 0
     with ExitStack() as undo:
-        observers: dict[str, Observer] = {}
         for kind in dict.fromkeys((units, depth)):
             if kind == "magnitude":
                 scores[kind] = magnitude(teacher)
@@ -114,43 +115,22 @@ def measure_importance(
                 observers[kind] = OBSERVERS[kind](teacher, undo)
         if observers:
             undo.enter_context(torch.set_grad_enabled("taylor" in observers))
-            _observe(teacher, batches, tuple(observers.values()), on_batch)
+            for batch in batches:
+                batch = batch.to(teacher.device, non_blocking=True)
+                hidden = teacher.base_model(batch, use_cache=False).last_hidden_state
+                for observer in observers.values():
+                    observer.add(hidden, batch)
+                num_tokens += batch.numel()
+                on_batch(batch.numel())
+            if num_tokens == 0:
+                raise UserError(
+                    "importance needs at least one calibration block; add text to the data"
+                )
         scores |= {kind: observer.scores() for kind, observer in observers.items()}
     return Importance(
         layers=scores[depth]["layers"].float().cpu(),
         **{axis: scores[units][axis].float().cpu() for axis in UNIT_AXES},
     )
-
-
-def _observe(
-    teacher: PreTrainedModel,
-    batches: Iterable[Tensor],
-    observers: Sequence[Observer],
-    on_batch: Callable[[int], None],
-) -> None:
-    """Run the teacher over all batches before the eyes of the observers."""
-    num_tokens = 0
-    for batch in batches:
-        batch = batch.to(teacher.device, non_blocking=True)
-        hidden = teacher.base_model(batch, use_cache=False).last_hidden_state
-        for observer in observers:
-            observer.add(hidden, batch)
-        num_tokens += batch.numel()
-        on_batch(batch.numel())
-    if num_tokens == 0:
-        raise UserError("importance needs at least one calibration block; add text to the data")
-
-
-def activation_importance(
-    teacher: PreTrainedModel,
-    batches: Iterable[Int[Tensor, "batch tokens"]],
-    on_batch: Callable[[int], None] = lambda num_tokens: None,
-) -> Importance:
-    """Score units by their mean |activation|, and layers by how much they turn a token.
-
-    The arguments are those of `measure_importance`, whose default kinds these are.
-    """
-    return measure_importance(teacher, batches, on_batch=on_batch)
 
 
 def remembered_importance(key: Mapping[str, Any], measure: Callable[[], Importance]) -> Importance:

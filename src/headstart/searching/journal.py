@@ -41,6 +41,16 @@ class Evaluated:
     seconds: float
     steps: int = 0
 
+    @property
+    def comparable_loss(self) -> float:
+        """The loss, or infinity if it is no number."""
+        return self.loss if math.isfinite(self.loss) else math.inf
+
+    @property
+    def json_loss(self) -> float | None:
+        """The loss for JSON, which knows neither NaN nor infinity."""
+        return self.loss if math.isfinite(self.loss) else None
+
 
 class Journal:
     """An append-only JSONL file of scores; docs/search.md documents the format.
@@ -88,10 +98,8 @@ class Journal:
             return
         with self.path.open("a") as stream:
             for evaluated in scores:
-                # JSON knows neither NaN nor infinity.
-                loss = evaluated.loss if math.isfinite(evaluated.loss) else None
-                entry = {**asdict(evaluated), "candidate": evaluated.candidate.to_json()}
-                stream.write(json.dumps({**entry, "loss": loss}) + "\n")
+                plain = {"candidate": evaluated.candidate.to_json(), "loss": evaluated.json_loss}
+                stream.write(json.dumps({**asdict(evaluated), **plain}) + "\n")
 
     def _keep(self, evaluated: Evaluated) -> None:
         key = (evaluated.candidate, evaluated.tokens, evaluated.steps)

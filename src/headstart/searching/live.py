@@ -6,15 +6,17 @@ Where standard error is no terminal, each finished generation is one plain line 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from headstart.searching.journal import Evaluated
+from headstart.system.distributed import is_main
 from headstart.system.formats import NOTHING, count_text, duration_text
 from headstart.system.progress import console as standard_error
 
@@ -23,21 +25,12 @@ SHOWN_GENERATIONS = 12
 
 
 @dataclass(frozen=True)
-class GenerationRow:
-    """A finished generation.
+class _Generation:
+    """A finished generation; `best`, `parameters` and `tokens` are of the whole search so far."""
 
-    Attributes:
-        generation: its number, from 1.
-        candidates: that it holds, replayed ones too.
-        best: the lowest loss of the search so far.
-        median: of this generation's losses.
-        parameters: of the best candidate so far.
-        tokens: that were read for all losses of the search so far.
-        seconds: wall time that the generation took now.
-    """
-
-    generation: int
+    number: int
     candidates: int
+    evaluated: int
     best: float
     median: float
     parameters: int
@@ -46,30 +39,31 @@ class GenerationRow:
 
 
 class SearchTable:
-    """Shows a search while the body of its `with` runs.
+    """Shows a search while the body of its `with` runs, from what `evolve` and a `Race` tell it.
 
     Rates and the time left come from what is evaluated now; candidates that a search which goes on
-    reads from its journal are `advance`d by 0 and count for neither.
+    reads from its journal count for neither.
 
     Args:
         num_generations: how many there will be.
-        console: where to write; standard error if not given.
+        all_tokens: on which a candidate is scored that goes through the whole race.
+        console: where to write; if not given, standard error, of the main process alone.
         clock: seconds from any start.
     """
 
     def __init__(
         self,
         num_generations: int,
+        all_tokens: int,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.num_generations = num_generations
-        self.console = console or standard_error
-        self.clock = clock
-        self._finished: list[tuple[GenerationRow, int]] = []  # with the candidates evaluated now
-        self._generation = self._candidates = 0  # of the running generation; 0 between two
-        self._evaluated = self._tokens = 0
-        self._best = math.inf
+        self.num_generations, self.all_tokens, self.clock = num_generations, all_tokens, clock
+        silent = Console(quiet=True, force_interactive=False)
+        self.console = console or (standard_error if is_main() else silent)
+        self._finished: list[_Generation] = []
+        self._generation = self._candidates = self._evaluated = 0  # 0 between two generations
+        self._best, self._parameters, self._tokens = math.inf, 0, 0
         self._started = clock()
         self._live = Live(console=self.console, get_renderable=self._table)
 
@@ -78,42 +72,45 @@ class SearchTable:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.stop()
 
     def start(self, generation: int, candidates: int) -> None:
-        """A generation, counted from 1, begins with so many candidates to score."""
-        self._generation, self._candidates = generation, candidates
-        self._evaluated = self._tokens = 0
+        """A generation, counted from 0, begins with so many candidates to score."""
+        self._generation, self._candidates, self._evaluated = generation + 1, candidates, 0
         self._started = self.clock()
 
-    def advance(self, candidates: int = 1, tokens: int = 0, best: float | None = None) -> None:
-        """Within a generation: candidates evaluated now, tokens read, the lowest loss so far."""
-        self._evaluated += candidates
+    def scored(self, score: Evaluated, tokens: int, replayed: bool) -> None:
+        """A candidate has a score that took so many tokens more, or comes from the journal."""
         self._tokens += tokens
-        if best is not None:
-            self._best = min(self._best, best)
+        if tokens == score.tokens and not replayed:  # its first rung
+            self._evaluated += 1
+        if score.tokens == self.all_tokens and score.loss < self._best:
+            self._best, self._parameters = score.loss, score.parameters
 
-    def finish(self, row: GenerationRow) -> None:
-        """The running generation is done."""
-        self._finished.append((row, self._evaluated))
+    def finish(self, generation: int, scores: Sequence[Evaluated]) -> None:
+        """A generation is done; these are its candidates' last scores."""
+        losses = [score.loss for score in scores if math.isfinite(score.loss)]
+        finished = _Generation(
+            number=generation + 1,
+            candidates=len(scores),
+            evaluated=self._evaluated,
+            best=self._best,
+            median=statistics.median(losses) if losses else math.nan,
+            parameters=self._parameters,
+            tokens=self._tokens,
+            seconds=self.clock() - self._started,
+        )
+        self._finished.append(finished)
         self._generation = 0
         if not self.console.is_interactive:
-            self.console.out(self._line(), highlight=False)
-
-    def _line(self) -> str:
-        row, evaluated = self._finished[-1]
-        return (
-            f"generation {row.generation}/{self.num_generations}: {row.candidates:,} candidates, "
-            f"best {row.best:.3f}, median {row.median:.3f}, {count_text(row.parameters)} "
-            f"parameters, {_rate(evaluated, row.seconds)} candidates/s, "
-            f"{count_text(row.tokens)} tokens, ETA {self._time_left()}"
-        )
+            number, candidates, best, median, parameters, rate, tokens = self._cells(finished)
+            self.console.out(
+                f"generation {number}: {candidates} candidates, best {best}, median {median}, "
+                f"{parameters} parameters, {rate} candidates/s, {tokens} tokens, "
+                f"ETA {self._time_left()}",
+                highlight=False,
+            )
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, collapse_padding=True)
@@ -122,62 +119,59 @@ class SearchTable:
             table.add_column(column, justify="right", no_wrap=True)
         # The header, the ellipsis, the running generation and the prompt need a line each.
         num_shown = max(1, min(SHOWN_GENERATIONS, self.console.height - 4))
-        finished = self._finished[-num_shown:]
         if len(self._finished) > num_shown:
             table.add_row("…")
-        for row, evaluated in finished:
-            table.add_row(
-                f"{row.generation}/{self.num_generations}",
-                f"{row.candidates:,}",
-                f"{row.best:.3f}",
-                f"{row.median:.3f}",
-                count_text(row.parameters),
-                _rate(evaluated, row.seconds),
-                count_text(row.tokens),
-            )
+        for finished in self._finished[-num_shown:]:
+            table.add_row(*self._cells(finished))
         if self._generation:
             table.add_row(*self._running())
         return table
 
+    def _cells(self, finished: _Generation) -> tuple[str, ...]:
+        return (
+            f"{finished.number}/{self.num_generations}",
+            f"{finished.candidates:,}",
+            f"{finished.best:.3f}",
+            f"{finished.median:.3f}",
+            count_text(finished.parameters),
+            _rate(finished.evaluated, finished.seconds),
+            count_text(finished.tokens),
+        )
+
     def _running(self) -> tuple[str, ...]:
-        last = self._finished[-1][0] if self._finished else None
-        # Until the generation ends, only its loss is known of a new best candidate.
+        last = self._finished[-1] if self._finished else None
+        # The size of a new best candidate is shown when its generation is done.
         unchanged = last is not None and last.best <= self._best
-        best = min(self._best, last.best) if last else self._best
         return (
             f"{self._generation}/{self.num_generations}",
             f"{self._evaluated:,}/{self._candidates:,}",
-            f"{best:.3f}" if math.isfinite(best) else NOTHING,
+            f"{self._best:.3f}" if math.isfinite(self._best) else NOTHING,
             NOTHING,
-            count_text(last.parameters) if last and unchanged else NOTHING,
+            count_text(self._parameters) if unchanged else NOTHING,
             _rate(self._evaluated, self.clock() - self._started),
-            count_text(self._tokens + (last.tokens if last else 0)),
+            count_text(self._tokens),
             self._time_left(),
         )
 
     def _time_left(self) -> str:
-        seconds = self._seconds_left()
-        return NOTHING if seconds is None else duration_text(seconds)
-
-    def _seconds_left(self) -> float | None:
-        """The time left at the pace of the generations so far; None before there is a pace.
+        """At the pace of the generations so far, if there is one.
 
         Generations are counted whole, since a race drops candidates early and so the first half of
         a generation may take most of its time. One that was replayed in part is scaled up.
         """
-        paced = [(row, evaluated) for row, evaluated in self._finished if evaluated]
+        paced = [finished for finished in self._finished if finished.evaluated]
         elapsed = self.clock() - self._started
         if paced:
-            seconds = sum(row.seconds for row, _ in paced)
-            share = sum(evaluated for _, evaluated in paced) / sum(r.candidates for r, _ in paced)
-            generation_seconds = seconds / share / len(paced)
+            num_candidates = sum(finished.candidates for finished in paced)
+            share = sum(finished.evaluated for finished in paced) / num_candidates
+            generation_seconds = sum(finished.seconds for finished in paced) / share / len(paced)
         elif self._evaluated:
             generation_seconds = elapsed * self._candidates / self._evaluated
         else:
-            return None
+            return NOTHING
         num_done = max(self._generation, len(self._finished))
         left_now = max(0.0, generation_seconds - elapsed) if self._generation else 0.0
-        return left_now + generation_seconds * (self.num_generations - num_done)
+        return duration_text(left_now + generation_seconds * (self.num_generations - num_done))
 
 
 def _rate(evaluated: int, seconds: float) -> str:

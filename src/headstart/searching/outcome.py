@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -30,13 +29,10 @@ def outcome_of(
     Args:
         scores: the last score of every candidate, in the order in which they were proposed.
         finals: those after the short training, if there was one.
-        winner: one of the candidates.
-        settings: of the search.
-        bin: in numbers.
         amount: (candidate, measure) -> what it comes to.
     """
     flops = {score.candidate: amount(score.candidate, "flops_per_token") for score in scores}
-    trained_loss = {final.candidate: _number(final.loss) for final in finals}
+    trained = {final.candidate: {"trained_loss": final.json_loss} for final in finals}
     finalists, context_length = settings.finalists, bin.context_length
     train_tokens = finalists.steps * finalists.batch_size * context_length
     place = [score.candidate for score in scores].index(winner)
@@ -67,22 +63,13 @@ def outcome_of(
                 "origin": score.origin,
                 "parameters": score.parameters,
                 "amount": amount(score.candidate, bin.measure),
-                "loss": _number(score.loss),
+                "loss": score.json_loss,
                 "tokens": score.tokens,
                 "sizes": score.candidate.sizes(),
-                **(
-                    {"trained_loss": trained_loss[score.candidate]}
-                    if score.candidate in trained_loss
-                    else {}
-                ),
+                **trained.get(score.candidate, {}),
             }
             for score in scores
         ],
         "winner": place,
         "front": front,
     }
-
-
-def _number(loss: float) -> float | None:
-    """A loss for JSON, which knows neither NaN nor infinity."""
-    return loss if math.isfinite(loss) else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -15,14 +16,12 @@ from rich.table import Table
 from headstart.calibration.propagate import can_propagate, propagation_flops
 from headstart.calibration.start import calibration_flops, cut_architecture, is_measured
 from headstart.model.architecture import Architecture
+from headstart.model.axes import Sizes
 from headstart.model.count import Measure, inference_flops_per_token
 from headstart.searching.racing import rung_blocks
 from headstart.searching.run import IMPORTANCE_FLOPS, space_of
 from headstart.searching.settings import SearchSettings
 from headstart.system.device import default_device, has_fast_bf16
-
-if TYPE_CHECKING:
-    pass
 
 NUM_SAMPLES = 200
 
@@ -65,37 +64,26 @@ class SearchPlan:
 
 
 def plan_search(teacher: Architecture, settings: SearchSettings, context_length: int) -> SearchPlan:
-    """Plan a search.
-
-    Args:
-        teacher: its architecture.
-        settings: of a single bin.
-        context_length: tokens in a block.
+    """Plan a search of a single bin, on blocks of `context_length` tokens.
 
     Raises:
         UserError: the bin or grid is malformed, or no candidate can meet the bin.
     """
     space = space_of(teacher, settings, context_length)
     teacher = cut_architecture(teacher, settings.init)
-    bin = settings.bin.resolve(context_length)
-    layouts, sizes = teacher.layouts, teacher.sizes
-    rng = random.Random(settings.evolution.seed)
+    bin, evolution = settings.bin.resolve(context_length), settings.evolution
+    rng = random.Random(evolution.seed)
     shapes = [space.sample(rng).sizes() for _ in range(NUM_SAMPLES)]
+    samples = [{**teacher.sizes, **shape} for shape in shapes]
     flops_per_token = statistics.mean(
-        inference_flops_per_token(layouts, {**sizes, **shape}, context_length) for shape in shapes
+        inference_flops_per_token(teacher.layouts, sizes, context_length) for sizes in samples
     )
-    counts = sorted(
-        teacher.amount({**sizes, **shape}, "parameters", context_length) for shape in shapes
-    )
+    counts = sorted(teacher.amount(sizes, "parameters", context_length) for sizes in samples)
     ranges = {}
     for axis in shapes[0]:
-        values = [shape[axis] for shape in shapes]
-        flat = [
-            size for value in values for size in (value if isinstance(value, tuple) else [value])
-        ]
-        ranges[axis] = (min(flat), max(flat))
+        values = np.hstack([shape[axis] for shape in shapes])
+        ranges[axis] = (int(values.min()), int(values.max()))
 
-    evolution = settings.evolution
     num_candidates = evolution.population * evolution.generations
     if settings.space == "coarse-uniform":  # a candidate is its shape
         num_candidates = min(num_candidates, space.rows.num_shapes())
@@ -104,41 +92,44 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
     rungs = rung_blocks(-(-settings.tokens // context_length), settings.racing)
     all_tokens, first_tokens = rungs[-1] * context_length, rungs[0] * context_length
     survivors = min(num_candidates, settings.racing.keep or evolution.elites)
-    tokens = (
-        num_candidates * first_tokens + survivors * (all_tokens - first_tokens),
-        num_candidates * all_tokens,
-    )
-    orders = (settings.order, settings.layer_order)
-    passes = max(IMPORTANCE_FLOPS.get(order, 0) for order in orders)
-    teacher_flops = inference_flops_per_token(layouts, sizes, context_length)
-    calibration = round(passes * settings.calibration_tokens * teacher_flops)
-    num_blocks = -(-settings.calibration_tokens // context_length)
-    if is_measured(settings.init, settings.scored_as) or not can_propagate(teacher):
-        calibration += calibration_flops(teacher, settings.init, num_blocks, context_length)
-    if settings.init != "slice":  # of which the chosen one is refitted on itself
-        refits = (
-            propagation_flops(teacher, {**sizes, **shape}, num_blocks, context_length)
-            for shape in shapes
-        )
-        calibration += round(statistics.mean(refits))
+    least_tokens = num_candidates * first_tokens + survivors * (all_tokens - first_tokens)
+    tokens = (least_tokens, num_candidates * all_tokens)
+    least_flops, most_flops = (round(number * flops_per_token) for number in tokens)
+    calibration = _calibration_flops(teacher, settings, samples, context_length)
     finals = settings.finalists
     trained_tokens = finals.steps * finals.batch_size * context_length
     return SearchPlan(
-        bin.measure,
-        (bin.low, bin.high),
-        (space.rows.smallest, space.rows.largest),
-        space.rows.num_shapes(),
-        ranges,
-        (counts[0], counts[len(counts) // 2], counts[-1]),
-        num_candidates,
-        tokens,
-        (
-            calibration + round(tokens[0] * flops_per_token),
-            calibration + round(tokens[1] * flops_per_token),
-        ),
-        round(finals.count * (3 * trained_tokens + all_tokens) * flops_per_token),
-        _flops_per_second(),
+        measure=bin.measure,
+        bin=(bin.low, bin.high),
+        reachable=(space.rows.smallest, space.rows.largest),
+        num_shapes=space.rows.num_shapes(),
+        ranges=ranges,
+        parameters=(counts[0], counts[len(counts) // 2], counts[-1]),
+        num_candidates=num_candidates,
+        tokens=tokens,
+        flops=(calibration + least_flops, calibration + most_flops),
+        finals_flops=round(finals.count * (3 * trained_tokens + all_tokens) * flops_per_token),
+        flops_per_second=_flops_per_second(),
     )
+
+
+def _calibration_flops(
+    teacher: Architecture, settings: SearchSettings, samples: Sequence[Sizes], context_length: int
+) -> int:
+    """Of the axis orders, of what `init` measures, and of refitting the chosen candidate."""
+    orders = (settings.order, settings.layer_order)
+    passes = max(IMPORTANCE_FLOPS.get(order, 0) for order in orders)
+    teacher_flops = inference_flops_per_token(teacher.layouts, teacher.sizes, context_length)
+    flops: int = passes * settings.calibration_tokens * teacher_flops
+    num_blocks = -(-settings.calibration_tokens // context_length)
+    if is_measured(settings.init, settings.scored_as) or not can_propagate(teacher):
+        flops += calibration_flops(teacher, settings.init, num_blocks, context_length)
+    if settings.init != "slice":
+        refits = (
+            propagation_flops(teacher, sizes, num_blocks, context_length) for sizes in samples
+        )
+        flops += round(statistics.mean(refits))
+    return flops
 
 
 def plan_table(plan: SearchPlan, title: str) -> Table:

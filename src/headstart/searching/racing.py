@@ -80,7 +80,6 @@ class Race:
         fitness: scores a candidate on some blocks.
         count_parameters: candidate -> parameters of the sub-network.
         journal: keeps every score; what it knows is not scored again.
-        settings: rungs.
         keep: how many go on, see `RacingSettings.keep`.
         on_score: called with each score, the tokens that it added, and whether it came from the
             journal.
@@ -112,22 +111,19 @@ class Race:
         Returns:
             The last score of each proposal, in order.
         """
-        scores: list[Evaluated | None] = [None] * len(proposals)
+        scores: dict[int, Evaluated] = {}
         alive = list(range(len(proposals)))
         for rung, best in enumerate(self.best):
             wave = world_size()
             for start in range(0, len(alive), wave):
                 self._score_wave(generation, rung, proposals, alive[start : start + wave], scores)
-            losses = {place: _comparable(scores[place]) for place in alive}
+            losses = {place: scores[place].comparable_loss for place in alive}
             self.best[rung] = heapq.nsmallest(self.keep, [*best, *losses.values()])
-            alive = [
-                place
-                for place in alive
-                if losses[place] <= self.best[rung][-1] and losses[place] < math.inf
-            ]
+            bar = max(self.best[rung], default=math.inf)
+            alive = [place for place in alive if losses[place] <= bar and losses[place] < math.inf]
             if not alive:
                 break
-        return [score for score in scores if score is not None]
+        return [scores[place] for place in range(len(proposals))]
 
     def _score_wave(
         self,
@@ -135,26 +131,26 @@ class Race:
         rung: int,
         proposals: Sequence[Proposal],
         places: list[int],
-        scores: list[Evaluated | None],
+        scores: dict[int, Evaluated],
     ) -> None:
         """Score at most one candidate on each process, and share what was found."""
         start, stop = (self.rungs[rung - 1] if rung else 0), self.rungs[rung]
         tokens = stop * self.fitness.block_length
-        known = {place: self.journal.find(proposals[place][0], tokens) for place in places}
-        missing = [place for place in places if known[place] is None]
+        found = {place: self.journal.find(proposals[place][0], tokens) for place in places}
+        known = {place: score for place, score in found.items() if score is not None}
+        missing = [place for place in places if place not in known]
         mine: Evaluated | None = None
         if rank() < len(missing):
             place = missing[rank()]
-            mine = self._score(generation, proposals[place], start, stop, scores[place])
+            mine = self._score(generation, proposals[place], start, stop, scores.get(place))
         if missing:
-            found = [score for score in gather(mine) if score is not None]
-            self.journal.append(found)
-            known.update(zip(missing, found, strict=True))
+            new = [score for score in gather(mine) if score is not None]
+            self.journal.append(new)
+            known.update(zip(missing, new, strict=True))
+        added_tokens = (stop - start) * self.fitness.block_length
         for place in places:
-            score = known[place]
-            assert score is not None
-            scores[place] = score
-            self.on_score(score, (stop - start) * self.fitness.block_length, place not in missing)
+            scores[place] = known[place]
+            self.on_score(known[place], added_tokens, place not in missing)
 
     def _score(
         self, generation: int, proposal: Proposal, start: int, stop: int, before: Evaluated | None
@@ -166,16 +162,11 @@ class Race:
         if before is not None:
             total += before.loss * start * targets_per_block
         return Evaluated(
-            generation,
-            origin,
-            candidate,
-            self.count_parameters(candidate),
-            total / (stop * targets_per_block),
-            stop * self.fitness.block_length,
-            time.perf_counter() - clock + (before.seconds if before else 0.0),
+            generation=generation,
+            origin=origin,
+            candidate=candidate,
+            parameters=self.count_parameters(candidate),
+            loss=total / (stop * targets_per_block),
+            tokens=stop * self.fitness.block_length,
+            seconds=time.perf_counter() - clock + (before.seconds if before else 0.0),
         )
-
-
-def _comparable(score: Evaluated | None) -> float:
-    assert score is not None
-    return score.loss if math.isfinite(score.loss) else math.inf

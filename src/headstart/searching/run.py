@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
-import time
-from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +34,7 @@ from headstart.searching.importance import (
     remembered_importance,
 )
 from headstart.searching.journal import Evaluated, Journal
-from headstart.searching.live import GenerationRow, SearchTable
+from headstart.searching.live import SearchTable
 from headstart.searching.outcome import outcome_of
 from headstart.searching.racing import Race
 from headstart.searching.settings import SearchSettings
@@ -62,8 +59,7 @@ def space_of(teacher: Architecture, settings: SearchSettings, context_length: in
     """The search space of a teacher, from its config alone.
 
     Args:
-        teacher: its architecture.
-        settings: space, grid and bin.
+        teacher: as it is, not yet rotated.
         context_length: tokens that attention spans, for bins in FLOPs.
 
     Raises:
@@ -83,19 +79,14 @@ def search(
     Under torchrun the processes share every generation.
 
     Args:
-        teacher: its checkpoint.
         blocks: calibration and finals read its "train" split, fitness its "search" split.
-        settings: space, bin and evolution.
         folder: receives `search.jsonl` and `search.json`.
 
     Returns:
         The content of `search.json`; docs/search.md documents it.
     """
     with process_group():
-        identity = {
-            "teacher_hash": teacher.hash,
-            "data": blocks.manifest["fingerprint"],
-        }
+        identity = {"teacher_hash": teacher.hash, "data": blocks.manifest["fingerprint"]}
         journal = Journal(folder / "search.jsonl", identity, settings)
         finished = folder / "search.json"
         outcome: dict[str, Any] | None = from_main(
@@ -150,19 +141,16 @@ class _Search:
         moments = source.statistics if settings.scored_as == "refitted" else None
         if moments is None:  # refitted candidates are no views in any order
             orders = put_in_order(state, self.teacher, orders)
-        arguments: dict[str, Any] = {
-            "state": state,
-            "teacher": self.teacher,
-            "orders": orders,
-            "blocks": held_out.to(model.device),
-            "batch_size": self.batch_size,
-            "statistics": moments,
-        }
-        self.fitness = (
-            DivergenceFromTeacher(**arguments, model=model)
-            if settings.fitness == "kl"
-            else HeldOutLoss(**arguments)
+        self.fitness = HeldOutLoss(
+            state=state,
+            teacher=self.teacher,
+            orders=orders,
+            blocks=held_out.to(model.device),
+            batch_size=self.batch_size,
+            statistics=moments,
         )
+        if settings.fitness == "kl":
+            self.fitness = DivergenceFromTeacher(**vars(self.fitness), model=model)
 
     def amount(self, candidate: Candidate, measure: Measure) -> int:
         """What a candidate comes to in one measure."""
@@ -178,15 +166,11 @@ class _Search:
                 f"no candidate of {len(scores)} has a finite loss; the teacher's weights or "
                 "precision are at fault"
             )
-        finals = self._finals(scores)
+        finals, teacher_hash = self._finals(scores), self.identity["teacher_hash"]
         winner = (ranked(finals) or [best])[0].candidate
         return {
             "format": "headstart-search-result/1",
-            "teacher": {
-                "name": name,
-                "hash": self.identity["teacher_hash"],
-                "sizes": self.teacher.sizes,
-            },
+            "teacher": {"name": name, "hash": teacher_hash, "sizes": self.teacher.sizes},
             "spec": winner.spec(self.teacher, self.orders).to_json(),
             **outcome_of(scores, finals, winner, self.settings, self.bin, self.amount),
             "calibration_flops": self.calibration_flops,
@@ -229,59 +213,19 @@ class _Search:
 
     def _evolve(self) -> list[Evaluated]:
         settings, evolution = self.settings, self.settings.evolution
-        table = SearchTable(evolution.generations) if is_main() else None
-        started, best, generation_tokens = time.perf_counter(), math.inf, 0
-        best_parameters, all_tokens = 0, 0
-
-        def on_score(score: Evaluated, tokens: int, replayed: bool) -> None:
-            nonlocal best, best_parameters, generation_tokens
-            generation_tokens += tokens
-            if score.tokens == race.all_tokens and score.loss < best:
-                best, best_parameters = score.loss, score.parameters
-            if table:
-                table.advance(
-                    int(not replayed and score.tokens == race.rungs[0] * race.fitness.block_length),
-                    tokens,
-                    best if math.isfinite(best) else None,
-                )
-
-        def on_generation(generation: int, candidates: int) -> None:
-            nonlocal started, generation_tokens
-            started, generation_tokens = time.perf_counter(), 0
-            if table:
-                table.start(generation + 1, candidates)
-
-        def on_scored(generation: int, scores: list[Evaluated]) -> None:
-            nonlocal all_tokens
-            all_tokens += generation_tokens
-            losses = [score.loss for score in scores if math.isfinite(score.loss)]
-            if table:
-                median = statistics.median(losses) if losses else math.nan
-                seconds = time.perf_counter() - started
-                table.finish(
-                    GenerationRow(
-                        generation=generation + 1,
-                        candidates=len(scores),
-                        best=best,
-                        median=median,
-                        parameters=best_parameters,
-                        tokens=all_tokens,
-                        seconds=seconds,
-                    )
-                )
-
+        table = SearchTable(evolution.generations, self.fitness.blocks.numel())
         race = Race(
             self.fitness,
             lambda candidate: self.amount(candidate, "parameters"),
             self.journal,
             settings.racing,
             evolution.elites,
-            on_score,
+            on_score=table.scored,
         )
         tradeoff = evolution.tradeoff
         burden = None if tradeoff == "none" else lambda chosen: self.amount(chosen, tradeoff)
-        with table or nullcontext():
-            return evolve(self.space, race, evolution, burden, on_generation, on_scored)
+        with table:
+            return evolve(self.space, race, evolution, burden, table.start, table.finish)
 
     def _finals(self, scores: list[Evaluated]) -> list[Evaluated]:
         settings = self.settings.finalists
@@ -292,15 +236,14 @@ class _Search:
         finalists = choose_finalists(whole, settings.count)
         needed = settings.steps * settings.batch_size * self.context_length
         train_blocks = self.blocks.first("train", needed)
-        with ExitStack() as stack:
-            advance = None
-            if is_main():
-                advance = stack.enter_context(progress("finals", len(finalists), "finalists"))
-
-            def on_score(score: Evaluated) -> None:
-                if advance:
-                    advance(1, f"{score.loss:.3f} nats after {score.steps} steps")
-
+        with progress("finals", len(finalists), "finalists") as advance:
             return run_finals(
-                finalists, self.fitness, train_blocks, settings, self.journal, on_score
+                finalists,
+                self.fitness,
+                train_blocks,
+                settings,
+                self.journal,
+                on_score=lambda score: advance(
+                    1, f"{score.loss:.3f} nats after {score.steps} steps"
+                ),
             )

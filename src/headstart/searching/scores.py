@@ -112,16 +112,11 @@ class Contribution(Activation):
 
     def __init__(self, teacher: PreTrainedModel, undo: ExitStack) -> None:
         super().__init__(teacher, undo)
-        num_layers = self.sizes["layers"]
-        self.gains = {
-            site: torch.stack(
-                [
-                    _wide(teacher.get_parameter(f"{site}.weight".format(i=layer))).square().sum(0)
-                    for layer in range(num_layers)
-                ]
-            )
-            for site in self.units
-        }
+        self.gains: dict[str, Tensor] = {}
+        for site in self.units:
+            names = (f"{site}.weight".format(i=layer) for layer in range(self.sizes["layers"]))
+            weights = (_wide(teacher.get_parameter(name)) for name in names)
+            self.gains[site] = torch.stack([weight.square().sum(0) for weight in weights])
 
     def scores(self) -> Scores:
         added: dict[str, list[Tensor]] = {axis: [] for axis in UNIT_AXES}
@@ -252,17 +247,9 @@ def _table(teacher: PreTrainedModel) -> Iterator[Weight]:
 
 
 def _sums_of_units(
-    values: Iterable[tuple[Tensor, str, int | None]],
-    sizes: Sizes,
-    device: torch.device,
+    values: Iterable[tuple[Tensor, str, int | None]], sizes: Sizes, device: torch.device
 ) -> dict[str, Tensor]:
-    """Sum numbers, one for each weight, over all weights of each unit and of each layer.
-
-    Args:
-        values: (a tensor of a weight's shape, the weight's layout, its layer).
-        sizes: of the teacher's axes.
-        device: where the values are.
-    """
+    """Sum tensors like weights, with their layouts and layers, over each unit and each layer."""
     totals = _zeros_of_units(sizes, device)
     for tensor, layout, layer in values:
         for block, of_block in unstack(tensor, layout, sizes):

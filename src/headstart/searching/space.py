@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -22,9 +22,6 @@ from headstart.searching.bins import Bin
 from headstart.searching.candidate import Candidate
 from headstart.searching.grid import GridSettings, Ladder, Rows, ladders_of, rows_in_bin
 from headstart.searching.units import Units, even, exchanged, filled, resized, spread
-
-if TYPE_CHECKING:
-    pass
 
 SpaceName = Literal["coarse-uniform", "fine-uniform", "coarse-layerwise", "fine-layerwise"]
 
@@ -75,13 +72,13 @@ class Space:
         rows = rows_in_bin(architecture, grid, bin, uniform)
         ladders = ladders_of(architecture, grid)
         return Space(
-            rows,
-            ladders["kv_groups"],
-            ladders["mlp"],
-            dict(architecture.sizes),
-            uniform,
-            name.startswith("fine"),
-            unit_noise,
+            rows=rows,
+            kv_groups=ladders["kv_groups"],
+            mlp=ladders["mlp"],
+            totals=dict(architecture.sizes),
+            uniform=uniform,
+            fine=name.startswith("fine"),
+            unit_noise=unit_noise,
         )
 
     @cached_property
@@ -158,7 +155,7 @@ class Space:
             return self._exchanged_units(rng, parent)
         if move == "share":
             return self._shared_anew(rng, parent)
-        shape = [parent.embed.size, parent.layers.size, parent.head_dim]
+        shape = _shape(parent)
         groups, neurons = self._levels(parent)
         columns = [column for column in range(3) if len(self._values[column]) > 1]
         column = rng.choice([*columns, 3, 4])
@@ -169,9 +166,10 @@ class Space:
         else:
             scale = 1 if self.uniform else max(1, parent.layers.size // 4)
             change = rng.choice((-1, 1)) * rng.randint(1, 2 * scale)
-            groups, neurons = (
-                (groups + change, neurons) if column == 3 else (groups, neurons + change)
-            )
+            if column == 3:
+                groups += change
+            else:
+                neurons += change
         cell = self._nearest_cell(shape, column if column < 3 else None)
         if column < 3 and not self.uniform:  # sums follow the depth, so that layers keep theirs
             groups = round(groups * cell[1] / parent.layers.size)
@@ -181,17 +179,10 @@ class Space:
 
     def cross(self, rng: random.Random, mother: Candidate, father: Candidate) -> Candidate:
         """Take each axis, and each layer, from either parent, and fit the child to the bin."""
-        shape = [
-            rng.choice(pair)
-            for pair in (
-                (mother.embed.size, father.embed.size),
-                (mother.layers.size, father.layers.size),
-                (mother.head_dim, father.head_dim),
-            )
-        ]
+        shape = [rng.choice(pair) for pair in zip(_shape(mother), _shape(father), strict=True)]
         cell = self._nearest_cell(shape, None)
-        wanted = [self._levels(rng.choice((mother, father))) for _ in range(2)]
-        groups, neurons = wanted[0][0], wanted[1][1]
+        groups, _ = self._levels(rng.choice((mother, father)))
+        _, neurons = self._levels(rng.choice((mother, father)))
         if not self.uniform:
             depth = (mother.layers.size + father.layers.size) / 2
             groups, neurons = (round(level * cell[1] / depth) for level in (groups, neurons))
@@ -214,24 +205,18 @@ class Space:
         found = []
         for row in np.argsort(np.std(kept, axis=0), kind="stable")[:count].tolist():
             layers = int(rows.layers[row])
-            inner = [
-                tuple(
-                    Units(ladder.size(layer_level))
-                    for layer_level in ([total] if self.uniform else even(layers, total))
-                )
-                for ladder, total in (
-                    (self.kv_groups, int(rows.groups[row])),
-                    (self.mlp, int(level[row])),
-                )
-            ]
+            inner = []
+            for ladder, total in ((self.kv_groups, rows.groups[row]), (self.mlp, level[row])):
+                levels = [int(total)] if self.uniform else even(layers, int(total))
+                inner.append(tuple(Units(ladder.size(of_layer)) for of_layer in levels))
             head_dim = int(rows.head_dim[row])
             found.append(Candidate(Units(layers), Units(int(rows.embed[row])), head_dim, *inner))
         return found
 
     def _levels(self, candidate: Candidate) -> tuple[int, int]:
         """Levels of groups and neurons as the rows count them."""
-        groups = sum(self.kv_groups.level(units.size) for units in candidate.kv_groups)
-        return groups, sum(self.mlp.level(units.size) for units in candidate.mlp)
+        groups = sum(_levels_of(candidate.kv_groups, self.kv_groups))
+        return groups, sum(_levels_of(candidate.mlp, self.mlp))
 
     def _nearest_cell(self, shape: list[int], fixed: int | None) -> tuple[int, int, int]:
         """The cell nearest to a shape, in fractions of each axis; one column may be fixed."""
@@ -278,14 +263,15 @@ class Space:
         layers = resized(rng.choice((mother, father)).layers, num_layers)
         width = resized(rng.choice((mother, father)).embed, embed)
         if self.uniform:
-            inner: list[tuple[Units, ...]] = [
-                (resized(rng.choice(pair)[0], ladder.size(level)),)
-                for ladder, level, pair in (
-                    (self.kv_groups, groups, (mother.kv_groups, father.kv_groups)),
-                    (self.mlp, neurons, (mother.mlp, father.mlp)),
-                )
-            ]
-            return Candidate(layers, width, head_dim, *inner)
+            (of_groups,) = rng.choice((mother.kv_groups, father.kv_groups))
+            (of_neurons,) = rng.choice((mother.mlp, father.mlp))
+            return Candidate(
+                layers,
+                width,
+                head_dim,
+                (resized(of_groups, self.kv_groups.size(groups)),),
+                (resized(of_neurons, self.mlp.size(neurons)),),
+            )
         genes = [
             dict(zip(parent.layers.ranks(), zip(parent.kv_groups, parent.mlp, strict=True)))  # noqa: B905
             for parent in ((mother,) if mother is father else (mother, father))
@@ -294,48 +280,38 @@ class Space:
         for rank in layers.ranks():
             known = [of_parent[rank] for of_parent in genes if rank in of_parent]
             chosen.append(rng.choice(known) if known else rng.choice(list(genes[0].values())))
+        of_layers = zip(*chosen, strict=True)
+        wanted = ((self.kv_groups, groups), (self.mlp, neurons))
         inner = [
-            self._refitted(rng, [pair[axis] for pair in chosen], level, ladder)
-            for axis, (level, ladder) in enumerate(((groups, self.kv_groups), (neurons, self.mlp)))
+            _refitted(rng, units, _levels_of(units, ladder), total, ladder)
+            for units, (ladder, total) in zip(of_layers, wanted, strict=True)
         ]
         return Candidate(layers, width, head_dim, *inner)
-
-    def _refitted(
-        self, rng: random.Random, units: Sequence[Units], total_level: int, ladder: Ladder
-    ) -> tuple[Units, ...]:
-        """The same layers, grown or shrunk until their levels sum to a total."""
-        levels = filled(
-            rng, [ladder.level(of_layer.size) for of_layer in units], total_level, ladder.top
-        )
-        return tuple(
-            resized(of_layer, ladder.size(level))
-            for of_layer, level in zip(units, levels, strict=True)
-        )
 
     def _shared_anew(self, rng: random.Random, parent: Candidate) -> Candidate:
         """Move groups or neurons from some layers to others."""
         groups = self.kv_groups.top > 0 and rng.random() < 0.3
         ladder, units = (self.kv_groups, parent.kv_groups) if groups else (self.mlp, parent.mlp)
-        levels = [ladder.level(of_layer.size) for of_layer in units]
+        levels = _levels_of(units, ladder)
         total = sum(levels)
         for _ in range(rng.randint(1, 3)):
             place = rng.randrange(len(levels))
             reach = max(1, ladder.num_levels // 4)
             moved = levels[place] + rng.choice((-1, 1)) * rng.randint(1, reach)
             levels[place] = max(0, min(ladder.top, moved))
-        levels = filled(rng, levels, total, ladder.top)
-        shared = tuple(
-            resized(of_layer, ladder.size(level))
-            for of_layer, level in zip(units, levels, strict=True)
-        )
+        shared = _refitted(rng, units, levels, total, ladder)
         return parent._replace(kv_groups=shared) if groups else parent._replace(mlp=shared)
 
     def _exchanged_units(self, rng: random.Random, parent: Candidate) -> Candidate:
         """Exchange a few units of one axis, in layer-wise spaces of a few layers."""
         totals, noise = self.totals, self.unit_noise
-        axes = ["layers", "embed", "kv_groups", "mlp"]
-        axes = [axis for axis in axes if self._smallest(parent, axis) < totals[axis]] or ["embed"]
-        axis = rng.choice(axes)
+        smallest = {
+            "layers": parent.layers.size,
+            "embed": parent.embed.size,
+            "kv_groups": min(of_layer.size for of_layer in parent.kv_groups),
+            "mlp": min(of_layer.size for of_layer in parent.mlp),
+        }
+        axis = rng.choice([name for name in smallest if smallest[name] < totals[name]] or ["embed"])
         if axis == "embed":
             count = rng.randint(1, MAX_EXCHANGES)
             return parent._replace(embed=exchanged(rng, parent.embed, totals[axis], count, noise))
@@ -346,9 +322,8 @@ class Space:
         for _ in range(rng.randint(1, max(1, len(layers) // 4))):
             place, count = rng.randrange(len(layers)), rng.randint(1, MAX_EXCHANGES)
             layers[place] = exchanged(rng, layers[place], totals[axis], count, noise)
-        if axis == "kv_groups":
-            return parent._replace(kv_groups=tuple(layers))
-        return parent._replace(mlp=tuple(layers))
+        change: dict[str, Any] = {axis: tuple(layers)}
+        return parent._replace(**change)
 
     def _with_layers(self, parent: Candidate, layers: Units) -> Candidate:
         """The parent with some layers exchanged; each new one takes the units of one that left."""
@@ -363,10 +338,6 @@ class Space:
             mlp=tuple(parent.mlp[place] for place in places),
         )
 
-    def _smallest(self, candidate: Candidate, axis: str) -> int:
-        units = getattr(candidate, axis)
-        return units.size if isinstance(units, Units) else min(of_layer.size for of_layer in units)
-
     def _with_exchanges(
         self, rng: random.Random, units: Units, total: int, noise: float, most: int
     ) -> Units:
@@ -375,3 +346,20 @@ class Space:
             return units
         count = int(noise * min(units.size, total - units.size, most) + rng.random())
         return exchanged(rng, units, total, count, self.unit_noise) if count else units
+
+
+def _shape(candidate: Candidate) -> list[int]:
+    """Width, depth and head size, the columns of a cell."""
+    return [candidate.embed.size, candidate.layers.size, candidate.head_dim]
+
+
+def _levels_of(units: Sequence[Units], ladder: Ladder) -> list[int]:
+    return [ladder.level(of_layer.size) for of_layer in units]
+
+
+def _refitted(
+    rng: random.Random, units: Sequence[Units], levels: list[int], total: int, ladder: Ladder
+) -> tuple[Units, ...]:
+    """Layers resized to levels that are first raised or lowered until they sum to a total."""
+    sizes = [ladder.size(level) for level in filled(rng, levels, total, ladder.top)]
+    return tuple(resized(of_layer, size) for of_layer, size in zip(units, sizes, strict=True))

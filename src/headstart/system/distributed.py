@@ -61,8 +61,8 @@ def from_main(decide: Callable[[], Value]) -> Value:
     """What the main process decides, on every process.
 
     All that depends on the disk is decided in this way: is the text prepared, which checkpoint is
-    the newest. The processes wait for it; they need no look of their own, which might show another
-    state of the disk.
+    the newest. The other processes wait, and do not look at a disk that may have changed since.
+    Under torchrun it works inside `process_group`.
 
     Args:
         decide: called on the main process alone; its value must be one that pickle can write.

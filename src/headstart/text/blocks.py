@@ -43,13 +43,7 @@ class TokenBlocks:
         return self.manifest["end_token"] if self.separate_documents else None
 
     def split(self, name: SplitName) -> UInt[np.ndarray, "num_blocks block_length"] | MixedBlocks:
-        """Memory-map one split.
-
-        Args:
-            name: "train", "search" or "validation".
-
-        Returns:
-            Token ids, read-only.
+        """Memory-map the token ids of one split, read-only.
 
         Raises:
             UserError: There is no such split, or it has no share of the text.
@@ -127,11 +121,9 @@ class BlockDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def document_positions(
     blocks: Int[Tensor, "*batch tokens"], separator: int
 ) -> Int[Tensor, "*batch tokens"]:
-    """The place of each token in its document; transformers lets none see another document's.
+    """The place of each token in its document, which the separator ends.
 
-    Args:
-        blocks: Token ids.
-        separator: The token that ends a document.
+    By these, transformers lets no token see another document's.
 
     >>> document_positions(torch.tensor([7, 8, 1, 9, 1, 1, 5]), separator=1).tolist()
     [0, 1, 2, 0, 1, 0, 0]

@@ -125,11 +125,7 @@ def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
     if not corpus.files:
         return [{"name": corpus.source, "revision": corpus.revision}]
     return [
-        {
-            "name": file.name,
-            "size_bytes": file.stat().st_size,
-            "hash": hash_files([file]),
-        }
+        {"name": file.name, "size_bytes": file.stat().st_size, "hash": hash_files([file])}
         for file in corpus.files
     ]
 

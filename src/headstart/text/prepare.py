@@ -4,7 +4,6 @@ A corpus is read as a stream, so memory stays constant and nothing is copied int
 cache. What is written is one flat binary file per split and a manifest that says what went in.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,8 +26,8 @@ from headstart.system.progress import console
 from headstart.text.blocks import TokenBlocks, finished_blocks
 from headstart.text.corpus import Corpus, find_corpus, first_line, inputs_of, texts_of, units_of
 from headstart.text.mixture import mixed_order
-from headstart.text.settings import SPLITS, DataSettings, SplitName
-from headstart.text.tokenise import Tokenisation, remove_parts, tokenise
+from headstart.text.settings import SPLITS, DataSettings
+from headstart.text.tokenise import Tokenisation, remove_parts
 
 LAYOUT_VERSION = 3
 """Part of the fingerprint: raise it when the same inputs give other bytes."""
@@ -42,10 +41,7 @@ MIN_BLOCK_LENGTH = 8
 
 
 def check_source(settings: DataSettings) -> None:
-    """Find a user's mistakes in seconds, before any model loads.
-
-    Args:
-        settings: What `prepare` will be given.
+    """Find a user's mistakes in what `prepare` will be given, in seconds, before any model loads.
 
     Raises:
         UserError: A setting is out of range, the source does not exist, holds no readable file or
@@ -75,9 +71,6 @@ def prepare(
         tokenizer: Checkpoint folder or hub id whose tokenizer is used.
         cache_folder: Where prepared corpora are kept, one folder per fingerprint of the inputs'
             content, the tokenizer and the settings; `cache_root() / "data"` when None.
-
-    Returns:
-        The prepared corpus.
 
     Raises:
         UserError: As `check_source`; or a file is corrupt, the tokenizer does not load or has no
@@ -126,14 +119,10 @@ def _parts(settings: DataSettings) -> list[DataSettings]:
         raise UserError(
             f"data.source is {settings.source} and data.mixture names others: remove one of them"
         )
+    columns = [part.text_column or settings.text_column for part in settings.mixture]
     return [
-        replace(
-            settings,
-            source=part.source,
-            text_column=part.text_column or settings.text_column,
-            mixture=(),
-        )
-        for part in settings.mixture
+        replace(settings, source=part.source, text_column=column, mixture=())
+        for part, column in zip(settings.mixture, columns, strict=True)
     ]
 
 
@@ -151,18 +140,8 @@ def _prepare_one(
             return finished
         vocabulary = max(tokenizer.get_vocab().values()) + 1
         dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
-        work = Tokenisation(
-            encode=lambda texts: _encode(tokenizer, texts),
-            end_token=int(tokenizer.eos_token_id),
-            split_of=lambda text: split_of(text, settings),
-            splits=SPLITS,
-            dtype=dtype,
-            text_column=settings.text_column,
-            strict=settings.strict,
-            max_tokens=settings.max_tokens,
-        )
         try:
-            counts = tokenise(corpus, work, unfinished)
+            counts = Tokenisation(corpus, unfinished, settings, tokenizer, dtype).run()
             _count_blocks(counts["splits"], settings)
         except UserError:
             if is_main():  # nothing that goes on from here would end otherwise
@@ -174,7 +153,7 @@ def _prepare_one(
             "inputs": inputs,
             "tokenizer": tokenizer_hash,
             "vocabulary": vocabulary,
-            "end_token": work.end_token,
+            "end_token": int(tokenizer.eos_token_id),
             "dtype": dtype.name,
             **counts,
         }
@@ -225,19 +204,6 @@ def _acquire(lock: BaseFileLock, folder: Path) -> None:
         lock.acquire()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded: list[list[int]] = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning for a text longer than the model's context
-    )["input_ids"]
-    return encoded
-
-
 def _count_blocks(counts: dict[str, dict[str, int]], settings: DataSettings) -> None:
     """Add the whole blocks of each split, or say which has none though it has a share."""
     if settings.max_tokens:
@@ -279,10 +245,7 @@ def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -
         "fingerprint": fingerprint,
         "settings": first["settings"],
         "parts": mixed,
-        "tokenizer": first["tokenizer"],
-        "vocabulary": first["vocabulary"],
-        "end_token": first["end_token"],
-        "dtype": first["dtype"],
+        **{key: first[key] for key in ("tokenizer", "vocabulary", "end_token", "dtype")},
         "splits": splits,
     }
 
@@ -354,22 +317,3 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hash_json([type(tokenizer).__name__, tokenizer.eos_token_id, rules])
-
-
-def split_of(text: str, settings: DataSettings) -> SplitName:
-    """The split a document belongs to, whatever else the corpus holds.
-
-    Args:
-        text: The document.
-        settings: Gives the fractions and the seed.
-
-    Returns:
-        "train", "search" or "validation".
-    """
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(settings.seed).encode())
-    place = int.from_bytes(digest.digest(), "big") / 2**64
-    if place < settings.validation_fraction:
-        return "validation"
-    if place < settings.validation_fraction + settings.search_fraction:
-        return "search"
-    return "train"

@@ -9,6 +9,7 @@ bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import deque
@@ -18,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -26,16 +27,19 @@ from headstart.system.distributed import barrier, from_main, is_main, rank, worl
 from headstart.system.files import write_json
 from headstart.system.progress import console, progress
 from headstart.text.corpus import Corpus, count_rows, texts_of, units_of
+from headstart.text.settings import SPLITS, DataSettings, SplitName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_ROWS = 4096
 BATCHES_PER_RECORD = 16
 """How often a unit's state is recorded, after which a killed process goes on."""
 
+NO_COUNTS = {"documents": 0, "text_bytes": 0, "tokens": 0}
 Counts = dict[str, dict[str, int]]
-"""Of each split: documents, text_bytes and tokens."""
-Encode = Callable[[list[str]], list[list[int]]]
-"""Texts to the token ids of each."""
+"""Of each split, what `NO_COUNTS` has."""
 
 
 @dataclass
@@ -59,124 +63,184 @@ class UnitState:
 
 @dataclass(frozen=True)
 class Tokenisation:
-    """What to do with each document.
+    """A corpus on its way into SPLIT.bin of every split.
 
     Attributes:
-        encode: The tokenizer.
-        end_token: Its end-of-sequence token, put after every document.
-        split_of: The split that a text belongs to.
-        splits: All of them.
-        dtype: Of the token ids on disk.
-        text_column: The column that holds the text.
-        strict: Whether a corrupt line is an error.
-        max_tokens: Of the first split, after which reading stops; 0 for no such end.
-    """
-
-    encode: Encode
-    end_token: int
-    split_of: Callable[[str], str]
-    splits: tuple[str, ...]
-    dtype: np.dtype[Any]
-    text_column: str = "text"
-    strict: bool = False
-    max_tokens: int = 0
-
-
-def tokenise(corpus: Corpus, work: Tokenisation, folder: Path) -> dict[str, Any]:
-    """Write SPLIT.bin of every split into a folder, going on with what lies there.
-
-    Every process must call it; those of torchrun share the units.
-
-    Args:
         corpus: What to read.
-        work: What to do with each document.
-        folder: To write into; the same call goes on there.
-
-    Returns:
-        "splits", the counts; "corrupt_lines", and "first_corrupt" of them.
-
-    Raises:
-        UserError: As `texts_of`.
+        folder: To write into; the same work goes on there.
+        settings: Which split a document belongs to, and where reading stops.
+        tokenizer: Its end-of-sequence token is put after every document.
+        dtype: Of the token ids on disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    num_units = units_of(corpus)
-    mine = range(rank(), num_units, world_size())
-    with progress("tokenise", count_rows(corpus, mine), "documents") as advance:
-        for unit, state in _needed(folder, num_units, work):
-            if unit in mine:
-                _tokenise_unit(corpus, unit, state, work, folder, advance)
-    barrier()
-    states = from_main(lambda: _joined(num_units, work, folder))
-    corrupt = [state for state in states if state.corrupt_lines]
-    if corrupt and is_main():
-        console.print(
-            f"passed over {sum(state.corrupt_lines for state in corrupt):,} corrupt lines, the "
-            f"first in {corrupt[0].first_corrupt}; data.strict makes them an error",
-            markup=False,
-        )
-    return {
-        "splits": {name: _summed(states, name) for name in work.splits},
-        "corrupt_lines": sum(state.corrupt_lines for state in corrupt),
-        "first_corrupt": corrupt[0].first_corrupt if corrupt else "",
-    }
 
+    corpus: Corpus
+    folder: Path
+    settings: DataSettings
+    tokenizer: PreTrainedTokenizerBase
+    dtype: np.dtype[Any]
 
-def _tokenise_unit(
-    corpus: Corpus,
-    unit: int,
-    state: UnitState,
-    work: Tokenisation,
-    folder: Path,
-    advance: Callable[..., None],
-) -> None:
-    if state.is_done:
-        advance(state.rows)
-        return
-    advance(state.rows, "resumed" if state.rows else None)
+    def run(self) -> dict[str, Any]:
+        """Write the files, going on with what lies in the folder.
 
-    def on_corrupt(line: str) -> None:
-        pending_corrupt.append(line)
+        Every process must call it; those of torchrun share the units.
 
-    pending_corrupt: list[str] = []
-    texts = texts_of(
-        corpus, unit, work.text_column, state.rows, None if work.strict else on_corrupt
-    )
-    itemsize = work.dtype.itemsize
-    with ExitStack() as stack:
-        files = {}
-        for name in work.splits:
-            path = _unit_file(folder, unit, name)
-            path.touch()
-            files[name] = stack.enter_context(path.open("r+b"))
-            files[name].truncate(state.counts[name]["tokens"] * itemsize)
-            files[name].seek(0, 2)
-        # While one batch is in the tokenizer's threads, the next one is read.
-        encoder = stack.enter_context(ThreadPoolExecutor(1))
-        waiting: deque[tuple[int, list[str], list[str], Future[list[list[int]]]]] = deque()
+        Returns:
+            "splits", the counts; "corrupt_lines", and "first_corrupt" of them.
 
-        def finish() -> None:
-            num_rows, corrupt, batch, encoded = waiting.popleft()
-            _write(batch, encoded.result(), work, files, state.counts)
-            state.rows += num_rows
-            state.corrupt_lines += len(corrupt)
-            state.first_corrupt = state.first_corrupt or (corrupt[0] if corrupt else "")
-            advance(num_rows)
-
-        for number, (num_rows, batch) in enumerate(_batches(texts), 1):
-            waiting.append(
-                (num_rows, pending_corrupt.copy(), batch, encoder.submit(work.encode, batch))
+        Raises:
+            UserError: As `texts_of`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        num_units = units_of(self.corpus)
+        mine = range(rank(), num_units, world_size())
+        with progress("tokenise", count_rows(self.corpus, mine), "documents") as advance:
+            for unit, state in self._needed(num_units):
+                if unit in mine:
+                    self._tokenise_unit(unit, state, advance)
+        barrier()
+        states = from_main(lambda: self._joined(num_units))
+        corrupt_lines = sum(state.corrupt_lines for state in states)
+        first_corrupt = next((state.first_corrupt for state in states if state.corrupt_lines), "")
+        if corrupt_lines and is_main():
+            console.print(
+                f"passed over {corrupt_lines:,} corrupt lines, the first in {first_corrupt}; "
+                "data.strict makes them an error",
+                markup=False,
             )
-            pending_corrupt.clear()
-            if len(waiting) > 1:
+        splits = {
+            name: {key: sum(state.counts[name][key] for state in states) for key in NO_COUNTS}
+            for name in SPLITS
+        }
+        return {"splits": splits, "corrupt_lines": corrupt_lines, "first_corrupt": first_corrupt}
+
+    def _tokenise_unit(self, unit: int, state: UnitState, advance: Callable[..., None]) -> None:
+        if state.is_done:
+            advance(state.rows)
+            return
+        advance(state.rows, "resumed" if state.rows else None)
+        corrupt_lines: list[str] = []  # since the last batch
+        on_corrupt = None if self.settings.strict else corrupt_lines.append
+        column = self.settings.text_column
+        texts = texts_of(self.corpus, unit, column, state.rows, on_corrupt)
+        with ExitStack() as stack:
+            files: dict[str, BinaryIO] = {}
+            for name in SPLITS:
+                path = self._unit_file(unit, name)
+                path.touch()
+                files[name] = stack.enter_context(path.open("r+b"))
+                files[name].truncate(state.counts[name]["tokens"] * self.dtype.itemsize)
+                files[name].seek(0, 2)
+            # While one batch is in the tokenizer's threads, the next one is read.
+            encoder = stack.enter_context(ThreadPoolExecutor(1))
+            waiting: deque[tuple[int, list[str], list[str], Future[list[list[int]]]]] = deque()
+
+            def finish() -> None:
+                num_rows, corrupt, batch, encoded = waiting.popleft()
+                self._write(batch, encoded.result(), files, state.counts)
+                state.rows += num_rows
+                state.corrupt_lines += len(corrupt)
+                state.first_corrupt = state.first_corrupt or (corrupt[0] if corrupt else "")
+                advance(num_rows)
+
+            def record() -> None:
+                for file in files.values():
+                    file.flush()
+                write_json(self._unit_file(unit, "json"), vars(state))
+
+            for number, (num_rows, batch) in enumerate(_batches(texts), 1):
+                encoded = encoder.submit(self._encode, batch)
+                waiting.append((num_rows, corrupt_lines.copy(), batch, encoded))
+                corrupt_lines.clear()
+                if len(waiting) > 1:
+                    finish()
+                if number % BATCHES_PER_RECORD == 0:
+                    record()
+                if self._is_enough(state.counts["train"]["tokens"]):
+                    break
+            while waiting:
                 finish()
-            if number % BATCHES_PER_RECORD == 0:
-                _record(state, folder, unit, files)
-            if work.max_tokens and state.counts[work.splits[0]]["tokens"] >= work.max_tokens:
-                break
-        while waiting:
-            finish()
-        state.is_done = True
-        _record(state, folder, unit, files)
+            state.is_done = True
+            record()
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: list[list[int]] = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning for a text longer than the model's context
+        )["input_ids"]
+        return encoded
+
+    def _write(
+        self, batch: list[str], encoded: list[list[int]], files: dict[str, BinaryIO], counts: Counts
+    ) -> None:
+        tokens: dict[str, list[list[int]]] = {name: [] for name in SPLITS}
+        end = [int(self.tokenizer.eos_token_id)]
+        for text, token_ids in zip(batch, encoded, strict=True):
+            name = split_of(text, self.settings)
+            tokens[name] += (token_ids, end)
+            count = counts[name]
+            count["documents"] += 1
+            count["text_bytes"] += len(text.encode())
+            count["tokens"] += len(token_ids) + 1
+        for split, pieces in tokens.items():
+            files[split].write(np.array(list(chain.from_iterable(pieces)), self.dtype).tobytes())
+
+    def _is_enough(self, train_tokens: int) -> bool:
+        return 0 < self.settings.max_tokens <= train_tokens
+
+    def _unit_file(self, unit: int, kind: str) -> Path:
+        return self.folder / (f"unit-{unit:05d}.{kind}" + ("" if kind == "json" else ".part"))
+
+    def _state(self, unit: int) -> UnitState:
+        try:
+            return UnitState(**json.loads(self._unit_file(unit, "json").read_text()))
+        except FileNotFoundError:
+            return UnitState({name: NO_COUNTS.copy() for name in SPLITS})
+
+    def _needed(self, num_units: int) -> Iterator[tuple[int, UnitState]]:
+        """The units, in order, with their states as they are now, until finished ones before them
+        hold `max_tokens` already."""
+        tokens, all_done = 0, True
+        for unit in range(num_units):
+            if all_done and self._is_enough(tokens):
+                return
+            state = self._state(unit)
+            yield unit, state
+            tokens += state.counts["train"]["tokens"]
+            all_done = all_done and state.is_done
+
+    def _joined(self, num_units: int) -> list[UnitState]:
+        """Put the units' tokens one after another. The parts stay, for a kill in between.
+
+        Returns:
+            The states of the units that were needed.
+        """
+        states = [state for _, state in self._needed(num_units)]
+        for name in SPLITS:
+            with (self.folder / f"{name}.bin").open("wb") as whole:
+                for unit, state in enumerate(states):
+                    assert state.is_done
+                    with self._unit_file(unit, name).open("rb") as part:
+                        shutil.copyfileobj(part, whole, 1 << 20)
+        return states
+
+
+def split_of(text: str, settings: DataSettings) -> SplitName:
+    """The split a document belongs to by the settings' fractions and seed, whatever else there is.
+
+    A hash of its text decides.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(settings.seed).encode())
+    place = int.from_bytes(digest.digest(), "big") / 2**64
+    if place < settings.validation_fraction:
+        return "validation"
+    if place < settings.validation_fraction + settings.search_fraction:
+        return "search"
+    return "train"
 
 
 def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
@@ -192,77 +256,6 @@ def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
             batch, num_rows, num_characters = [], 0, 0
     if num_rows:
         yield num_rows, batch
-
-
-def _write(
-    batch: list[str],
-    encoded: list[list[int]],
-    work: Tokenisation,
-    files: dict[str, Any],
-    counts: Counts,
-) -> None:
-    tokens: dict[str, list[list[int]]] = {name: [] for name in work.splits}
-    end = [work.end_token]
-    for text, token_ids in zip(batch, encoded, strict=True):
-        name = work.split_of(text)
-        tokens[name] += (token_ids, end)
-        count = counts[name]
-        count["documents"] += 1
-        count["text_bytes"] += len(text.encode())
-        count["tokens"] += len(token_ids) + 1
-    for name, pieces in tokens.items():
-        files[name].write(np.array(list(chain.from_iterable(pieces)), work.dtype).tobytes())
-
-
-def _record(state: UnitState, folder: Path, unit: int, files: dict[str, Any]) -> None:
-    for file in files.values():
-        file.flush()
-    write_json(_unit_file(folder, unit, "json"), vars(state))
-
-
-def _unit_file(folder: Path, unit: int, kind: str) -> Path:
-    return folder / (f"unit-{unit:05d}.{kind}" + ("" if kind == "json" else ".part"))
-
-
-def _state(folder: Path, unit: int, work: Tokenisation) -> UnitState:
-    try:
-        return UnitState(**json.loads(_unit_file(folder, unit, "json").read_text()))
-    except FileNotFoundError:
-        return UnitState({n: {"documents": 0, "text_bytes": 0, "tokens": 0} for n in work.splits})
-
-
-def _needed(folder: Path, num_units: int, work: Tokenisation) -> Iterator[tuple[int, UnitState]]:
-    """The units, in order, with their states as they are now, until finished ones before them hold
-    `max_tokens` already."""
-    tokens, all_done = 0, True
-    for unit in range(num_units):
-        if work.max_tokens and all_done and tokens >= work.max_tokens:
-            return
-        state = _state(folder, unit, work)
-        yield unit, state
-        tokens += state.counts[work.splits[0]]["tokens"]
-        all_done = all_done and state.is_done
-
-
-def _summed(states: list[UnitState], name: str) -> dict[str, int]:
-    keys = states[0].counts[name]
-    return {key: sum(state.counts[name][key] for state in states) for key in keys}
-
-
-def _joined(num_units: int, work: Tokenisation, folder: Path) -> list[UnitState]:
-    """Put the units' tokens one after another. The parts stay, for a kill in between.
-
-    Returns:
-        The states of the units that were needed.
-    """
-    states = [state for _, state in _needed(folder, num_units, work)]
-    for name in work.splits:
-        with (folder / f"{name}.bin").open("wb") as whole:
-            for unit, state in enumerate(states):
-                assert state.is_done
-                with _unit_file(folder, unit, name).open("rb") as part:
-                    shutil.copyfileobj(part, whole, 1 << 20)
-    return states
 
 
 def remove_parts(folder: Path) -> None:

@@ -52,12 +52,8 @@ class ArmInputs:
 class Schedule:
     """How long an arm trains, and from where it goes on.
 
-    Attributes:
-        arguments: of the Trainer.
-        step_tokens: that one optimizer step sees, over all processes.
-        num_steps: of the whole training.
-        checkpoint: the newest whole one, or None.
-        steps_done: at that checkpoint.
+    An optimizer step sees `step_tokens` over all processes, and `steps_done` are those until the
+    newest whole checkpoint, if there is one.
     """
 
     arguments: Any
@@ -70,9 +66,9 @@ class Schedule:
 def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     """Train one arm, or go on from its last checkpoint, or read its result if it is done.
 
+    Under torchrun it works inside `headstart.system.distributed.process_group`.
+
     Args:
-        arm: what to train.
-        inputs: what all arms share.
         folder: of this arm; holds checkpoints, TensorBoard logs, then `model/` and `arm.json`.
 
     Returns:
@@ -100,7 +96,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         "tokens_per_step": schedule.step_tokens,
         "validation_tokens": validation_blocks * block_length,
         "seconds": trainer.seconds,
-        **_curve(trainer, schedule),
+        **_curve(trainer.state.log_history, schedule.step_tokens),
     }
     if is_main():
         _keep_best(folder, result["best"]["tokens"] // schedule.step_tokens, schedule.num_steps)
@@ -137,12 +133,16 @@ def _schedule(arm: Arm, inputs: ArmInputs, folder: Path) -> Schedule:
 
 def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[DistillationTrainer, int]:
     """The trainer of an arm after its last step, and the number of validation blocks it used."""
-    from transformers import AutoTokenizer, TrainerState, default_data_collator
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+    from transformers.data import default_data_collator
 
     from headstart.training.trainer import DistillationTrainer, evaluation_steps, seconds_until
 
     settings, arguments = inputs.settings, schedule.arguments
-    model = _model(arm, inputs, schedule)
+    if schedule.steps_done < schedule.num_steps:  # the Trainer loads a checkpoint into it
+        model = _initial_model(arm, inputs.student.folder, arguments.seed)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(schedule.checkpoint, dtype=torch.float32)
     train_dataset = _train_dataset(arm, inputs, schedule)
     teacher = _teacher(arm, inputs, model, arguments)
     validation_split = inputs.blocks.split("validation")
@@ -192,15 +192,6 @@ def _step_reporter(advance: Callable[..., None], step_tokens: int) -> Callable[[
     return on_step
 
 
-def _model(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> Any:
-    """The model that training starts with; the Trainer loads a checkpoint's weights into it."""
-    from transformers import AutoModelForCausalLM
-
-    if schedule.steps_done < schedule.num_steps:
-        return _initial_model(arm, inputs.student.folder, schedule.arguments.seed)
-    return AutoModelForCausalLM.from_pretrained(schedule.checkpoint, dtype=torch.float32)
-
-
 def _train_dataset(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> Any:
     """The training blocks, with the teacher's outputs if the arm has a cache of them."""
     split = inputs.blocks.split("train")
@@ -231,19 +222,11 @@ def _teacher(arm: Arm, inputs: ArmInputs, model: Any, arguments: Any) -> Teacher
     return teacher
 
 
-def _curve(trainer: DistillationTrainer, schedule: Schedule) -> dict[str, Any]:
+def _curve(history: list[dict[str, Any]], step_tokens: int) -> dict[str, Any]:
     """The best evaluation and all of them, in tokens."""
-    losses = {
-        entry["step"]: entry["eval_loss"]
-        for entry in trainer.state.log_history
-        if "eval_loss" in entry
-    }
-    best_step = min(losses, key=lambda step: (math.isnan(losses[step]), losses[step]))
-    points = [
-        {"tokens": step * schedule.step_tokens, "loss": loss}
-        for step, loss in sorted(losses.items())
-    ]
-    best = {"tokens": best_step * schedule.step_tokens, "loss": losses[best_step]}
+    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    points = [{"tokens": step * step_tokens, "loss": losses[step]} for step in sorted(losses)]
+    best = min(points, key=lambda point: (math.isnan(point["loss"]), point["loss"]))
     return {"best": best, "curve": points}
 
 

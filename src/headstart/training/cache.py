@@ -70,13 +70,13 @@ class CacheIdentity:
     def of(settings: DistillationSettings, teacher: str, data: str) -> CacheIdentity:
         """What an arm with these settings needs."""
         return CacheIdentity(
-            teacher,
-            data,
-            settings.temperature,
-            settings.top_k,
-            settings.samples,
-            settings.sampling_temperature,
-            settings.cache_dtype,
+            teacher=teacher,
+            data=data,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            samples=settings.samples,
+            sampling_temperature=settings.sampling_temperature,
+            dtype=settings.cache_dtype,
         )
 
 
@@ -96,8 +96,6 @@ def write_cache(
 
     Args:
         path: folder or URL.
-        identity: what is written.
-        teacher: is asked.
         blocks: the training split.
         batch_size: blocks in a forward pass.
         shard_bytes: size of a shard; a block more, at most.
@@ -113,7 +111,7 @@ def write_cache(
     files, root = fsspec.url_to_fs(path)
     vocab = teacher.model.config.vocab_size
     id_dtype = _id_dtype(vocab)
-    num_bytes = _bytes_per_token(identity, vocab)
+    num_bytes = bytes_per_token(identity, vocab)
     bytes_per_block = num_bytes * (blocks.shape[1] - 1)
     manifest = {
         **asdict(identity),
@@ -154,11 +152,6 @@ def write_cache(
         np.save(index_file, block_hashes(blocks))
         _put(files, f"{root}/blocks.npy", index_file.getvalue())
     return manifest
-
-
-def bytes_per_token(settings: DistillationSettings, vocab_size: int) -> int:
-    """What a cache with these settings takes on disk for each token."""
-    return _bytes_per_token(CacheIdentity.of(settings, "", ""), vocab_size)
 
 
 def block_hashes(
@@ -267,10 +260,8 @@ class CachedBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         outputs = self.cache.outputs(self.blocks.blocks[index])
-        return {
-            **self.blocks[index],
-            **{f"{COLUMN}{name}": values for name, values in outputs.items()},
-        }
+        columns = {f"{COLUMN}{name}": values for name, values in outputs.items()}
+        return {**self.blocks[index], **columns}
 
 
 def outputs_of_batch(inputs: dict[str, Tensor]) -> TopK | Samples:
@@ -313,7 +304,8 @@ def _id_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def _bytes_per_token(identity: CacheIdentity, vocab_size: int) -> int:
+def bytes_per_token(identity: CacheIdentity, vocab_size: int) -> int:
+    """What a cache takes on disk for each token."""
     kept = min(identity.top_k, vocab_size) or identity.samples
     number_bytes = np.dtype(identity.dtype).itemsize
     numbers_per_id = 2 if identity.samples and identity.sampling_temperature != 1 else 1

@@ -48,15 +48,8 @@ def muon_with_adamw(
     """Muon for every matrix but embedding and output matrix, and AdamW for these and for vectors.
 
     Muon's updates are scaled to the size of AdamW's, so that one learning rate and weight decay
-    serve both. Vectors do not decay. Source: "Muon is Scalable for LLM Training" (arXiv
-    2502.16982), section 2.2.
-
-    Args:
-        model: a transformers model.
-        learning_rate: of all groups.
-        weight_decay: of all matrices.
-        betas: of AdamW.
-        epsilon: of AdamW.
+    serve both; betas and epsilon are AdamW's. Vectors do not decay. Source: "Muon is Scalable for
+    LLM Training" (arXiv 2502.16982), section 2.2.
 
     Raises:
         UserError: this version of torch has no Muon.

@@ -10,12 +10,11 @@ from rich.table import Table
 from headstart.losses.chunked import CHUNK_BYTES
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
-from headstart.model.count import inference_flops_per_token, parameters
 from headstart.model.shapes import sizes_in_layer
 from headstart.system.errors import UserError
 from headstart.system.formats import bytes_text
 from headstart.system.settings import check_least
-from headstart.training.cache import bytes_per_token
+from headstart.training.cache import CacheIdentity, bytes_per_token
 from headstart.training.settings import Arm
 
 TRAINED_BYTES_PER_PARAMETER = 16
@@ -98,44 +97,37 @@ def plan_arm(
     hardware: Hardware,
     runs: int = 1,
 ) -> ArmPlan:
-    """Plan one arm.
+    """Plan an arm that trains on `tokens`, several times if it has `runs` of seeds and rates.
 
-    Args:
-        arm: what would be trained.
-        tokens: its budget.
-        teacher: its architecture.
-        student_sizes: axis -> size; a tuple gives a size for each layer.
-        batch: of one GPU.
-        hardware: all GPUs.
-        runs: how many times it is trained, for its seeds and learning rates.
+    A tuple in `student_sizes` gives a size for each layer.
     """
-    layouts, teacher_sizes = teacher.layouts, teacher.sizes
-    student_flops, teacher_flops = (
-        inference_flops_per_token(layouts, sizes, batch.block_length)
-        for sizes in (student_sizes, teacher_sizes)
-    )
+    student = teacher.count(batch.block_length, student_sizes)
+    whole = teacher.count(batch.block_length)
     teacher_tokens = int(arm.kd.teacher_tokens(tokens)) if arm.kd else 0
-    flops = (3 * runs * tokens * student_flops, runs * teacher_tokens * teacher_flops)
-    is_cached = bool(arm.kd and arm.kd.cache)
-    batch_tokens, vocab = batch.blocks * batch.block_length, student_sizes["vocab"]
-    num_logits = batch_tokens * vocab * (2 if arm.kd else 1)
-    state_bytes = TRAINED_BYTES_PER_PARAMETER * parameters(layouts, student_sizes)
-    if arm.kd and not is_cached:
+    student_flops = runs * tokens * student.training_flops_per_token
+    teacher_flops = runs * teacher_tokens * whole.inference_flops_per_token
+    num_models, vocab = (2 if arm.kd else 1), student_sizes["vocab"]
+    batch_tokens = batch.blocks * batch.block_length
+    num_logits = batch_tokens * vocab * num_models
+    bytes_per_batch_token = activation_bytes_per_token(student_sizes, batch.checkpoints)
+    state_bytes, cache_bytes = TRAINED_BYTES_PER_PARAMETER * student.parameters, 0
+    if arm.kd and arm.kd.cache:
+        cache_bytes = tokens * bytes_per_token(CacheIdentity.of(arm.kd, "", ""), vocab)
+    elif arm.kd:
         shares = hardware.gpus if arm.kd.shard_teacher else 1
-        state_bytes += TEACHER_BYTES_PER_PARAMETER * parameters(layouts, teacher_sizes) // shares
-    cached_bytes = 0
-    if arm.kd and is_cached:
-        cached_bytes = tokens * bytes_per_token(arm.kd, vocab)
+        state_bytes += TEACHER_BYTES_PER_PARAMETER * whole.parameters // shares
+    flops_per_second = hardware.gpus * hardware.peak_tflops * 1e12 * hardware.mfu
     return ArmPlan(
-        arm.name if runs == 1 else f"{arm.name} ({runs} runs)",
-        tokens,
-        *flops,
-        sum(flops) / (hardware.gpus * hardware.peak_tflops * 1e12 * hardware.mfu) / 3600,
-        state_bytes,
-        batch_tokens * activation_bytes_per_token(student_sizes, batch.checkpoints),
-        4 * num_logits,
-        min(4 * num_logits, CHUNK_BYTES * (2 if arm.kd else 1)),
-        cached_bytes,
+        name=arm.name if runs == 1 else f"{arm.name} ({runs} runs)",
+        tokens=tokens,
+        student_flops=student_flops,
+        teacher_flops=teacher_flops,
+        hours=(student_flops + teacher_flops) / flops_per_second / 3600,
+        state_bytes=state_bytes,
+        activation_bytes=batch_tokens * bytes_per_batch_token,
+        dense_logits_bytes=4 * num_logits,
+        chunk_bytes=min(4 * num_logits, CHUNK_BYTES * num_models),
+        cache_bytes=cache_bytes,
     )
 
 

@@ -51,11 +51,9 @@ class Teacher:
 def load_teacher(folder: Path, device: torch.device, sharded: bool = False) -> Teacher:
     """Load a teacher, whole or spread over all processes.
 
-    Args:
-        folder: of its checkpoint.
-        device: of this process.
-        sharded: keep only this process' share of the weights, and gather each layer while it runs
-            (FSDP2). The output matrix stays whole. Every process must then ask at the same time.
+    A sharded one keeps only this process' share of the weights on its device, and gathers each
+    layer while it runs (FSDP2). The output matrix stays whole. Every process must then ask at the
+    same time.
     """
     if not sharded or world_size() == 1:
         return Teacher(load_frozen(folder, device))

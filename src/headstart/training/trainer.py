@@ -80,20 +80,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         blocks = inputs["input_ids"]
         hidden, matrix = self._hidden_and_matrix(model, inputs)
-        alpha, beta = (1.0, 0.0)
-        if model.training and self.distillation is not None:
-            alpha, beta = self.distillation.weights(self._tokens_seen)
+        distillation = self.distillation if model.training else None
+        alpha, beta = distillation.weights(self._tokens_seen) if distillation else (1.0, 0.0)
         # The model's own forward pass has its precision from accelerate; this is outside of it.
         with self.accelerator.autocast():
             if beta > 0:
                 total = self._distil(hidden, matrix, inputs)
             else:
                 hard = next_token_loss(hidden, matrix, blocks)
-                if model.training and self.distillation is not None:
+                if distillation:
                     self._add_up(hard)
                 total = alpha * hard
         num_targets = blocks.shape[0] * (blocks.shape[1] - 1)
-        if model.training and self.distillation is not None:
+        if distillation:
             self.sums[2] += num_targets
         if num_items_in_batch is None:
             loss = total / num_targets

@@ -33,11 +33,6 @@ def variants_of(arm: Arm, seeds: tuple[int, ...]) -> dict[str, Arm]:
 def run_variants(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     """Train every variant of an arm that is not trained yet, and choose its learning rate.
 
-    Args:
-        arm: what to train.
-        inputs: what all arms share, the seeds among it.
-        folder: of this arm.
-
     Returns:
         What `run_arm` returns, of the learning rate whose last loss is lowest, and as the mean over
         its seeds. Added are `learning_rate`; `folder` below the arm's own, of the first seed;
@@ -53,13 +48,11 @@ def run_variants(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         rate: statistics.fmean(results[name]["curve"][-1]["loss"] for name in names)
         for rate, names in by_rate.items()
     }
-    rate = min(
-        last, key=lambda tried: (math.isnan(last[tried]), last[tried])
-    )  # it may have diverged
+    # One that diverged comes last.
+    rate = min(last, key=lambda tried: (math.isnan(last[tried]), last[tried]))
     chosen = [results[name] for name in by_rate[rate]]
     points = zip(*(result["curve"] for result in chosen), strict=True)
     finals = [result["curve"][-1]["loss"] for result in chosen]
-    seeds = [{"seed": variants[name].train.get("seed")} for name in by_rate[rate]]
     return {
         **chosen[0],
         "learning_rate": rate,
@@ -71,7 +64,8 @@ def run_variants(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
         ],
         "sweep": [{"learning_rate": tried, "loss_final": loss} for tried, loss in last.items()],
         "seeds": [
-            {**seed, "curve": result["curve"]} for seed, result in zip(seeds, chosen, strict=True)
+            {"seed": variants[name].train.get("seed"), "curve": results[name]["curve"]}
+            for name in by_rate[rate]
         ],
         "loss_spread": statistics.stdev(finals) if len(finals) > 1 else None,
     }

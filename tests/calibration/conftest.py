@@ -1,5 +1,0 @@
-"""Teachers on disk."""
-
-from tests.model import conftest
-
-saved = conftest.saved
