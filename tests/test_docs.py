@@ -60,6 +60,17 @@ def test_shipped_recipes_load() -> None:
         assert yaml.safe_load(path.read_text())
 
 
+def test_the_design_names_every_module_in_its_room() -> None:
+    page = (ROOT / "docs" / "design.md").read_text().split("\n## The rooms\n")[1].split("\n### ")[0]
+    source = ROOT / "src" / "headstart"
+    for room in (path for path in source.iterdir() if (path / "__init__.py").is_file()):
+        section = page.split(f"**`{room.name}/`**")[1].split("\n**")[0]
+        modules = {path.stem for path in room.glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"^- `(\w+)`:", section, re.MULTILINE)) == modules, room.name
+    for module in {path.stem for path in source.glob("*.py")} - {"__init__"}:
+        assert f"`{module}`" in page, module
+
+
 def test_pages_link_to_files_that_exist() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     for page in pages:
