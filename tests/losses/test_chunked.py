@@ -88,6 +88,26 @@ def test_chunked_sum_sees_every_token_once_and_few_at_a_time(hidden, matrix, gra
     assert seen == list(range(TOKENS))
 
 
+def test_many_chunks_of_a_bfloat16_matrix_add_up_as_in_float64():
+    """Each chunk's gradient is rounded, but their sum is not: errors do not grow with chunks."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(256, EMBED, generator=generator).bfloat16()
+    matrix = torch.randn(VOCAB, EMBED, generator=generator).bfloat16()
+    targets = torch.randint(0, VOCAB, (256,), generator=generator)
+
+    def gradient_of(hidden: Tensor, matrix: Tensor) -> Tensor:
+        def token_loss(logits: Tensor, chunk: slice) -> Tensor:
+            return cross_entropy(logits, targets[chunk])
+
+        loss_of = lambda h, m: chunked_sum(h, m, token_loss, tokens_per_chunk=1)  # noqa: E731
+        return with_gradients(loss_of, hidden, matrix)[2]
+
+    exact = gradient_of(hidden.double(), matrix.double())
+    found = gradient_of(hidden, matrix)
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - exact).norm() / exact.norm()) < 0.005
+
+
 def test_chunked_sum_runs_under_autocast(hidden, matrix, token_loss):
     def in_chunks(h: Tensor, m: Tensor) -> Tensor:
         return chunked_sum(h, m, token_loss, 3)

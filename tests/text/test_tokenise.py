@@ -1,18 +1,22 @@
 """Tokens are those of the tokenizer, however often the work is broken off and shared."""
 
+import errno
 import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from tests.text.documents import DOCUMENTS, SETTINGS, as_jsonl, blocks_by_hand, refuse, write_source
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from headstart.text import corpus as corpus_module
 from headstart.text import tokenise as tokenise_module
 from headstart.text.prepare import check_source, prepare
 from headstart.text.settings import SPLITS
@@ -74,6 +78,71 @@ def test_a_killed_preparation_goes_on(
         np.testing.assert_array_equal(prepared.split(split), expected)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [prepared.folder.name]
     assert {path.suffix for path in prepared.folder.iterdir()} == {".bin", ".json"}
+
+
+class ReadTimeout(Exception):
+    """As network libraries have it: no OSError, and no ValueError."""
+
+
+FAILURES = [ReadTimeout("no answer"), OSError(errno.EIO, "Input/output error")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["of-the-hub", "of-the-disk"])
+def test_a_read_that_fails_loses_nothing_and_the_same_command_goes_on(
+    failure: Exception, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 20)
+    monkeypatch.setattr(tokenise_module, "BATCHES_PER_RECORD", 2)
+    fails = True
+
+    def rows(texts: list[str]) -> Iterator[dict[str, str]]:
+        for number, text in enumerate(texts):
+            if fails and number == 130:
+                raise failure
+            yield {"text": text}
+
+    source = str(write_source(tmp_path, "a.jsonl"))
+    if isinstance(failure, ReadTimeout):
+        source = "owner/name"
+        stream = datasets.IterableDataset.from_generator(lambda: rows(DOCUMENTS))
+        monkeypatch.setattr(corpus_module, "_hub_revision", lambda name: "a commit")
+        monkeypatch.setattr(corpus_module, "_hub_stream", lambda corpus: stream)
+    else:
+        read = corpus_module._json_lines
+        monkeypatch.setattr(
+            corpus_module,
+            "_json_lines",
+            lambda file, skip, on_corrupt: (
+                row
+                for number, row in enumerate(read(file, skip, on_corrupt), skip)
+                if not (fails and number == 130 and throw(failure))
+            ),
+        )
+    settings = replace(SETTINGS, source=source)
+    with pytest.raises(OSError, match=f"reading .* failed .*{failure.args[-1]}.* is kept"):
+        prepare(settings, tokenizer, tmp_path / "cache")
+    (unfinished,) = (tmp_path / "cache").iterdir()
+    record = json.loads((unfinished / "unit-00000.json").read_text())
+    assert 80 <= record["rows"] <= 130 and not record["is_done"]
+
+    fails = False
+    seen: list[str] = []
+    whole_call = PreTrainedTokenizerFast.__call__
+
+    def watch(self: object, batch: list[str], **options: object) -> object:
+        seen.extend(batch)
+        return whole_call(self, batch, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watch)
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    assert len(seen) == len(DOCUMENTS) - record["rows"]
+    for split in SPLITS:
+        expected = blocks_by_hand(DOCUMENTS, split, settings)
+        np.testing.assert_array_equal(prepared.split(split), expected)
+
+
+def throw(failure: Exception) -> bool:
+    raise failure
 
 
 @pytest.mark.exhaustive

@@ -128,6 +128,37 @@ def manual_step(
     return loss.item()
 
 
+@pytest.mark.parametrize("is_counted", [True, False], ids=["counted", "not-counted"])
+def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(
+    make_trainer, model, online_teacher, monkeypatch, is_counted
+):
+    """1 x 8, 2 x 4 and 8 x 1 blocks, also if the Trainer does not count the targets."""
+    if not is_counted:
+        count = DistillationTrainer.compute_loss
+        monkeypatch.setattr(
+            DistillationTrainer,
+            "compute_loss",
+            lambda self, model, inputs, return_outputs=False, num_items_in_batch=None: count(
+                self, model, inputs, return_outputs
+            ),
+        )
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    steps = []
+    for batch_size in (1, 2, 8):
+        model.load_state_dict(before)
+        trainer = make_trainer(
+            online_teacher,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+        )
+        trainer.train()
+        after = trainer.model.state_dict()
+        steps.append({name: (before[name] - after[name]) / LEARNING_RATE for name in before})
+    for other in steps[1:]:
+        for name, gradient in steps[0].items():
+            torch.testing.assert_close(gradient, other[name], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("distil", [False, True], ids=["text", "teacher"])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_a_step_is_the_step_of_plain_torch(

@@ -78,9 +78,11 @@ class _ChunkedSum(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device.type)
         inputs, matrix = hidden.to(dtype), output_matrix.to(dtype)
         hidden_gradient = torch.empty_like(hidden)
-        matrix_gradient = torch.zeros_like(output_matrix)
+        # Summed in float32 at least: half precision would lose what later chunks add.
+        wide = torch.promote_types(output_matrix.dtype, torch.float32)
+        matrix_gradient = torch.zeros_like(output_matrix, dtype=wide)
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=device)
-        adds_in_place = dtype == output_matrix.dtype
+        adds_in_place = dtype == wide
         chunks = _chunks(len(hidden), tokens_per_chunk)
         together = 1 if adds_in_place else CHUNKS_PER_PRODUCT
         for group in (chunks[i : i + together] for i in range(0, len(chunks), together)):
@@ -103,6 +105,6 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden_gradient, matrix_gradient = ctx.saved_tensors
+        hidden_gradient, matrix_gradient = ctx.saved_tensors  # autograd narrows the latter again
         (scale,) = output_gradients
         return hidden_gradient * scale, matrix_gradient * scale, None, None

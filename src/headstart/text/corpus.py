@@ -214,9 +214,27 @@ def _rows(
     except CorruptLine:
         raise
     except Exception as error:
-        raise UserError(
-            f"cannot read {file or corpus.source}: {first_line(error)}; mend or remove it"
-        ) from error
+        place = file or corpus.source
+        if _is_passing(error, is_remote=file is None):
+            raise OSError(
+                f"reading {place} failed ({first_line(error)}); what was read is kept, and the "
+                "same command goes on from there"
+            ) from error
+        raise UserError(f"cannot read {place}: {first_line(error)}; mend or remove it") from error
+
+
+def _is_passing(error: Exception, is_remote: bool) -> bool:
+    """Whether a failure is of the disk or the network, so that another try may succeed.
+
+    Corrupt files raise OSErrors too, but without the system's number for it. Of a dataset on the
+    hub all errors are passing that do not say that its content is wrong.
+    """
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if is_remote:
+        return not isinstance(error, ValueError | LookupError | TypeError)
+    is_the_users = isinstance(error, PermissionError | FileNotFoundError)
+    return isinstance(error, OSError) and error.errno is not None and not is_the_users
 
 
 def _json_lines(

@@ -95,7 +95,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if distillation:
             self.sums[2] += num_targets
         if num_items_in_batch is None:
-            loss = total / num_targets
+            # Nobody else divides by the steps that are accumulated, see `loss_is_scaled_for_ga`.
+            steps = self.args.gradient_accumulation_steps if model.training else 1
+            loss = total / (num_targets * steps)
         else:
             loss = total / num_items_in_batch
             if self.args.average_tokens_across_devices:
