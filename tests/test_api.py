@@ -21,6 +21,7 @@ from headstart.losses.next_token import mean_loss
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import build_student
+from headstart.runs.extraction import extract_found
 from headstart.searching.evolution import EvolutionSettings
 from headstart.searching.grid import GridSettings
 from headstart.system import device
@@ -144,6 +145,41 @@ def test_a_calibrated_student_is_what_was_scored_and_refitted(
     ]
     assert losses[0] == pytest.approx(found.loss, abs=1e-4)
     assert losses[1] != losses[0]  # refitted on what it computes
+
+
+@pytest.mark.parametrize("init", ["slice", "least_squares"])
+def test_the_python_path_charges_what_the_command_charges(
+    init: Any, corpus: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Search, calibration and refit are in FLOPs-to-match, however the student was cut out."""
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    data = headstart.DataSettings(block_length=32, search_fraction=0.2)
+    bin = headstart.Bin(30_000, 45_000)
+    settings = replace(SETTINGS, init=init)
+    found = headstart.search(teacher_folder, corpus, bin, tmp_path / "run", settings, data=data)
+    text = prepare(replace(data, source=str(corpus)), teacher_folder)
+    blocks = None if init == "slice" else text.spread("train", settings.calibration_tokens)
+    by_command = extract_found(
+        Checkpoint.open(teacher_folder),
+        tmp_path / "run" / "search.json",
+        tmp_path / "student",
+        calibration_blocks=blocks,
+    )
+    in_memory = headstart.extract(teacher_folder, found.spec, found.calibration)
+    train = {"per_device_train_batch_size": 4, "use_cpu": True, "bf16": False}
+    settings = headstart.PretrainSettings(validation_tokens=64, evaluations=1)
+    charged = [
+        headstart.pretrain(
+            student, teacher_folder, corpus, tmp_path / name, 128, [headstart.Arm("subnet")],
+            settings, train, data=data,
+        )
+        for name, student in (("command", by_command), ("python", in_memory))
+    ]  # fmt: skip
+    costs = [result["costs"] for result in charged]
+    assert costs[0] == costs[1] and costs[0]["search_flops"] == found.outcome["search_flops"] > 0
+    assert costs[0]["calibration_flops"] >= found.outcome["calibration_flops"]
+    first = [result["arms"][0]["curve"][0]["flops"] for result in charged]
+    assert first[0] == first[1] == costs[0]["search_flops"] + costs[0]["calibration_flops"]
 
 
 def test_a_narrower_head_can_be_saved(tmp_path: Path) -> None:

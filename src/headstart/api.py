@@ -30,9 +30,10 @@ from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint, find_model
 from headstart.model.count import Count
 from headstart.model.cut import assemble, place_buffers, slice_tensors
-from headstart.model.spec import SubnetSpec
+from headstart.model.spec import SubnetSpec, spec_of
 from headstart.recipe import Recipe
 from headstart.runs import stages
+from headstart.runs.extraction import origin_of
 from headstart.runs.run import open_run
 from headstart.searching.bins import Bin, BinSettings
 from headstart.searching.settings import SearchSettings
@@ -83,7 +84,8 @@ def extract(
 
     Returns:
         A transformers model in eval mode on the teacher's device and in its precision, ready to
-        train, to generate and for `save_pretrained`. Its `subnet_spec` is the spec.
+        train, to generate and for `save_pretrained`. Its `subnet_spec` is the spec, whose `origin`
+        says what finding and calibrating it cost.
 
     Raises:
         UserError: the teacher cannot be read, or the spec does not fit it.
@@ -100,7 +102,7 @@ def extract(
         tensors = {name: part.clone() for name, part in sliced}
     student = assemble(architecture.student(spec), tensors.items())
     student.config.dtype = student.dtype
-    student.subnet_spec = spec
+    student.subnet_spec = replace(spec, origin=origin_of(spec, calibration))
     return place_buffers(student, device).eval()
 
 
@@ -136,7 +138,7 @@ def search(
     )
     with open_run(recipe) as run:
         outcome = stages.search_stage(run)
-        spec = SubnetSpec.from_json(outcome["spec"])
+        spec = spec_of(outcome)
         calibration = from_main(lambda: stages.calibration_of(run, spec))
     return Found(spec, outcome["loss"], outcome["parameters"], outcome, calibration)
 
@@ -181,8 +183,9 @@ def pretrain(
                 "the student has no subnet_spec, so it was not cut out by headstart.extract; give "
                 "one that was, or its folder"
             )
-        origin = {"headstart": __version__, "spec": student.subnet_spec.to_json()}
-        write_json(folder / "subnet.json", origin)
+        spec: SubnetSpec = student.subnet_spec
+        description = {"headstart": __version__, **spec.origin, "spec": spec.to_json()}
+        write_json(folder / "subnet.json", description)
     recipe = Recipe(
         teacher=str(teacher_folder),
         output=str(output),

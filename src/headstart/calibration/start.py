@@ -54,12 +54,14 @@ class Calibration:
         statistics: of its activations, by which what is kept is refitted; None to keep it.
         flops: what calibration cost, whether or not it was in the cache.
         blocks: tokens on which the student is then refitted layer by layer; None for plain slices.
+        init: what all this makes of a student.
     """
 
     teacher: Checkpoint
     statistics: Statistics | None = None
     flops: int = 0
     blocks: Int[Tensor, "blocks tokens"] | None = field(default=None, compare=False)
+    init: Init = "slice"
 
 
 def cut_architecture(teacher: Architecture, init: Init) -> Architecture:
@@ -100,7 +102,7 @@ def calibrate(
     if init == ROTATED:
         check_rotates(teacher.architecture)
     elif spec is not None and spec.head_dim is None and can_propagate(teacher.architecture):
-        return Calibration(teacher, blocks=blocks)
+        return Calibration(teacher, blocks=blocks, init=init)
     key = {
         "teacher": teacher.hash,
         "tokens": hash_tensors([("blocks", blocks)]),
@@ -115,7 +117,7 @@ def calibrate(
     )
     flops = calibration_flops(teacher.architecture, init, *blocks.shape)
     if init == "least_squares":
-        return Calibration(teacher, statistics, flops, blocks)
+        return Calibration(teacher, statistics, flops, blocks, init)
     rotated, basis = remembered(
         "rotated",
         ROTATED_VERSION,
@@ -123,7 +125,7 @@ def calibrate(
         make=lambda folder: write_rotated(teacher, principal_basis(statistics.residual()), folder),
         read=read_rotated,
     )
-    return Calibration(rotated, replace(statistics, basis=basis), flops, blocks)
+    return Calibration(rotated, replace(statistics, basis=basis), flops, blocks, init)
 
 
 def _collect(teacher: Checkpoint, blocks: Int[Tensor, "blocks tokens"], folder: Path) -> None:

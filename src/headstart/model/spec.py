@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from headstart.model.axes import Sizes
 from headstart.system.errors import UserError
 
 Indices = tuple[int, ...]
+
+SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
+ORIGIN_KEYS = (*SEARCH_COSTS, "loss", "parameters", "bin", "init", "scored_as")
+"""Of `search.json`, what travels with a spec: what it cost, and what it was worth untrained."""
 
 
 def format_indices(indices: Iterable[int]) -> str:
@@ -58,6 +62,8 @@ class SubnetSpec:
         kv_groups: for each kept layer, its kept key/value groups with all their query heads.
         mlp: for each kept layer, its kept MLP neurons.
         head_dim: kept channels of every head, the same in all; None keeps heads whole.
+        origin: what is known of the search that found it, by the keys of `ORIGIN_KEYS`. Two specs
+            that keep the same are equal all the same.
     """
 
     layers: Indices
@@ -65,6 +71,7 @@ class SubnetSpec:
     kv_groups: tuple[Indices, ...]
     mlp: tuple[Indices, ...]
     head_dim: Indices | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def identity(sizes: Sizes) -> SubnetSpec:
@@ -168,4 +175,14 @@ def load_spec(path: Path) -> SubnetSpec:
     spec = content.get("spec", content) if isinstance(content, dict) else None
     if not isinstance(spec, dict):
         raise UserError(f"{path} holds no spec; give search.json or subnet.json")
-    return SubnetSpec.from_json(spec)
+    return spec_of(content)
+
+
+def spec_of(content: Mapping[str, Any]) -> SubnetSpec:
+    """The spec in the content of `search.json`, `subnet.json` or of a file that holds it alone.
+
+    Raises:
+        UserError: a key is missing or an index set is malformed.
+    """
+    origin = {key: content[key] for key in ORIGIN_KEYS if key in content}
+    return replace(SubnetSpec.from_json(content.get("spec", content)), origin=origin)

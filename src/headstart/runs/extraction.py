@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from headstart.calibration.start import (
 from headstart.model.card import licence_of, write_card
 from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
 from headstart.model.spec import SubnetSpec, load_spec
-from headstart.runs.result import SEARCH_COSTS
 from headstart.system.errors import UserError
 from headstart.system.files import finished_folder, write_json
 from headstart.system.progress import progress
@@ -57,10 +55,9 @@ def extract_found(
             calibrate with.
     """
     spec = load_spec(spec_file)
-    found = json.loads(spec_file.read_text())
-    searched = found.get("init", "slice")
+    searched: Init = spec.origin.get("init", "slice")
     init = init or searched
-    if "init" in found and (init == ROTATED) != (searched == ROTATED):
+    if "init" in spec.origin and (init == ROTATED) != (searched == ROTATED):
         raise UserError(
             f"{spec_file} counts channels of a teacher that is "
             f"{'' if searched == ROTATED else 'not '}rotated, and --init {init} is for "
@@ -72,18 +69,6 @@ def extract_found(
     source = Calibration(teacher)
     if calibration_blocks is not None:
         source = calibrate(teacher, init, calibration_blocks, spec)
-    origin = {
-        key: found[key] for key in (*SEARCH_COSTS, "loss", "parameters", "bin") if key in found
-    }
-    if init != searched:  # the loss is another start's
-        origin.pop("loss", None)
-    flops = origin.get("calibration_flops", 0)
-    if init != searched or not is_measured(init, found.get("scored_as")):
-        flops += source.flops
-    if source.blocks is not None:
-        cut_teacher = source.teacher.architecture
-        student_sizes = spec.sizes(cut_teacher.sizes)
-        flops += propagation_flops(cut_teacher, student_sizes, *source.blocks.shape)
     with progress("extract", len(source.teacher.files), "tensors") as advance:
         return extract_student(
             source,
@@ -91,16 +76,35 @@ def extract_found(
             out_folder,
             provenance={
                 "teacher_name": str(teacher.folder),
-                **origin,
                 **(provenance or {}),
-                "calibration_flops": flops,
+                **origin_of(spec, source),
                 "teacher": str(teacher.folder),
                 "teacher_hash": teacher.hash,
                 "teacher_licence": licence_of(teacher.folder),
-                "init": init,
             },
             on_tensor=advance,
         )
+
+
+def origin_of(spec: SubnetSpec, source: Calibration | None) -> dict[str, Any]:
+    """What `subnet.json` says of a student's search, and of what it cost to find and calibrate it.
+
+    Args:
+        spec: with the origin that its search gave it, if there was one.
+        source: what the student is cut out of; None for a plain slice of a model in memory.
+    """
+    init: Init = "slice" if source is None else source.init
+    origin = {key: value for key, value in spec.origin.items() if key != "scored_as"}
+    searched = spec.origin.get("init", "slice")
+    if init != searched:  # the loss is another start's
+        origin.pop("loss", None)
+    flops = origin.get("calibration_flops", 0)
+    if source and (init != searched or not is_measured(init, spec.origin.get("scored_as"))):
+        flops += source.flops
+    if source and source.blocks is not None:
+        teacher = source.teacher.architecture
+        flops += propagation_flops(teacher, spec.sizes(teacher.sizes), *source.blocks.shape)
+    return {**origin, "calibration_flops": flops, "init": init}
 
 
 def extract_student(

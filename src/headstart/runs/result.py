@@ -16,12 +16,11 @@ import torch
 
 import headstart
 from headstart.demo import DEMO, TEACHER, teacher_name
-from headstart.model.spec import load_spec
+from headstart.model.spec import SEARCH_COSTS, load_spec
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.reports.table import FORMAT, SCRATCH
 from headstart.training.arms import ArmInputs
 
-SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
 VARIANT_KEYS = ("learning_rate", "folder", "sweep", "seeds", "loss_spread", "best")
 """What an arm's entry takes over from its training."""
 SEARCH_KEYS = (
