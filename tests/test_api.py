@@ -210,6 +210,16 @@ def test_a_tokenizer_that_comes_later_is_not_passed_over(
         headstart.search(teacher, texts, bin, tmp_path / "run", tokenizer=tokenizer)
 
 
+def test_a_number_that_is_none_is_refused_from_python_too(
+    corpus: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, evolution=EvolutionSettings(crossover=float("nan")))
+    bin = headstart.Bin(30_000, 45_000)
+    with pytest.raises(headstart.UserError, match=r"search.evolution.crossover is nan; write a f"):
+        headstart.search(teacher_folder, corpus, bin, tmp_path / "run", settings)
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_documents_do_not_replace_those_of_a_run(
     texts: list[str], tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -221,6 +221,22 @@ def test_output_of_another_run(
     assert [path.name for path in output.iterdir()] == ["recipe.yaml"]  # not even a lock
 
 
+@pytest.mark.parametrize("key", ["per_device_train_batch_size", "per_device_eval_batch_size"])
+def test_a_batch_of_nothing(
+    key: str, arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(arguments, **{f"train.{key}": "0"}) == 2
+    assert f"train.{key} is 0; use at least 1" in one_sentence(capsys)
+
+
+def test_output_is_a_file(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    output = Path(arguments["--output"])
+    output.write_text("years of work")
+    assert run_with(arguments) == 2
+    assert f"{output} is a file; choose another --output" in one_sentence(capsys)
+    assert output.read_text() == "years of work"
+
+
 def test_reserved_train_key(arguments: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_with(arguments, train__max_steps="3") == 2
     assert "train.max_steps is set by pretrain.tokens" in one_sentence(capsys)

@@ -36,6 +36,8 @@ def check_run_folder(recipe: Recipe) -> None:
                 f"{folder} holds a run of another recipe ({key} is {there!r} there and {here!r} "
                 "here); choose another --output or delete the folder"
             )
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --output")
     elif folder.exists() and not all(
         path.name == LOCK or path.name.startswith(UNFINISHED) for path in folder.iterdir()
     ):

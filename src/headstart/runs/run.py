@@ -29,6 +29,7 @@ from headstart.runs.folder import check_run_folder, locked, pin_inputs, pin_reci
 from headstart.searching.run import space_of
 from headstart.system.distributed import from_main, process_group
 from headstart.system.errors import UserError
+from headstart.system.settings import settings_from_tree, tree_of
 from headstart.text.blocks import TokenBlocks
 from headstart.text.prepare import check_source, check_vocabulary, prepare
 from headstart.training.arguments import (
@@ -117,6 +118,7 @@ def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
 
 def _checked(recipe: Recipe, student_folder: str) -> tuple[Checkpoint, Checkpoint | None]:
     """Find a user's mistakes before any weights are read, and the models that a recipe names."""
+    settings_from_tree(tree_of(recipe), Recipe)  # one made in Python may hold NaN or infinity
     for arm in recipe.pretrain.arms:
         check_sharding(training_arguments(recipe.train, arm, Path(recipe.output)))
     if recipe.data.is_validation_only:

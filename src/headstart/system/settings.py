@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,8 @@ def settings_from_tree(tree: Any, kind: Any, key: str = "") -> Any:
         UserError: a key is unknown or missing, or a value does not fit.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(tree, float) and not math.isfinite(tree):
+        raise UserError(f"{key} is {tree}; write a finite number")
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(tree, kind, key)
     if origin is typing.Literal:
@@ -43,6 +46,9 @@ def settings_from_tree(tree: Any, kind: Any, key: str = "") -> Any:
     if origin is dict:
         if not isinstance(tree, dict):
             raise UserError(f"{key} is {tree!r}; write keys and values below it")
+        for name, value in tree.items():
+            if isinstance(value, float):
+                settings_from_tree(value, float, f"{key}.{name}")
         return tree
     if kind is bool:
         if isinstance(tree, bool):

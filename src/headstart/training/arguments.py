@@ -23,6 +23,11 @@ RESERVED_ARGUMENTS = {
 }
 """Keys of `train:` that headstart sets itself, and the recipe key that stands for each."""
 
+COUNTS = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
+"""Keys of `train:` that a step cannot do without one of."""
+
 
 def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps: int = 1) -> Any:
     """TrainingArguments of one arm: the recipe's `train:` block and the arm's own over it,
@@ -40,6 +45,8 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         default = getattr(TrainingArguments, key, None)
         if type(default) in (int, float) and isinstance(train[key], str):
             raise UserError(f"train.{key} is {train[key]!r}; write a number")
+        if key in COUNTS and train[key] < 1:
+            raise UserError(f"train.{key} is {train[key]}; use at least 1")
     device = default_device()
     has_bf16 = has_fast_bf16(device)
     arguments = {
