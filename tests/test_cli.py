@@ -196,6 +196,34 @@ def test_damaged_teacher(
     assert sentence in one_sentence(capsys)
 
 
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"intermediate_size": 96}, "has shape (48, 80), and the config says (48, 96)"),
+        ({"num_hidden_layers": 5}, "the checkpoint lacks 'model.layers.4.input_layernorm.weight'"),
+        ({"num_hidden_layers": 3}, "although its config says 3 layers"),
+        ({"num_attention_heads": 0}, "is no config of a llama model"),
+        ({"intermediate_size": -1}, "makes mlp -1; mend it or fetch the model again"),
+        ({"hidden_size": "wide"}, "is no config of a llama model"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "weights are quantised by gptq"),
+    ],
+)
+def test_a_config_of_other_weights(
+    arguments: dict[str, str],
+    teacher_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    entries: dict[str, Any],
+    sentence: str,
+) -> None:
+    config = json.loads((teacher_folder / "config.json").read_text()) | entries
+    content = json.dumps(config).encode()
+    folder = damaged(teacher_folder, tmp_path, "config.json", content)
+    assert run_with(arguments, teacher=folder) == 2
+    assert sentence in one_sentence(capsys)
+    assert not Path(arguments["--output"]).exists()
+
+
 def test_a_dry_run_loads_nothing_and_leaves_nothing(
     arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

