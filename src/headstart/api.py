@@ -295,18 +295,6 @@ def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
 
 
 __all__ = [
-    "Arm",
-    "Bin",
-    "Count",
-    "DataSettings",
-    "Found",
-    "PretrainSettings",
-    "SearchSettings",
-    "SubnetSpec",
-    "UserError",
-    "count",
-    "evaluate",
-    "extract",
-    "pretrain",
-    "search",
-]
+    "Arm", "Bin", "Count", "DataSettings", "Found", "PretrainSettings", "SearchSettings",
+    "SubnetSpec", "UserError", "count", "evaluate", "extract", "pretrain", "search",
+]  # fmt: skip

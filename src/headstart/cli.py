@@ -249,13 +249,14 @@ def _search(options: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(f"{options.resume} holds no run to resume: it has no recipe.yaml")
         overrides = [str(kept), *overrides, "--output", str(options.resume)]
     recipe = _load(options, overrides)
-    from headstart.runs.plan import print_search_plans, teacher_architecture
+    from headstart.model.checkpoint import read_architecture
+    from headstart.runs.plan import print_search_plans
     from headstart.runs.run import bin_recipes
     from headstart.runs.stages import run_search
     from headstart.system.distributed import is_main
 
     if options.dry_run:
-        print_search_plans(recipe, teacher_architecture(recipe))
+        print_search_plans(recipe, read_architecture(recipe.teacher))
         return
     outcomes = run_search(recipe)
     if not is_main():

@@ -28,7 +28,7 @@ from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import recipe_from_dict
 from headstart.runs.extraction import extract_found
-from headstart.runs.plan import print_search_plans, teacher_architecture
+from headstart.runs.plan import print_search_plans
 from headstart.runs.stages import run_cache_teacher, run_pretrain, run_recipe, run_search
 from headstart.text.prepare import check_source, prepare
 
@@ -331,7 +331,7 @@ def test_a_plan_needs_no_weights_and_bounds_the_tokens(
     bare.mkdir()
     shutil.copy(Path(recipe["teacher"]) / "config.json", bare)
     bare_recipe = recipe_from_dict({**recipe, "teacher": str(bare)})
-    (plan,) = print_search_plans(bare_recipe, teacher_architecture(bare_recipe))
+    (plan,) = print_search_plans(bare_recipe, Architecture.read(bare))
     assert plan.bin == (30_000, 45_000)
     assert plan.num_candidates == len(outcome["candidates"])
     assert plan.tokens[0] <= outcome["search_tokens"] <= plan.tokens[1]

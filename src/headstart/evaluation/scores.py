@@ -57,11 +57,9 @@ def validation_loss(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> 
 
 
 def text_scores(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> Scores:
-    """Loss, perplexity and bits per byte of a checkpoint on a corpus' validation split.
+    """Scores of a checkpoint on at most so many tokens of the validation split of a text.
 
-    Args:
-        blocks: made with the model's own tokenizer.
-        num_tokens: at most so many.
+    The model's own tokenizer must have made the blocks.
 
     Returns:
         "parameters", "loss" in nats per token, "perplexity", "bits_per_byte" and "tokens".

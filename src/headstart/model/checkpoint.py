@@ -128,6 +128,26 @@ def find_model(model: str | Path) -> Path:
     return folder
 
 
+def read_architecture(model: str | Path) -> Architecture:
+    """The architecture of a model that `find_model` would find, without fetching its weights.
+
+    Raises:
+        UserError: there is no such folder or model, or no table knows its family.
+    """
+    if model == DEMO or Path(model).is_dir():
+        return Architecture.read(find_model(model) if model == DEMO else Path(model))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"teacher {model!r} is neither a folder nor a model whose config can be fetched from "
+            f"the hub ({str(error).splitlines()[0]})"
+        ) from error
+    return Architecture.of(config)
+
+
 def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError

@@ -36,10 +36,6 @@ def head_sizes(rope: Rope, head_dim: int) -> list[int]:
 
     Where kinds of layers turn by different frequencies, heads stay whole.
 
-    Args:
-        rope: the teacher's.
-        head_dim: the teacher's.
-
     >>> quarter = {"rope_type": "default", "partial_rotary_factor": 0.25}
     >>> head_sizes(quarter, head_dim=32)  # a quarter of 32 channels turns: four pairs
     [8, 16, 24, 32]

@@ -21,12 +21,7 @@ from headstart.system.formats import count_text, duration_text, flops_text
 
 
 def write_html(result: Result, path: Path) -> None:
-    """Write the report as one HTML file that needs no network.
-
-    Args:
-        result: what `load_result` returned.
-        path: the file to write; it appears whole or not at all.
-    """
+    """Write the report as one HTML file that needs no network, whole or not at all."""
     search = _search_of(result)
     write_page(
         path,

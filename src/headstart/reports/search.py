@@ -30,12 +30,7 @@ NUM_BEST = 10
 
 
 def write_search_html(search: Search, path: Path) -> None:
-    """Write the page of a search on its own as one HTML file that needs no network.
-
-    Args:
-        search: the content of `search.json`.
-        path: the file to write; it appears whole or not at all.
-    """
+    """Write the page of a `search.json` as one HTML file, whole or not at all."""
     write_page(
         path,
         "search.html",

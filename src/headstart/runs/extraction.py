@@ -43,7 +43,6 @@ def extract_found(
     What the spec file says of its search, the costs above all, goes into `subnet.json`.
 
     Args:
-        teacher: its checkpoint.
         spec_file: such as `search.json`.
         out_folder: must not exist yet.
         init: by default that of the search which the spec is from.

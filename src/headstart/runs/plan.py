@@ -8,14 +8,13 @@ from pathlib import Path
 from rich.console import Console
 
 from headstart.calibration.start import cut_architecture
-from headstart.demo import DEMO, demo_teacher
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
+from headstart.model.checkpoint import read_architecture
 from headstart.recipe import Recipe
 from headstart.runs.run import bin_recipes
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
-from headstart.system.errors import UserError
 from headstart.training.arguments import tokens_per_step, training_arguments
 from headstart.training.plan import ArmPlan, Batch, Hardware, arms_table, plan_arm
 from headstart.training.settings import Arm
@@ -25,12 +24,10 @@ from headstart.training.variants import variants_of
 def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     """Print what searching and training would cost, for each bin; reads configs only.
 
-    The student is the shape in the bin that is nearest to the teacher's proportions.
-
-    Returns:
-        The plan of each arm, for each bin.
+    The student is the shape in the bin that is nearest to the teacher's proportions. What is
+    returned is the plan of each arm, for each bin.
     """
-    teacher, block_length = teacher_architecture(recipe), recipe.data.block_length
+    teacher, block_length = read_architecture(recipe.teacher), recipe.data.block_length
     print_search_plans(recipe, teacher)
     plans = []
     for of_bin in bin_recipes(recipe):
@@ -65,23 +62,3 @@ def print_search_plans(recipe: Recipe, teacher: Architecture) -> list[SearchPlan
         plans.append(plan_search(teacher, of_bin.search, recipe.data.block_length))
         Console().print(plan_table(plans[-1], of_bin.search.bin.label()))
     return plans
-
-
-def teacher_architecture(recipe: Recipe) -> Architecture:
-    """The architecture of a recipe's teacher, without its weights.
-
-    Raises:
-        UserError: there is no such folder or model, or no table knows its family.
-    """
-    if recipe.teacher == DEMO or Path(recipe.teacher).is_dir():
-        return Architecture.read(demo_teacher() if recipe.teacher == DEMO else Path(recipe.teacher))
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(recipe.teacher)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"teacher {recipe.teacher!r} is neither a folder nor a model whose config can be "
-            f"fetched from the hub ({str(error).splitlines()[0]})"
-        ) from error
-    return Architecture.of(config)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,17 +189,10 @@ def _environment() -> dict[str, str]:
 def tokens_to_match(
     tokens: Sequence[float], losses: Sequence[float], target: float
 ) -> float | None:
-    """The first token count at which a loss curve is at or below a target.
+    """The first token count at which a loss curve is at or below a target, or None.
 
-    Between evaluations the curve is a straight line.
-
-    Args:
-        tokens: ascending token counts of the evaluations.
-        losses: the loss at each.
-        target: the loss to reach.
-
-    Returns:
-        The token count, or None if the curve never gets there.
+    `losses` are those of evaluations at ascending counts of `tokens`; between them the curve is a
+    straight line.
 
     >>> tokens_to_match([0, 100, 200], [9.0, 7.0, 5.0], 6.0)
     150.0
@@ -207,9 +201,8 @@ def tokens_to_match(
     """
     if losses[0] <= target:
         return float(tokens[0])
-    for position in range(1, len(losses)):
-        before, after = losses[position - 1], losses[position]
+    points = zip(tokens, losses, strict=True)
+    for (start, before), (end, after) in pairwise(points):
         if after <= target:
-            start, end = tokens[position - 1], tokens[position]
             return start + (end - start) * (before - target) / (before - after)
     return None

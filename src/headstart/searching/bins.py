@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import read_architecture
 from headstart.model.count import Measure
 from headstart.system.errors import UserError
 
@@ -85,16 +85,13 @@ class BinSettings:
         if COUNT_PATTERN.fullmatch(str(self.around)):
             reference = parse_count(self.around)
             return Bin.around(reference, self.tolerance, self.measure, context_length)
-        from transformers import AutoConfig
-
         try:
-            config = AutoConfig.from_pretrained(self.around)
-        except (OSError, ValueError) as error:
+            model = read_architecture(str(self.around))
+        except UserError as error:
             raise UserError(
                 f"search.bin.around {self.around!r} is neither a count such as 410M nor a model "
-                "folder or hub id"
+                f"folder or hub id ({error})"
             ) from error
-        model = Architecture.of(config)
         reference = model.amount(model.sizes, self.measure, context_length)
         return Bin.around(reference, self.tolerance, self.measure, context_length)
 
