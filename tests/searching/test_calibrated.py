@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import pytest
 import torch
 from tests.conftest import extract, random_teacher
+from tests.searching.conftest import BLOCK_LENGTH
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from headstart.calibration.propagate import propagation_flops
@@ -30,10 +31,7 @@ from headstart.searching.settings import SearchSettings
 from headstart.searching.space import SpaceName
 from headstart.system import device
 from headstart.text.blocks import TokenBlocks
-from headstart.text.prepare import prepare
-from headstart.text.settings import DataSettings
 
-BLOCK_LENGTH = 32
 SETTINGS = SearchSettings(
     bin=BinSettings(low="25K", high="35K"),
     evolution=EvolutionSettings(population=5, generations=2, elites=2),
@@ -41,14 +39,6 @@ SETTINGS = SearchSettings(
     tokens=300,
     calibration_tokens=600,
 )
-
-
-@pytest.fixture(scope="module")
-def blocks(
-    corpus: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> TokenBlocks:
-    settings = DataSettings(str(corpus), block_length=BLOCK_LENGTH, search_fraction=0.2)
-    return prepare(settings, teacher_folder, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from tests.searching.conftest import CONFIG
 
 from headstart.model.architecture import Architecture
 from headstart.searching.bins import Bin
@@ -24,15 +24,6 @@ from headstart.searching.racing import Race, RacingSettings
 from headstart.searching.space import Space, SpaceName
 from headstart.searching.units import Units
 
-CONFIG = LlamaConfig(
-    vocab_size=100,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=8,
-)
 GRID = GridSettings(embed_step=16, mlp_step=16)
 BIN, NARROW = Bin(40_000, 90_000), Bin(60_000, 62_000)
 TARGET = {"layers": 4, "embed": 48, "kv_groups": 3, "mlp": 112}

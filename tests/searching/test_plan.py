@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.searching.conftest import CONFIG
 from transformers import LlamaConfig
 
 from headstart.model.architecture import Architecture
@@ -28,15 +29,6 @@ from headstart.searching.racing import Race, RacingSettings
 from headstart.searching.run import space_of
 from headstart.searching.settings import SearchSettings
 
-CONFIG = LlamaConfig(
-    vocab_size=100,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=8,
-)
 TEACHER = Architecture.of(CONFIG)
 SETTINGS = SearchSettings(
     init="slice",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import extract
+from tests.searching.conftest import BLOCK_LENGTH
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.losses.next_token import mean_loss
@@ -31,8 +32,6 @@ from headstart.searching.racing import RacingSettings
 from headstart.searching.run import search
 from headstart.searching.settings import SearchSettings
 from headstart.text.blocks import TokenBlocks
-from headstart.text.prepare import prepare
-from headstart.text.settings import DataSettings
 
 SETTINGS = SearchSettings(
     bin=BinSettings(low="25K", high="35K"),
@@ -41,15 +40,6 @@ SETTINGS = SearchSettings(
     calibration_tokens=600,
     batch_size=4,
 )
-BLOCK_LENGTH = 32
-
-
-@pytest.fixture(scope="module")
-def blocks(
-    corpus: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> TokenBlocks:
-    settings = DataSettings(str(corpus), block_length=BLOCK_LENGTH, search_fraction=0.2)
-    return prepare(settings, teacher_folder, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

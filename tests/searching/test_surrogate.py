@@ -6,7 +6,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig
+from tests.searching.conftest import CONFIG
 
 from headstart.model.architecture import Architecture
 from headstart.searching.bins import Bin
@@ -16,15 +16,6 @@ from headstart.searching.space import Space, SpaceName
 from headstart.searching.surrogate import MAX_KNOWN, Surrogate
 from headstart.searching.units import Units
 
-CONFIG = LlamaConfig(
-    vocab_size=100,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=8,
-)
 TEACHER = Architecture.of(CONFIG)
 TOTALS = TEACHER.sizes
 every_space = pytest.mark.parametrize("name", get_args(SpaceName))

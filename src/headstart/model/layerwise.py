@@ -6,6 +6,7 @@ module imports it only when it is needed.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def layerwise_config(family: str, entries: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
+@cache  # asked at every config that is loaded or made
 def register() -> None:
     """Make the layer-wise classes known to transformers' auto classes."""
     from transformers import AutoConfig, AutoModelForCausalLM

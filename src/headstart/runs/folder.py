@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.system.errors import UserError
-from headstart.system.files import UNFINISHED, write_json, write_whole
+from headstart.system.files import UNFINISHED, read_json, write_json, write_whole
 from headstart.system.settings import differences, with_defaults
 
 LOCK = ".lock"
@@ -63,13 +62,12 @@ def pin_inputs(folder: Path, inputs: dict[str, str]) -> None:
         UserError: something has changed since the run was begun.
     """
     kept = folder / "inputs.json"
-    if kept.is_file():
-        for name, before in json.loads(kept.read_text()).items():
-            if inputs.get(name) != before:
-                raise UserError(
-                    f"the {name} has changed since {folder} was begun; restore it or choose "
-                    "another --output"
-                )
+    for name, before in (read_json(kept) or {}).items():
+        if inputs.get(name) != before:
+            raise UserError(
+                f"the {name} has changed since {folder} was begun; restore it or choose "
+                "another --output"
+            )
     write_json(kept, inputs)
 
 

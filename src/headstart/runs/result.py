@@ -20,6 +20,7 @@ from headstart.demo import DEMO, TEACHER, teacher_name
 from headstart.model.spec import SEARCH_COSTS, load_spec
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.reports.table import FORMAT, SCRATCH
+from headstart.system.files import read_json
 from headstart.training.arms import ArmInputs
 
 VARIANT_KEYS = ("learning_rate", "folder", "sweep", "seeds", "loss_spread", "best")
@@ -54,8 +55,7 @@ def result_of(
     teacher_count, student_count = teacher.count(block_length), student.count(block_length)
     subnet_file = inputs.student.folder / "subnet.json"
     origin = json.loads(subnet_file.read_text())
-    found = folder / "search.json"
-    outcome = json.loads(found.read_text()) if found.is_file() else None
+    outcome = read_json(folder / "search.json")
     costs = {key: origin.get(key, 0) for key in SEARCH_COSTS}
     upfront_flops = costs["calibration_flops"] + costs["search_flops"]
     arms = []

@@ -42,7 +42,7 @@ from headstart.searching.space import Space
 from headstart.system.device import default_device, load_frozen
 from headstart.system.distributed import from_main, is_main, process_group
 from headstart.system.errors import UserError
-from headstart.system.files import write_json
+from headstart.system.files import read_json, write_json
 from headstart.system.progress import progress
 from headstart.text.blocks import TokenBlocks
 
@@ -89,9 +89,7 @@ def search(
         identity = {"teacher_hash": teacher.hash, "data": blocks.manifest["fingerprint"]}
         journal = Journal(folder / "search.jsonl", identity, settings)
         finished = folder / "search.json"
-        outcome: dict[str, Any] | None = from_main(
-            lambda: json.loads(finished.read_text()) if finished.is_file() else None
-        )
+        outcome: dict[str, Any] | None = from_main(lambda: read_json(finished))
         if outcome is not None:
             return outcome
         source = Calibration(teacher)

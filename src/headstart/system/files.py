@@ -54,6 +54,11 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote, or None where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 @contextmanager
 def finished_folder(target: Path) -> Iterator[Path]:
     """Give an empty folder that becomes `target` only if the block ends without an error.

@@ -16,7 +16,7 @@ from headstart.model.checkpoint import Checkpoint
 from headstart.system.device import peak_flops
 from headstart.system.distributed import from_main, is_main
 from headstart.system.errors import UserError
-from headstart.system.files import write_json
+from headstart.system.files import read_json, write_json
 from headstart.system.progress import progress
 from headstart.text.blocks import BlockDataset, TokenBlocks
 from headstart.training.arguments import check_step, tokens_per_step, training_arguments
@@ -82,9 +82,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             less text than one step takes.
     """
     finished = folder / "arm.json"
-    result: dict[str, Any] | None = from_main(
-        lambda: json.loads(finished.read_text()) if finished.is_file() else None
-    )
+    result: dict[str, Any] | None = from_main(lambda: read_json(finished))
     if result is not None:
         return result
     schedule = _schedule(arm, inputs, folder)
