@@ -193,7 +193,7 @@ def compare(
 ) -> Trained:
     """Train all arms of one size and budget."""
     output = Path(options.output)
-    calibration = blocks.spread("train", options.calibration_tokens)
+    calibration = blocks.sample("train", options.calibration_tokens)
     cut = students(SIZES[size_name], teacher, calibration, output / "students" / size_name)
     settings = PretrainSettings(
         tokens=budget.tokens,

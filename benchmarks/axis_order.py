@@ -26,7 +26,7 @@ SEED = 0
 
 def main() -> None:
     teacher = load()
-    calibration = teacher.blocks.first("train", CALIBRATION_TOKENS).split(8)
+    calibration = teacher.blocks.sample("train", CALIBRATION_TOKENS).split(8)
     orders = {"teacher": Orders.of_teacher(teacher.architecture.sizes)}
     for units in get_args(UnitImportance):
         orders[units] = measure_importance(teacher.model, calibration, units).orders()

@@ -34,7 +34,7 @@ class RealTeacher:
         """The loss on so many held-out tokens of the search split."""
         tied = {"lm_head.weight"} if self.architecture.config.tie_word_embeddings else set()
         state = {name: one for name, one in self.model.state_dict().items() if name not in tied}
-        held_out = self.blocks.first("search", num_tokens)
+        held_out = self.blocks.sample("search", num_tokens)
         batch_size = max(1, 2048 // held_out.shape[1])
         return HeldOutLoss(state, self.architecture, self.orders, held_out, batch_size)
 
@@ -49,6 +49,6 @@ def load() -> RealTeacher:
     teacher = Checkpoint.open(recipe.teacher)
     blocks = prepare(recipe.data, teacher.folder)
     model = load_frozen(teacher.folder, default_device())
-    calibration = blocks.first("train", CALIBRATION_TOKENS)
+    calibration = blocks.sample("train", CALIBRATION_TOKENS)
     importance = measure_importance(model, calibration.split(8))
     return RealTeacher(model, teacher.architecture, blocks, importance.orders())

@@ -146,8 +146,8 @@ def main() -> None:
     source = options.data or str(demo_corpus())
     settings = DataSettings(source, block_length=BLOCK_TOKENS, max_tokens=4_000_000)
     prepared = prepare(settings, folder)
-    calibration = prepared.spread("train", options.calibration_tokens)
-    blocks = prepared.spread("validation", options.tokens)
+    calibration = prepared.sample("train", options.calibration_tokens)
+    blocks = prepared.sample("validation", options.tokens)
     print(f"{blocks.numel():,} held-out tokens of {source}; {torch.get_num_threads()} threads")
     missed = False
     if not options.untimed:
@@ -168,7 +168,7 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     whole = mean_loss(model, blocks, 4)
-    batches = prepared.spread("train", ORDER_TOKENS).split(4)
+    batches = prepared.sample("train", ORDER_TOKENS).split(4)
     active, contributing = (
         measure_importance(model, batches, units).orders()
         for units in ("activation", "contribution")

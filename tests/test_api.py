@@ -133,12 +133,12 @@ def test_a_calibrated_student_is_what_was_scored_and_refitted(
     found = search()
     assert search() == found
     blocks = prepare(replace(data, source=str(corpus)), teacher_folder)
-    text = blocks.spread("train", settings.calibration_tokens)
+    text = blocks.sample("train", settings.calibration_tokens)
     as_scored = replace(calibrate(Checkpoint.open(teacher_folder), init, text), blocks=None)
     losses = [
         mean_loss(
             headstart.extract(teacher_folder, found.spec, calibration),
-            blocks.first("search", settings.tokens),
+            blocks.sample("search", settings.tokens),
             4,
         )
         for calibration in (as_scored, found.calibration)
@@ -158,7 +158,7 @@ def test_the_python_path_charges_what_the_command_charges(
     settings = replace(SETTINGS, init=init)
     found = headstart.search(teacher_folder, corpus, bin, tmp_path / "run", settings, data=data)
     text = prepare(replace(data, source=str(corpus)), teacher_folder)
-    blocks = None if init == "slice" else text.spread("train", settings.calibration_tokens)
+    blocks = None if init == "slice" else text.sample("train", settings.calibration_tokens)
     by_command = extract_found(
         Checkpoint.open(teacher_folder),
         tmp_path / "run" / "search.json",

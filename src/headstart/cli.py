@@ -304,7 +304,7 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
     teacher = Checkpoint.open(options.teacher)
     if settings:
         text = prepare(settings, teacher.folder)
-        calibration_blocks = text.spread("train", options.calibration_tokens)
+        calibration_blocks = text.sample("train", options.calibration_tokens)
     student = extract_found(
         teacher,
         options.spec,

@@ -75,9 +75,15 @@ def test_a_key_of_a_later_version_is_named(tree: dict[str, Any]) -> None:
 
 def test_changed_inputs_are_refused(tmp_path: Path) -> None:
     pin_inputs(tmp_path, {"data": "1", "teacher": "2"})
-    pin_inputs(tmp_path, {"data": "1", "teacher": "2", "later": "3"})
+    pin_inputs(tmp_path, {"data": "1", "teacher": "2"})
     with pytest.raises(UserError, match="the teacher has changed since"):
-        pin_inputs(tmp_path, {"data": "1", "teacher": "4", "later": "3"})
+        pin_inputs(tmp_path, {"data": "1", "teacher": "4"})
+
+
+def test_a_run_that_an_earlier_version_began_is_refused(tmp_path: Path) -> None:
+    pin_inputs(tmp_path, {"data": "1"})
+    with pytest.raises(UserError, match=r"begun by an earlier version .* another choice of blocks"):
+        pin_inputs(tmp_path, {"data": "1", "choice of blocks": "spread"})
 
 
 def test_a_folder_is_for_one_process_at_a_time(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_winners_score_is_that_of_the_student_cut_so(
 ) -> None:
     settings = replace(SETTINGS, init=init, scored_as=scored_as, space=space)
     found = search(checkpoint, blocks, settings, tmp_path)
-    calibration = blocks.spread("train", settings.calibration_tokens)
+    calibration = blocks.sample("train", settings.calibration_tokens)
     source = calibrate(checkpoint, init, calibration)
     as_scored = extract(
         source.teacher.folder,
@@ -78,7 +78,7 @@ def test_the_winners_score_is_that_of_the_student_cut_so(
         statistics=source.statistics if scored_as == "refitted" else None,
     )
     student = AutoModelForCausalLM.from_pretrained(as_scored, dtype=torch.float32).eval()
-    loss = mean_loss(student, blocks.first("search", settings.tokens), 4)
+    loss = mean_loss(student, blocks.sample("search", settings.tokens), 4)
     assert loss == pytest.approx(found["loss"], abs=1e-4)
     assert student.num_parameters() == found["parameters"]
     out = extract_found(
@@ -93,15 +93,6 @@ def test_the_winners_score_is_that_of_the_student_cut_so(
     assert written["teacher_hash"] == found["teacher"]["hash"]
 
 
-def test_calibration_reads_blocks_from_all_over_the_text(blocks: TokenBlocks) -> None:
-    split = torch.from_numpy(blocks.split("train").astype("int64"))
-    assert torch.equal(blocks.spread("train", split.numel()), split)
-    assert torch.equal(blocks.spread("train", 10 * split.numel()), split)
-    few = blocks.spread("train", 3 * BLOCK_LENGTH - 5)
-    assert torch.equal(few, split[[0, len(split) // 3, 2 * len(split) // 3]])
-    assert blocks.spread("train", 0).shape == (0, BLOCK_LENGTH)
-
-
 def test_calibration_is_charged(
     checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
 ) -> None:
@@ -110,7 +101,7 @@ def test_calibration_is_charged(
         settings = replace(SETTINGS, init=init, order="teacher", layer_order="teacher")
         settings = replace(settings, scored_as="refitted")
         costs[init] = search(checkpoint, blocks, settings, tmp_path / init)["calibration_flops"]
-    shape = blocks.spread("train", SETTINGS.calibration_tokens).shape
+    shape = blocks.sample("train", SETTINGS.calibration_tokens).shape
     teacher = checkpoint.architecture
     for init, flops in costs.items():
         assert flops == calibration_flops(teacher, init, *shape)
@@ -131,7 +122,7 @@ def test_extraction_pays_for_what_was_not_measured_yet(
     grid = GridSettings(head_dim_min=head_dim or 0)
     settings = replace(SETTINGS, init=init, scored_as=scored_as, grid=grid)
     found = search(checkpoint, blocks, settings, tmp_path)
-    text = blocks.spread("train", settings.calibration_tokens)
+    text = blocks.sample("train", settings.calibration_tokens)
     out = extract_found(
         checkpoint, tmp_path / "search.json", tmp_path / "out", calibration_blocks=text
     )

@@ -99,16 +99,18 @@ def test_the_winner_is_the_best_and_is_what_it_says(
     spec = load_spec(folder / "search.json")
     student = build_student(state.items(), checkpoint.architecture, spec)
     assert student.num_parameters() == result["parameters"]
-    assert mean_loss(student, blocks.first("search", 300), 4) == pytest.approx(result["loss"], 1e-5)
+    assert mean_loss(student, blocks.sample("search", 300), 4) == pytest.approx(
+        result["loss"], 1e-5
+    )
     if space.endswith("uniform"):
         extract(checkpoint.folder, spec, tmp_path / "student")
         student = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
-        tokens = blocks.first("search", 300)
+        tokens = blocks.sample("search", 300)
         with torch.no_grad():
             loss = float(student(input_ids=tokens, labels=tokens).loss)
         assert result["loss"] == pytest.approx(loss, abs=1e-5)
     if space.startswith("coarse") and order in ("teacher", "activation"):
-        batches = blocks.first("train", 600).split(4)
+        batches = blocks.sample("train", 600).split(4)
         scores = measure_importance(teacher, batches)
         for layer, kept in zip(spec.layers, spec.mlp, strict=True):
             first = range(len(kept))
@@ -154,7 +156,7 @@ def test_narrower_heads_and_divergence_and_finals(
     extract(checkpoint.folder, load_spec(tmp_path / "search.json"), tmp_path / "student")
 
     # The winner's score is the mean divergence from the teacher, told from all logits at once.
-    tokens = blocks.first("search", 300)
+    tokens = blocks.sample("search", 300)
     with torch.no_grad():
         student, teacher = (
             AutoModelForCausalLM.from_pretrained(folder)(tokens).logits[:, :-1].double()

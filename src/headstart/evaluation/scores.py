@@ -18,7 +18,7 @@ from headstart.text.blocks import TokenBlocks
 Scores = dict[str, Any]
 """Of one model: "loss", "perplexity", "bits_per_byte" and "tokens" on a text, and "tasks"."""
 BLOCKS_PER_BATCH = 8
-VERSION = 1
+VERSION = 2
 """Of what the memo keeps; raise it when an equal key would give other scores."""
 
 
@@ -41,12 +41,12 @@ def remembered_scores(kind: str, key: Any, measure: Callable[[], Scores]) -> Sco
 
 
 def validation_loss(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> Scores:
-    """Loss of a checkpoint on the first tokens of a corpus' validation split.
+    """Loss of a checkpoint on tokens from all over a corpus' validation split.
 
     Returns:
-        "loss" in nats per token, "tokens" that were read, and "parameters" of the model.
+        "loss" in nats per token, "tokens" that were read (see `TokenBlocks.spread`), and "parameters" of the model.
     """
-    tokens = blocks.first("validation", num_tokens)
+    tokens = blocks.sample("validation", num_tokens)
     with progress("evaluate", tokens.numel(), "tokens") as advance:
         loaded = load_frozen(model.folder, default_device())
         return {

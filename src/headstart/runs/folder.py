@@ -62,8 +62,14 @@ def pin_inputs(folder: Path, inputs: dict[str, str]) -> None:
         UserError: something has changed since the run was begun.
     """
     kept = folder / "inputs.json"
-    for name, before in (read_json(kept) or {}).items():
-        if inputs.get(name) != before:
+    before = read_json(kept)
+    for name in inputs if before else ():
+        if name not in before:
+            raise UserError(
+                f"{folder} was begun by an earlier version of headstart, which had another "
+                f"{name}; choose another --output"
+            )
+        if inputs[name] != before[name]:
             raise UserError(
                 f"the {name} has changed since {folder} was begun; restore it or choose "
                 "another --output"

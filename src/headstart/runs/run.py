@@ -169,7 +169,7 @@ def _inputs(
     for arm in recipe.pretrain.arms:
         arguments = training_arguments(recipe.train, arm, Path(recipe.output))
         check_step(tokens_per_step(arguments, recipe.data.block_length), text)
-    inputs = {"data": text.fingerprint, "teacher": teacher.hash}
+    inputs = {"data": text.fingerprint, "teacher": teacher.hash, "choice of blocks": "spread"}
     if recipe.student and student is not None:
         inputs["student"] = student.hash
     return inputs

@@ -55,7 +55,7 @@ def _calibration_blocks(run: Run) -> Int[Tensor, "blocks tokens"] | None:
     settings = run.recipe.search
     if settings.init == "slice":
         return None
-    return run.text.spread("train", settings.calibration_tokens)
+    return run.text.sample("train", settings.calibration_tokens)
 
 
 def calibration_of(run: Run, spec: SubnetSpec) -> Calibration:

@@ -94,7 +94,7 @@ def search(
             return outcome
         source = Calibration(teacher)
         if is_measured(settings.init, settings.scored_as):
-            tokens = blocks.spread("train", settings.calibration_tokens)
+            tokens = blocks.sample("train", settings.calibration_tokens)
             source = from_main(lambda: calibrate(teacher, settings.init, tokens))
         model = load_frozen(source.teacher.folder, default_device())
         searched = _Search(model, source, blocks, settings, journal, identity)
@@ -121,7 +121,7 @@ class _Search:
         self.blocks, self.identity = blocks, identity
         # As it is on disk: loading may change its precision, which bins in bytes read.
         self.teacher = source.teacher.architecture
-        held_out = blocks.first("search", settings.tokens)
+        held_out = blocks.sample("search", settings.tokens)
         self.context_length = held_out.shape[1]
         # The teacher was rotated already, if it is to be.
         self.bin = settings.bin.resolve(self.context_length)
@@ -183,7 +183,7 @@ class _Search:
         depth: DepthImportance = (
             "magnitude" if settings.layer_order == "teacher" else settings.layer_order
         )
-        calibration = self.blocks.first("train", settings.calibration_tokens)
+        calibration = self.blocks.sample("train", settings.calibration_tokens)
         batches = calibration.split(self.batch_size)  # type: ignore[no-untyped-call]
         key = {
             "teacher": self.identity["teacher_hash"],
@@ -233,7 +233,7 @@ class _Search:
         whole = [score for score in ranked(scores) if score.tokens == num_tokens]
         finalists = choose_finalists(whole, settings.count)
         needed = settings.steps * settings.batch_size * self.context_length
-        train_blocks = self.blocks.first("train", needed)
+        train_blocks = self.blocks.sample("train", needed)
         with progress("finals", len(finalists), "finalists") as advance:
             return run_finals(
                 finalists,

@@ -63,20 +63,36 @@ class TokenBlocks:
         dtype = np.dtype(self.manifest["dtype"])
         return np.memmap(self.folder / f"{name}.bin", dtype=dtype, mode="r", shape=shape)
 
-    def first(self, name: SplitName, num_tokens: int) -> Int[torch.Tensor, "blocks tokens"]:
-        """At least so many tokens of a split as whole blocks, or all that it has."""
-        array = self.split(name)
-        return torch.from_numpy(array[: -(-num_tokens // array.shape[1])].astype(np.int64))
+    def spread(self, name: SplitName, num_tokens: int) -> MixedBlocks:
+        """Blocks from all over a split: at least so many tokens of it, or all that it has.
 
-    def spread(self, name: SplitName, num_tokens: int) -> Int[torch.Tensor, "blocks tokens"]:
-        """As many blocks as `first` gives, at even distances from all over the split.
-
-        The first ones may be of a handful of long documents.
+        A split's first blocks are those of its first file. These lie at even distances, and in an
+        order in which those of any beginning do so too, so that few tokens stand for the split as
+        well as they can.
         """
         array = self.split(name)
         count = min(-(-num_tokens // array.shape[1]), len(array))
-        chosen = [array[place * len(array) // count] for place in range(count)]
-        return torch.from_numpy(np.array(chosen, np.int64).reshape(count, array.shape[1]))
+        rows = [place * len(array) // count for place in _halving_order(count)]
+        order = np.column_stack([np.zeros(count, int), np.array(rows, int)])
+        return MixedBlocks([array], order)
+
+    def sample(self, name: SplitName, num_tokens: int) -> Int[torch.Tensor, "blocks tokens"]:
+        """The token ids of `spread`, in memory."""
+        return torch.from_numpy(self.spread(name, num_tokens)[:].astype(np.int64))
+
+
+def _halving_order(count: int) -> list[int]:
+    """The numbers below a count, so that those of any beginning are at about even distances.
+
+    Source: the radical inverse in base 2 (van der Corput, 1935).
+
+    >>> _halving_order(8), _halving_order(5)
+    ([0, 4, 2, 6, 1, 5, 3, 7], [0, 4, 2, 1, 3])
+    """
+    order, num_bits = [0], max(0, count - 1).bit_length()
+    for bit in range(num_bits):
+        order += [place + (1 << num_bits - 1 - bit) for place in order]
+    return [place for place in order if place < count]
 
 
 class BlockDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

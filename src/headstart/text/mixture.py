@@ -12,14 +12,14 @@ from jaxtyping import Int, UInt
 
 @dataclass(frozen=True)
 class MixedBlocks:
-    """Blocks of several corpora in one order, read like one memory-mapped array of token ids.
+    """Chosen blocks of one or several corpora, read like one memory-mapped array of token ids.
 
     Attributes:
         parts: The token ids of each corpus, [num_blocks, block_length].
         order: The part and the row in it of each block.
     """
 
-    parts: Sequence[UInt[np.ndarray, "num_blocks block_length"]]
+    parts: Sequence[UInt[np.ndarray, "num_blocks block_length"] | MixedBlocks]
     order: Int[np.ndarray, "num_blocks 2"]
 
     def __len__(self) -> int:

@@ -86,13 +86,12 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     if result is not None:
         return result
     schedule = _schedule(arm, inputs, folder)
-    trainer, validation_blocks = _trained(arm, inputs, schedule)
+    trainer, validation_tokens = _trained(arm, inputs, schedule)
     trainer.save_model(str(folder / "model"))
-    block_length = inputs.blocks.split("validation").shape[1]
     result = {
         "tokens": schedule.num_steps * schedule.step_tokens,
         "tokens_per_step": schedule.step_tokens,
-        "validation_tokens": validation_blocks * block_length,
+        "validation_tokens": validation_tokens,
         "seconds": trainer.seconds,
         **_curve(trainer.state.log_history, schedule.step_tokens),
     }
@@ -130,7 +129,7 @@ def _schedule(arm: Arm, inputs: ArmInputs, folder: Path) -> Schedule:
 
 
 def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[DistillationTrainer, int]:
-    """The trainer of an arm after its last step, and the number of validation blocks it used."""
+    """The trainer of an arm after its last step, and the number of validation tokens it used."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
     from transformers.data import default_data_collator
 
@@ -143,10 +142,7 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[Distillat
         model = AutoModelForCausalLM.from_pretrained(schedule.checkpoint, dtype=torch.float32)
     train_dataset = _train_dataset(arm, inputs, schedule)
     teacher = _teacher(arm, inputs, model, arguments)
-    validation_split = inputs.blocks.split("validation")
-    validation_blocks = min(
-        math.ceil(settings.validation_tokens / validation_split.shape[1]), len(validation_split)
-    )
+    validation_blocks = inputs.blocks.spread("validation", settings.validation_tokens)
     num_tokens = schedule.num_steps * schedule.step_tokens
     with progress(f"pretrain {arm.name}", num_tokens, "tokens") as advance:
         on_step = _step_reporter(advance, schedule.step_tokens)
@@ -158,7 +154,7 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[Distillat
             processing_class=AutoTokenizer.from_pretrained(inputs.teacher.folder),
             data_collator=default_data_collator,
             train_dataset=train_dataset,
-            eval_dataset=BlockDataset(validation_split, validation_blocks, inputs.blocks.separator),
+            eval_dataset=BlockDataset(validation_blocks, separator=inputs.blocks.separator),
             teacher=teacher,
             distillation=arm.kd,
             tokens_per_step=schedule.step_tokens,
@@ -175,7 +171,7 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[Distillat
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer, validation_blocks
+    return trainer, validation_blocks.size
 
 
 def _step_reporter(advance: Callable[..., None], step_tokens: int) -> Callable[[int, str], None]:
