@@ -22,7 +22,13 @@ DOCUMENTS = [
     " ".join(f"w{random.Random(n * 1000 + i).randrange(NUM_WORDS)}" for i in range(3 + n % 40))
     for n in range(200)
 ]
-SETTINGS = DataSettings(block_length=8, validation_fraction=0.2, search_fraction=0.1, seed=3)
+SETTINGS = DataSettings(
+    block_length=8,
+    validation_fraction=0.2,
+    search_fraction=0.1,
+    seed=3,
+    document_separator="blank_line",
+)
 
 
 def save_tokenizer(folder: Path, num_words: int = NUM_WORDS, **special: str) -> Path:

@@ -12,7 +12,9 @@ import pyarrow.parquet
 import pytest
 from tests.text.documents import DOCUMENTS, SETTINGS, as_jsonl, blocks_by_hand, write_source
 
+from headstart.system.errors import UserError
 from headstart.text import corpus as corpus_module
+from headstart.text import plain as plain_module
 from headstart.text.prepare import check_source, prepare
 from headstart.text.settings import SPLITS, DataSettings
 
@@ -53,6 +55,76 @@ def test_windows_text_with_blank_runs_and_byte_order_mark(tmp_path: Path, tokeni
         prepared = prepare(settings, tokenizer, tmp_path / "cache")
         expected = blocks_by_hand(DOCUMENTS, "train", settings)
         np.testing.assert_array_equal(prepared.split("train"), expected)
+
+
+def documents_in(path: Path, separator: str, tokenizer: Path) -> int:
+    """How many documents a file is, by the manifest."""
+    settings = replace(SETTINGS, source=str(path), document_separator=separator)
+    prepared = prepare(settings, tokenizer, path.parent / "cache")
+    return sum(count["documents"] for count in prepared.manifest["splits"].values())
+
+
+def test_a_book_is_one_document_and_lands_in_one_split(tmp_path: Path, tokenizer: Path) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    books = ["\n\n".join(DOCUMENTS[first : first + 5]) for first in range(0, 200, 5)]
+    for number, book in enumerate(books):
+        (folder / f"{number:02}.txt").write_text(f"{book}\n")
+    settings = replace(SETTINGS, source=str(folder), document_separator="")
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    for split in SPLITS:
+        expected = blocks_by_hand(books, split, settings)
+        np.testing.assert_array_equal(prepared.split(split), expected)
+
+
+@pytest.mark.parametrize(
+    ("separator", "between"),
+    [
+        ("blank_line", "\n\n"),
+        ("blank_line", "\n  \t\n \n"),
+        ("blank_line", "\r\n\r\n\r\n"),
+        ("line", "\n"),
+        ("line", "\r\n"),
+        ("<|endoftext|>", "<|endoftext|>"),
+        ("<|endoftext|>", "\n<|endoftext|>\n"),
+        ("----", "\n----\n"),
+    ],
+)
+def test_a_separator_ends_documents(
+    separator: str, between: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_module, "READ_CHARACTERS", 7)  # cuts through every separator
+    path = tmp_path / "many.txt"
+    path.write_text(between.join(DOCUMENTS) + between, newline="")
+    settings = replace(SETTINGS, source=str(path), document_separator=separator)
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    for split in SPLITS:
+        expected = blocks_by_hand(DOCUMENTS, split, settings)
+        np.testing.assert_array_equal(prepared.split(split), expected)
+
+
+def test_one_document_is_too_little_for_three_splits(tmp_path: Path, tokenizer: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(DOCUMENTS))
+    with pytest.raises(UserError, match=r"split got 0 tokens.* data.document_separator \(a .txt"):
+        documents_in(path, "", tokenizer)
+    assert documents_in(path, "blank_line", tokenizer) == len(DOCUMENTS)
+
+
+def test_a_document_too_long_for_a_tokenizer_is_refused(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_module, "READ_CHARACTERS", 64)
+    monkeypatch.setattr(plain_module, "MAX_DOCUMENT_CHARACTERS", 1000)
+    path = tmp_path / "dump.txt"
+    path.write_text("<|end|>".join(DOCUMENTS))
+    with pytest.raises(
+        UserError, match=r"dump.txt has a document of more than 1,000 characters, as"
+    ):
+        documents_in(path, "", tokenizer)
+    with pytest.raises(UserError, match=r"as 'blank_line' ends one; set data.document_separator"):
+        documents_in(path, "blank_line", tokenizer)
+    assert documents_in(path, "<|end|>", tokenizer) == len(DOCUMENTS)
 
 
 def test_lines_of_one_paragraph_are_one_document(tmp_path: Path, tokenizer: Path) -> None:

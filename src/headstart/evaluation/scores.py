@@ -44,7 +44,7 @@ def validation_loss(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> 
     """Loss of a checkpoint on tokens from all over a corpus' validation split.
 
     Returns:
-        "loss" in nats per token, "tokens" that were read (see `TokenBlocks.spread`), and "parameters" of the model.
+        "loss" in nats per token, "tokens" that were read, and "parameters" of the model.
     """
     tokens = blocks.sample("validation", num_tokens)
     with progress("evaluate", tokens.numel(), "tokens") as advance:

@@ -23,8 +23,9 @@ from huggingface_hub import HfApi
 from headstart.demo import DEMO, demo_corpus
 from headstart.system.errors import UserError
 from headstart.system.hashing import hash_files
+from headstart.text.plain import plain_documents
 
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+BUILDERS = {".txt": "plain", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 READABLE = ".txt, .jsonl, .json (also with .gz, .bz2 or .xz after it) or .parquet"
 
@@ -94,8 +95,7 @@ def _rows_in(file: Path) -> int | None:
         return int(pyarrow.parquet.read_metadata(file).num_rows)
     if ".jsonl" not in file.name.lower():
         return None
-    opener: Any = OPENERS.get(file.suffix.lower(), open)
-    with opener(file, "rb") as stream:
+    with _opener(file)(file, "rb") as stream:
         pieces = iter(lambda: stream.read(1 << 20), b"")
         num_lines: int = sum(piece.count(b"\n") for piece in pieces)
     return num_lines
@@ -113,11 +113,20 @@ def _hub_revision(dataset_id: str) -> str:
 
 
 def _builder(path: Path) -> str | None:
-    """The datasets builder that reads a file, by its suffix."""
+    """What reads a file, by its suffix: a builder of datasets, or "plain" for our own reader."""
     plain = path.with_suffix("") if path.suffix.lower() in OPENERS else path
     builder = BUILDERS.get(plain.suffix.lower())
     # A parquet file compresses its columns itself and is read out of order: no .gz around it.
     return None if builder == "parquet" and plain != path else builder
+
+
+def is_plain_text(file: Path) -> bool:
+    """Whether a file is a .txt file, compressed or not."""
+    return _builder(file) == "plain"
+
+
+def _opener(file: Path) -> Any:
+    return OPENERS.get(file.suffix.lower(), open)
 
 
 def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
@@ -130,10 +139,6 @@ def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
     ]
 
 
-class CorruptLine(UserError):
-    """A line of a .jsonl file that is no JSON object."""
-
-
 def units_of(corpus: Corpus) -> int:
     """Into how many parts, read one by one, a corpus falls: its files, or the hub's shards."""
     return len(corpus.files) or int(_hub_stream(corpus).num_shards)
@@ -143,6 +148,7 @@ def texts_of(
     corpus: Corpus,
     unit: int,
     text_column: str,
+    document_separator: str = "",
     skip_rows: int = 0,
     on_corrupt: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
@@ -152,6 +158,7 @@ def texts_of(
         corpus: What to read.
         unit: Which part of it, below `units_of`.
         text_column: The column that holds the text; a .txt file has none.
+        document_separator: What ends a document in a .txt file, see `DataSettings`.
         skip_rows: How many rows to pass over at the start.
         on_corrupt: Called with "FILE, line N: reason" for each line of a .jsonl file that is no
             JSON object, whose text is then empty; such a line is an error when None.
@@ -160,9 +167,9 @@ def texts_of(
         UserError: A file is corrupt, lacks the column, or holds something else in it.
     """
     file = corpus.files[unit] if corpus.files else None
-    is_plain = file is not None and _builder(file) == "text"
-    column, has_column, names = "text" if is_plain else text_column, skip_rows > 0, list[str]()
-    for row in _rows(corpus, unit, column, skip_rows, on_corrupt):
+    column = "text" if file is not None and is_plain_text(file) else text_column
+    has_column, names = skip_rows > 0, list[str]()
+    for row in _rows(corpus, unit, column, document_separator, skip_rows, on_corrupt):
         has_column = has_column or column in row
         names = names or list(row)
         text = row.get(column) or ""  # an absent text is an empty one
@@ -171,9 +178,6 @@ def texts_of(
                 f"{file or corpus.source} holds {type(text).__name__}, not text, in its "
                 f"column {column!r}: set data.text_column to a column of text"
             )
-        if is_plain:
-            # The reader leaves odd newlines at a document's ends, and a byte order mark.
-            text = text.strip("\ufeff\n")
         yield "" if text.isspace() else text
     if names and not has_column:
         raise UserError(
@@ -186,6 +190,7 @@ def _rows(
     corpus: Corpus,
     unit: int,
     text_column: str,
+    document_separator: str,
     skip_rows: int,
     on_corrupt: Callable[[str], None] | None,
 ) -> Iterator[dict[str, Any]]:
@@ -195,23 +200,26 @@ def _rows(
         if file is not None and ".jsonl" in file.name.lower():
             yield from _json_lines(file, skip_rows, on_corrupt)
             return
+        if file is not None and is_plain_text(file):
+            with _opener(file)(file, "rt", encoding="utf-8-sig") as stream:
+                documents = plain_documents(stream, document_separator, file)
+                yield from ({"text": text} for text in islice(documents, skip_rows, None))
+            return
         if file is None:
             whole = _hub_stream(corpus)
             stream = split_dataset_by_node(whole, rank=unit, world_size=whole.num_shards)
         else:
-            builder = _builder(file)
-            options = {"sample_by": "paragraph"} if builder == "text" else {}
             # One file at a time, so an error names its file and columns may differ between files.
             name = glob.escape(str(file))
             stream = datasets.load_dataset(
-                builder, data_files=[name], split="train", streaming=True, **options
+                _builder(file), data_files=[name], split="train", streaming=True
             )
         if text_column in (stream.column_names or ()):
             stream = stream.select_columns([text_column])
         yield from stream.skip(skip_rows) if skip_rows else stream
     except StopIteration:  # what load_dataset raises for a compressed file with nothing in it
         return
-    except CorruptLine:
+    except UserError:
         raise
     except Exception as error:
         place = file or corpus.source
@@ -241,8 +249,7 @@ def _json_lines(
     file: Path, skip_rows: int, on_corrupt: Callable[[str], None] | None
 ) -> Iterator[dict[str, Any]]:
     """The objects of a .jsonl file, one for each line; datasets gives up at a corrupt one."""
-    opener: Any = OPENERS.get(file.suffix.lower(), open)
-    with opener(file, "rb") as lines:
+    with _opener(file)(file, "rb") as lines:
         for number, line in enumerate(islice(lines, skip_rows, None), skip_rows + 1):
             row: Any = {}
             try:
@@ -251,7 +258,7 @@ def _json_lines(
             except (ValueError, RecursionError) as error:
                 reason = first_line(error)
             if reason and on_corrupt is None:
-                raise CorruptLine(f"cannot read {file}, line {number}: {reason}; mend or remove it")
+                raise UserError(f"cannot read {file}, line {number}: {reason}; mend or remove it")
             if reason and on_corrupt is not None:
                 on_corrupt(f"{file}, line {number}: {reason}")
                 row = {}

@@ -24,7 +24,15 @@ from headstart.system.files import cache_root, finished_folder, write_json
 from headstart.system.hashing import hash_json
 from headstart.system.progress import console
 from headstart.text.blocks import TokenBlocks, finished_blocks
-from headstart.text.corpus import Corpus, find_corpus, first_line, inputs_of, texts_of, units_of
+from headstart.text.corpus import (
+    Corpus,
+    find_corpus,
+    first_line,
+    inputs_of,
+    is_plain_text,
+    texts_of,
+    units_of,
+)
 from headstart.text.mixture import mixed_order
 from headstart.text.settings import SPLITS, DataSettings
 from headstart.text.tokenise import Tokenisation, remove_parts
@@ -33,7 +41,7 @@ LAYOUT_VERSION = 3
 """Part of the fingerprint: raise it when the same inputs give other bytes."""
 FINGERPRINTED = (
     "text_column", "block_length", "validation_fraction", "search_fraction", "seed", "max_tokens",
-    "strict",
+    "strict", "document_separator",
 )  # fmt: skip
 """The settings that decide the bytes. Where the same content lies is not among them."""
 BLOCKS_PER_CHECK = 4096
@@ -142,7 +150,7 @@ def _prepare_one(
         dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
         try:
             counts = Tokenisation(corpus, unfinished, settings, tokenizer, dtype).run()
-            _count_blocks(counts["splits"], settings)
+            _count_blocks(counts["splits"], settings, any(map(is_plain_text, corpus.files)))
         except UserError:
             if is_main():  # nothing that goes on from here would end otherwise
                 shutil.rmtree(unfinished)
@@ -204,7 +212,9 @@ def _acquire(lock: BaseFileLock, folder: Path) -> None:
         lock.acquire()
 
 
-def _count_blocks(counts: dict[str, dict[str, int]], settings: DataSettings) -> None:
+def _count_blocks(
+    counts: dict[str, dict[str, int]], settings: DataSettings, is_plain: bool
+) -> None:
     """Add the whole blocks of each split, or say which has none though it has a share."""
     if settings.max_tokens:
         counts["train"]["tokens"] = min(counts["train"]["tokens"], settings.max_tokens)
@@ -212,6 +222,8 @@ def _count_blocks(counts: dict[str, dict[str, int]], settings: DataSettings) -> 
         count["blocks"] = count["tokens"] // settings.block_length
         if count["blocks"] == 0 and (name == "validation" or not settings.is_validation_only):
             mend = "" if name == "train" else f", a larger data.{name}_fraction"
+            if is_plain and not settings.document_separator:
+                mend += ", data.document_separator (a .txt file is one document without it)"
             raise UserError(
                 f"the {name} split got {count['tokens']} tokens, less than one block of "
                 f"{settings.block_length}: give more text{mend} or a smaller data.block_length"
@@ -284,8 +296,11 @@ def _checked_corpus(settings: DataSettings) -> Corpus:
     """The corpus of some settings, if there is any text in it."""
     corpus = find_corpus(settings.source)
     on_corrupt = None if settings.strict else (lambda line: None)
-    column = settings.text_column
-    units = (texts_of(corpus, unit, column, 0, on_corrupt) for unit in range(units_of(corpus)))
+    column, separator = settings.text_column, settings.document_separator
+    units = (
+        texts_of(corpus, unit, column, separator, on_corrupt=on_corrupt)
+        for unit in range(units_of(corpus))
+    )
     if not any(text for texts in units for text in texts):
         raise UserError(f"{settings.source} holds no text: every document is empty")
     return corpus

@@ -38,8 +38,9 @@ class DataSettings:
 
     Attributes:
         source: A file, a folder of files, the id of a dataset on the Hugging Face hub (its "train"
-            split is read), or "demo" for the demo's corpus. In a .txt file a document is a run of
-            lines up to a blank line.
+            split is read), or "demo" for the demo's corpus.
+        document_separator: What ends a document in a .txt file: "blank_line", "line" (each line is
+            a document), or a text such as "<|endoftext|>". A file is one document when empty.
         text_column: The column that holds the text; a .txt file has no columns and ignores it.
         block_length: Tokens per block.
         validation_fraction: Share of the documents that results are reported on.
@@ -56,6 +57,7 @@ class DataSettings:
     """
 
     source: str = ""
+    document_separator: str = ""
     text_column: str = "text"
     block_length: int = 512
     validation_fraction: float = 0.05

@@ -120,8 +120,8 @@ class Tokenisation:
         advance(state.rows, "resumed" if state.rows else None)
         corrupt_lines: list[str] = []  # since the last batch
         on_corrupt = None if self.settings.strict else corrupt_lines.append
-        column = self.settings.text_column
-        texts = texts_of(self.corpus, unit, column, state.rows, on_corrupt)
+        column, separator = self.settings.text_column, self.settings.document_separator
+        texts = texts_of(self.corpus, unit, column, separator, state.rows, on_corrupt)
         with ExitStack() as stack:
             files: dict[str, BinaryIO] = {}
             for name in SPLITS:
