@@ -40,7 +40,7 @@ from headstart.losses.distillation import DistillationSettings
 from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
 from headstart.model.spec import Indices, SubnetSpec
 from headstart.runs.extraction import extract_student
-from headstart.runs.result import tokens_to_match
+from headstart.runs.result import match_of, matched_tokens
 from headstart.searching.candidate import Orders
 from headstart.searching.importance import measure_importance
 from headstart.system.device import default_device, load_frozen
@@ -178,12 +178,6 @@ def charged(result: dict[str, Any], arm: Arm, inputs: ArmInputs) -> list[dict[st
     return curve
 
 
-def reached(curve: list[dict[str, float]], unit: str, target: float) -> float | None:
-    """Tokens or FLOPs at which a curve is at or below a loss."""
-    spent, losses = ([point[key] for point in curve] for key in (unit, "loss"))
-    return tokens_to_match(spent, losses, target)
-
-
 def compare(
     budget: Budget,
     size_name: str,
@@ -229,15 +223,19 @@ def compare(
 def headline(trained: Trained) -> float:
     """The budget over the tokens in which the best calibrated arm matches the importance slice, at
     least those of one step."""
-    result, curve = trained[IMPORTANCE]
-    matches = [reached(trained[name][1], "tokens", curve[-1]["loss"]) for name in CALIBRATED]
-    soonest = min((match for match in matches if match is not None), default=float("inf"))
-    return float(curve[-1]["tokens"] / max(soonest, result["tokens_per_step"]))
+    _, target = trained[IMPORTANCE]
+    arms = (trained[name] for name in CALIBRATED)
+    matches = [
+        max(found, result["tokens_per_step"])
+        for result, curve in arms
+        if (found := matched_tokens(curve, target[-1]["loss"], 0)) is not None
+    ]
+    return float(target[-1]["tokens"] / min(matches, default=float("inf")))
 
 
 def rows(size_name: str, trained: Trained) -> list[str]:
     """The table's rows of one size and budget."""
-    targets = {name: trained[name][1][-1] for name in (SCRATCH, IMPORTANCE)}
+    targets = [trained[name][1] for name in (SCRATCH, IMPORTANCE)]
     return [_row(size_name, name, *found, targets) for name, found in trained.items()]
 
 
@@ -246,20 +244,18 @@ def _row(
     name: str,
     result: dict[str, Any],
     curve: list[dict[str, float]],
-    targets: dict[str, dict[str, float]],
+    targets: list[list[dict[str, float]]],
 ) -> str:
     spread = result["loss_spread"]
     cells = [size_name, f"{curve[-1]['tokens']:,}", name, f"{result['learning_rate']:g}"]
     cells += [f"{curve[0]['loss']:.3f}", f"{curve[-1]['loss']:.3f}"]
     cells.append("" if spread is None else f"{spread:.3f}")
-    for last in targets.values():
-        for unit in ("tokens", "flops"):
-            spent, whole = reached(curve, unit, last["loss"]), last[unit]
-            if spent is None:
-                cells.append("never")
-            else:
-                amount = f"{spent:,.0f}" if unit == "tokens" else f"{spent:.2e}"
-                cells.append(f"{amount} ({whole / spent:.2f}x)" if spent else "0, before training")
+    for target in targets:
+        match = match_of(curve, target, result["tokens_per_step"])
+        for unit, form in (("tokens", "{:,.0f}"), ("flops", "{:.2e}")):
+            spent, factor = match[f"{unit}_to_match"], match[f"{unit}_factor"]
+            amount = "never" if spent is None else form.format(spent)
+            cells.append(amount if factor is None else f"{amount} ({factor:.2f}x)")
     return f"| {' | '.join(cells)} |"
 
 

@@ -27,6 +27,7 @@ def make_arm(name: str, **changes: Any) -> Result:
         "flops_to_match": 2.0e12,
         "flops_factor": 2.0,
         "loss_difference": -0.71,
+        "tokens_per_step": 512,
         "seconds": 95.0,
         "curve": [
             {"tokens": 0, "flops": 1e12, "loss": 9.1},

@@ -62,6 +62,19 @@ def test_cells_of_an_arm_that_matched_before_training() -> None:
     assert row["FLOPs to match"] == "2.00e12"
 
 
+def test_an_arm_that_matched_within_a_step_claims_no_more_than_the_budget_in_steps() -> None:
+    arm = make_arm("subnet", tokens_to_match=512.0, tokens_factor=98.0)
+    result = make_result(SCRATCH_ARM, arm)
+    row = cells(result, "subnet")
+    assert row["tokens to match"] == "within the first step"
+    assert row["fewer tokens"] == "≥ 98.0x"
+    assert (row["FLOPs to match"], row["fewer FLOPs"]) == ("≤ 2.00e12", "≥ 2.00x")
+    assert headline(result) == (
+        "subnet reaches scratch's loss of 6.71 nats within the first step, that is 512 of 50,176 "
+        "tokens: at least 98.0x fewer. Counting the search, it needs at least 2.00x fewer FLOPs."
+    )
+
+
 def test_cells_of_an_arm_that_never_matched() -> None:
     row = cells(make_result(SCRATCH_ARM, never_matched("subnet", 0.12)), "subnet")
     assert row["tokens to match"] == "not within 50,176 tokens"
@@ -180,7 +193,7 @@ def test_load_result_names_a_missing_file(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "has format None"),
-        ('{"format": "headstart-result/2"}', "has format 'headstart-result/2'"),
+        ('{"format": "headstart-result/1"}', "has format 'headstart-result/1'"),
         (json.dumps({"format": FORMAT}), "lacks name, created"),
         (json.dumps(make_result()), "has no arms"),
         (json.dumps(make_result({"name": "subnet"})), "arm 'subnet' lacks init, kd"),

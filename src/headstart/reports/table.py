@@ -20,7 +20,7 @@ from headstart.system.formats import NOTHING, count_text, duration_text, flops_t
 
 Result = dict[str, Any]
 
-FORMAT = "headstart-result/1"
+FORMAT = "headstart-result/2"
 SCRATCH = "scratch"
 COLUMNS = (
     "arm",
@@ -38,7 +38,7 @@ _RESULT_KEYS = (
 )
 _ARM_KEYS = (
     "name init kd learning_rate parameters tokens loss_before loss_final tokens_to_match "
-    "tokens_factor flops_to_match flops_factor loss_difference seconds curve"
+    "tokens_factor flops_to_match flops_factor loss_difference tokens_per_step seconds curve"
 )
 
 
@@ -113,13 +113,16 @@ def _row(arm: Result, compared: bool) -> tuple[str, ...]:
             tokens = f"not within {arm['tokens']:,} tokens"
         elif arm["tokens_to_match"] == 0:
             tokens = "before training"
+        elif is_within_first_step(arm):
+            tokens = "within the first step"
         else:
             tokens = f"{round(arm['tokens_to_match']):,}"
+        at_least, at_most = ("≥ ", "≤ ") if is_within_first_step(arm) else ("", "")
         comparison = [
             tokens,
-            _text(arm["tokens_factor"], factor_text),
-            _text(arm["flops_to_match"], flops_text),
-            _text(arm["flops_factor"], factor_text),
+            _text(arm["tokens_factor"], factor_text, at_least),
+            _text(arm["flops_to_match"], flops_text, at_most),
+            _text(arm["flops_factor"], factor_text, at_least),
         ]
     return (
         arm["name"],
@@ -131,8 +134,13 @@ def _row(arm: Result, compared: bool) -> tuple[str, ...]:
     )
 
 
-def _text(value: float | None, as_text: Callable[[float], str]) -> str:
-    return NOTHING if value is None else as_text(value)
+def _text(value: float | None, as_text: Callable[[float], str], bound: str = "") -> str:
+    return NOTHING if value is None else bound + as_text(value)
+
+
+def is_within_first_step(arm: Result) -> bool:
+    """Whether an arm matched scratch in its first step, so that its factors are lower bounds."""
+    return bool(0 < (arm["tokens_to_match"] or 0) <= arm["tokens_per_step"])
 
 
 def result_table(result: Result) -> Table:
@@ -188,6 +196,12 @@ def match_sentence(result: Result) -> str:
         )
     if best["tokens_to_match"] == 0:
         return f"{name} is at or below {loss} before training; at equal tokens it ends {side}."
+    if is_within_first_step(best):
+        factor = f"at least {factor_text(best['tokens_factor'])}"
+        return (
+            f"{name} reaches {loss} within the first step, that is {best['tokens_per_step']:,} of "
+            f"{best['tokens']:,} tokens: {factor} fewer."
+        )
     matching = f"{round(best['tokens_to_match']):,} of {best['tokens']:,} tokens"
     factor = best["tokens_factor"]
     return f"{name} reaches {loss} after {matching}: {factor_text(factor)} fewer."
@@ -220,5 +234,6 @@ def cost_sentence(result: Result) -> str:
         "Counting the search" if result["costs"]["search_flops"] else "With no search to count"
     )
     if factor >= 1:
-        return f"{counted}, it needs {factor_text(factor)} fewer FLOPs."
+        bound = "at least " if is_within_first_step(best) else ""
+        return f"{counted}, it needs {bound}{factor_text(factor)} fewer FLOPs."
     return f"{counted}, it costs {factor_text(1 / factor)} more FLOPs at this budget."

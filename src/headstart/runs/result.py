@@ -6,13 +6,14 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import headstart
@@ -23,8 +24,12 @@ from headstart.reports.table import FORMAT, SCRATCH
 from headstart.system.files import read_json
 from headstart.training.arms import ArmInputs
 
-VARIANT_KEYS = ("learning_rate", "folder", "sweep", "seeds", "loss_spread", "best")
+VARIANT_KEYS = (
+    "learning_rate", "folder", "sweep", "seeds", "loss_spread", "best", "tokens_per_step",
+)  # fmt: skip
 """What an arm's entry takes over from its training."""
+Curve = Sequence[Mapping[str, float]]
+"""Evaluations by ascending tokens; each with "tokens", "flops" and "loss"."""
 SEARCH_KEYS = (
     "init", "space", "order", "layer_order", "fitness", "measure", "bin", "spec", "candidates",
     "winner", "front",
@@ -93,17 +98,16 @@ def result_of(
             }
         )
     scratch = next((entry for entry in arms if entry["name"] == SCRATCH), None)
+    target = scratch and scratch["loss_final"]
     for entry in arms:
-        entry |= match_of(entry["curve"], scratch["curve"] if scratch else None)
+        step = entry["tokens_per_step"]
+        entry |= match_of(entry["curve"], scratch["curve"] if scratch else None, step)
         for seed in entry["seeds"]:
             points = seed.pop("curve")
-            tokens, losses = ([point[key] for point in points] for key in ("tokens", "loss"))
-            seed["loss_final"] = losses[-1]
-            target = scratch and scratch["loss_final"]
-            seed["tokens_to_match"] = target and tokens_to_match(tokens, losses, target)
-        tokens, losses = ([point[key] for point in entry["curve"]] for key in ("tokens", "loss"))
+            seed["loss_final"] = points[-1]["loss"]
+            seed["tokens_to_match"] = target and matched_tokens(points, target, step)
         entry["baseline_tokens"] = [
-            tokens_to_match(tokens, losses, baseline["loss"]) for baseline in baselines
+            matched_tokens(entry["curve"], baseline["loss"], step) for baseline in baselines
         ]
     return {
         "format": FORMAT,
@@ -145,31 +149,45 @@ def result_of(
     }
 
 
-def match_of(
-    curve: list[dict[str, float]], scratch: list[dict[str, float]] | None
-) -> dict[str, float | None]:
+def match_of(curve: Curve, scratch: Curve | None, tokens_per_step: int) -> dict[str, float | None]:
     """When an arm's curve reaches the scratch arm's final loss, in tokens and in FLOPs.
 
     Args:
         curve: the arm's evaluations: tokens, FLOPs and loss, from before training on.
         scratch: the same of the scratch arm, or None without one.
+        tokens_per_step: of the arm; within a step nothing is resolved.
 
     Returns:
         tokens_to_match, tokens_factor, flops_to_match, flops_factor (None where never, or where a
-        factor would divide by zero) and loss_difference at equal tokens.
+        factor would divide by zero), loss_difference at equal tokens, and tokens_to_match as
+        interpolated, however little of a step that is.
     """
-    names = ("tokens_to_match", "tokens_factor", "flops_to_match", "flops_factor")
-    match: dict[str, float | None] = dict.fromkeys((*names, "loss_difference"))
+    names = (
+        "tokens_to_match", "tokens_to_match_interpolated", "tokens_factor", "flops_to_match",
+        "flops_factor", "loss_difference",
+    )  # fmt: skip
+    match: dict[str, float | None] = dict.fromkeys(names)
     if scratch is None:
         return match
     target = scratch[-1]["loss"]
     match["loss_difference"] = curve[-1]["loss"] - target
-    losses = [point["loss"] for point in curve]
-    for unit in ("tokens", "flops"):
-        spent = tokens_to_match([point[unit] for point in curve], losses, target)
+    tokens = matched_tokens(curve, target, tokens_per_step)
+    if tokens is None:
+        return match
+    match["tokens_to_match_interpolated"] = matched_tokens(curve, target, 0)
+    all_tokens, all_flops = ([point[unit] for point in curve] for unit in ("tokens", "flops"))
+    flops = float(np.interp(tokens, all_tokens, all_flops))
+    for unit, spent in (("tokens", tokens), ("flops", flops)):
         match[f"{unit}_to_match"] = spent
         match[f"{unit}_factor"] = scratch[-1][unit] / spent if spent else None
     return match
+
+
+def matched_tokens(curve: Curve, target: float, tokens_per_step: int) -> float | None:
+    """When a curve reaches a loss: 0 if before training, else after one step or later, or never."""
+    tokens, losses = ([point[key] for point in curve] for key in ("tokens", "loss"))
+    found = tokens_to_match(tokens, losses, target)
+    return max(found, tokens_per_step) if found else found
 
 
 def _environment() -> dict[str, str]:
