@@ -33,15 +33,16 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from headstart.calibration.propagate import propagation_flops
+from headstart.calibration.costs import propagation_flops
 from headstart.calibration.start import Init, calibrate
 from headstart.demo import demo_corpus, demo_teacher
 from headstart.losses.distillation import DistillationSettings
 from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
 from headstart.model.spec import Indices, SubnetSpec
 from headstart.runs.extraction import extract_student
-from headstart.runs.result import match_of, matched_tokens
+from headstart.runs.result import charged, match_of, matched_tokens
 from headstart.searching.candidate import Orders
+from headstart.searching.costs import importance_flops
 from headstart.searching.importance import measure_importance
 from headstart.system.device import default_device, load_frozen
 from headstart.system.files import finished_folder, write_json, write_whole
@@ -128,8 +129,10 @@ def students(
         if name != "first-k slice":
             model = load_frozen(teacher.folder, default_device())
             orders = measure_importance(model, calibration.split(4)).orders()
-            count = teacher.architecture.count(calibration.shape[1])
-            flops = count.inference_flops_per_token * calibration.numel()
+            kinds = ("activation", "block_influence")
+            flops = importance_flops(
+                teacher.architecture, kinds, calibration.numel(), calibration.shape[1]
+            )
         if init == "rotate+least_squares":  # whose channels are in order
             orders = replace(orders, embed=Orders.of_teacher(teacher.architecture.sizes).embed)
         spec = size.spec(orders)
@@ -161,21 +164,11 @@ def _train(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     return run_variants(arm, inputs, folder)
 
 
-def charged(result: dict[str, Any], arm: Arm, inputs: ArmInputs) -> list[dict[str, float]]:
+def charged_curve(result: dict[str, Any], arm: Arm, inputs: ArmInputs) -> list[dict[str, float]]:
     """An arm's curve with FLOPs, all that the arm needed among them."""
-    context = inputs.blocks.split("train").shape[1]
-    student, teacher = (
-        model.architecture.count(context) for model in (inputs.student, inputs.teacher)
-    )
     origin = json.loads((inputs.student.folder / "subnet.json").read_text())
-    start = origin["calibration_flops"] if arm.init == "subnet" else 0
-    curve = []
-    for point in result["curve"]:
-        flops = start + point["tokens"] * student.training_flops_per_token
-        if arm.kd:
-            flops += arm.kd.teacher_tokens(point["tokens"]) * teacher.inference_flops_per_token
-        curve.append({**point, "flops": flops})
-    return curve
+    costs = {"calibration_flops": origin["calibration_flops"], "search_flops": 0}
+    return charged(arm, result, inputs, costs)[0]
 
 
 def compare(
@@ -216,7 +209,7 @@ def compare(
             )
             folder = output / size_name / str(budget.tokens) / name.replace(" ", "-")
             result = train(arm, inputs, folder)
-            trained[name] = (result, charged(result, arm, inputs))
+            trained[name] = (result, charged_curve(result, arm, inputs))
     return trained
 
 

@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from headstart.calibration import start as module
 from headstart.calibration.least_squares import refitted
-from headstart.calibration.moments import statistics_flops
 from headstart.calibration.propagate import refit_on_itself
-from headstart.calibration.start import Init, calibrate, calibration_flops, cut_architecture
+from headstart.calibration.start import Init, calibrate, cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import assemble_student, slice_tensors
@@ -75,7 +74,7 @@ def test_a_second_calibration_reads_nothing_but_the_cache(teacher_folder, blocks
     assert first.statistics and again.statistics and plain.statistics
     assert torch.equal(again.statistics.basis, first.statistics.basis)
     assert plain.statistics.folder == first.statistics.folder
-    assert plain.teacher == checkpoint and plain.flops == first.flops
+    assert plain.teacher == checkpoint and 0 < plain.flops < first.flops
     with pytest.raises(TypeError):
         calibrate(checkpoint, "least_squares", blocks[:8])  # other tokens are measured anew
 
@@ -87,15 +86,3 @@ def test_what_cannot_be_rotated_is_refused_before_it_is_measured(saved, blocks, 
         calibrate(checkpoint, "rotate+least_squares", blocks)
     with pytest.raises(ValueError, match="gpt_neox teacher cannot be rotated"):
         cut_architecture(checkpoint.architecture, "rotate+least_squares")
-
-
-def test_flops_are_a_forward_pass_and_the_products(teacher_folder, blocks):
-    checkpoint = Checkpoint.open(teacher_folder)
-    architecture = checkpoint.architecture
-    outputs = 2 * architecture.config.vocab_size * architecture.config.hidden_size
-    forward = (architecture.count(20).inference_flops_per_token - outputs) * blocks.numel()
-    expected = forward + statistics_flops(architecture, blocks.numel())
-    assert calibrate(checkpoint, "least_squares", blocks).flops == expected
-    assert calibrate(checkpoint, "slice", blocks).flops == 0
-    rotated = calibration_flops(architecture, "rotate+least_squares", *blocks.shape)
-    assert rotated == expected

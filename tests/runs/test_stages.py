@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tests.conftest import extract
 from transformers import AutoModelForCausalLM
 
-from headstart.calibration.propagate import propagation_flops
+from headstart.calibration.costs import propagation_flops
 from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
@@ -101,7 +101,9 @@ def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str])
     assert {one["tokens"] for one in candidates} <= {32, 64, 256}  # racing: of 1, 2, 8 blocks
     sizes = Architecture.read(student).sizes
     refit = propagation_flops(teacher, sizes, 512 // BLOCK_LENGTH, BLOCK_LENGTH)
-    assert costs["calibration_flops"] == 512 * teacher_flops.inference_flops_per_token + refit
+    outputs = 2 * teacher.sizes["vocab"] * teacher.sizes["embed"]  # which importance needs not
+    importance = 512 * (teacher_flops.inference_flops_per_token - outputs)
+    assert costs["calibration_flops"] == importance + refit
     upfront = costs["calibration_flops"] + costs["search_flops"]
     per_token = student_flops.training_flops_per_token
     assert scratch["curve"][-1]["flops"] == 1920 * per_token

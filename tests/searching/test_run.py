@@ -15,11 +15,13 @@ from tests.conftest import extract
 from tests.searching.conftest import BLOCK_LENGTH
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from headstart.calibration import layer_by_layer
 from headstart.losses.next_token import mean_loss
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import build_student
 from headstart.model.spec import SubnetSpec, load_spec
+from headstart.searching import orders as orders_module
 from headstart.searching import run as module
 from headstart.searching.bins import BinSettings
 from headstart.searching.candidate import Candidate
@@ -31,6 +33,7 @@ from headstart.searching.importance import measure_importance
 from headstart.searching.racing import RacingSettings
 from headstart.searching.run import search
 from headstart.searching.settings import SearchSettings
+from headstart.system.errors import UserError
 from headstart.text.blocks import TokenBlocks
 
 SETTINGS = SearchSettings(
@@ -302,17 +305,73 @@ def test_a_tradeoff_ends_with_its_front(
     assert sorted(result["front"]) == front and result["winner"] in front
 
 
+def other_arithmetic(*arguments: Any) -> Any:
+    """Importance as another machine might measure it: with other ranks."""
+    found = measure_importance(*arguments)
+    return replace(found, mlp=-found.mlp, embed=-found.embed)
+
+
+def test_a_search_that_goes_on_with_other_arithmetic_reads_the_same_ranks(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = search(checkpoint, blocks, SETTINGS, tmp_path / "uninterrupted")
+    folder = tmp_path / "moved"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HeldOutLoss, "__call__", dying_after(7))
+        search(checkpoint, blocks, SETTINGS, folder)
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "another machine's"))
+    monkeypatch.setattr(orders_module, "measure_importance", other_arithmetic)
+    assert timeless(search(checkpoint, blocks, SETTINGS, folder)) == timeless(expected)
+
+    # Without its orders the journal's ranks mean nothing.
+    (folder / "orders.json").unlink()
+    (folder / "search.json").unlink()
+    with pytest.raises(UserError, match=r"another search \(orders is "):
+        search(checkpoint, blocks, SETTINGS, folder)
+
+
+def timeless(outcome: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in outcome.items() if key != "search_seconds"}
+
+
+@pytest.mark.parametrize("order", ["activation", "taylor"])
+def test_importance_reads_batches_of_a_fixed_size_whatever_memory_is_free(
+    order: Any,
+    checkpoint: Checkpoint,
+    blocks: TokenBlocks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes, found = [], []
+
+    def watch(model: Any, batches: Any, *more: Any) -> Any:
+        sizes.append([batch.numel() for batch in batches])
+        return measure_importance(model, batches, *more)
+
+    monkeypatch.setattr(layer_by_layer, "TOKENS_PER_BATCH", 4 * BLOCK_LENGTH)
+    monkeypatch.setattr(orders_module, "measure_importance", watch)
+    for batch_size in (1, 16):
+        monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / f"cache-{batch_size}"))
+        monkeypatch.setattr(module, "fitting_batch_size", lambda *_, size=batch_size: size)
+        settings = replace(SETTINGS, order=order)
+        folder = tmp_path / str(batch_size)
+        search(checkpoint, blocks, settings, folder)
+        found.append((folder / "orders.json").read_text())
+    assert sizes == [[4 * BLOCK_LENGTH] * 4 + [3 * BLOCK_LENGTH]] * 2
+    assert found[0] == found[1]
+
+
 def test_importance_is_measured_once_for_a_teacher_and_its_text(
     checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    measure = module.measure_importance
+    measure = orders_module.measure_importance
 
     def counted(*arguments: Any) -> Any:
         calls.append(arguments)
         return measure(*arguments)
 
-    monkeypatch.setattr(module, "measure_importance", counted)
+    monkeypatch.setattr(orders_module, "measure_importance", counted)
     for place, settings in enumerate(
         (SETTINGS, replace(SETTINGS, space="fine-uniform"), replace(SETTINGS, order="magnitude"))
     ):

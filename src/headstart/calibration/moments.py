@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from headstart.calibration.layer_by_layer import LayerwiseForward
 from headstart.model.architecture import Architecture
-from headstart.model.axes import axes_of, dimensions_of, shape_of
+from headstart.model.axes import axes_of, dimensions_of
 from headstart.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def writing_norms(architecture: Architecture) -> list[str]:
     ]
 
 
-def _stream_norms(architecture: Architecture) -> set[str]:
+def stream_norms(architecture: Architecture) -> set[str]:
     """The RMSNorms that layers read."""
     return set(architecture.family.readers) & set(rms_norms_of(architecture))
 
@@ -211,7 +211,7 @@ def _summing(states: LayerwiseForward, layer: int | None) -> Iterator[dict[str, 
             tokens = rows_of(inputs[0])
             mean_square = tokens.square().mean(dim=-1, keepdim=True)
             tokens = tokens * (mean_square + architecture.config.rms_norm_eps).rsqrt()
-            if pattern in _stream_norms(architecture):
+            if pattern in stream_norms(architecture):
                 add_moments(pattern, tokens)
             else:
                 add(pattern, "share", tokens.square().sum(dim=0))
@@ -290,18 +290,8 @@ def _write(
     """Write the means over tokens, and the gains that are left out of them."""
     architecture, num_tokens = states.architecture, len(states.hidden)
     tensors = {name: (total / num_tokens).cpu() for name, total in sums.items()}
-    for pattern in _stream_norms(architecture) & set(_norms(states, layer)):
+    for pattern in stream_norms(architecture) & set(_norms(states, layer)):
         name = pattern.format(i=layer)
         gains = states.model.get_parameter(name).detach().cpu().double()
         tensors[f"{name}.gains"] = gains + architecture.family.norm_offset
     save_file(tensors, _file(folder, layer))
-
-
-def statistics_flops(architecture: Architecture, num_tokens: int) -> int:
-    """FLOPs of the products that `collect_statistics` takes, besides the teacher's forward pass."""
-    layouts, sizes = architecture.layouts, architecture.sizes
-    products = 0
-    for pattern in set(sources_of(architecture).values()) | _stream_norms(architecture):
-        repeats = sizes["layers"] if "{i}" in pattern else 1
-        products += repeats * shape_of(layouts[pattern], sizes)[-1] ** 2
-    return 2 * products * num_tokens

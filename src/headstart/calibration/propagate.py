@@ -36,11 +36,9 @@ from headstart.calibration.moments import (
     writing_norms,
 )
 from headstart.model.architecture import Architecture
-from headstart.model.axes import dimensions_of, kept_indices, shape_of
+from headstart.model.axes import dimensions_of, kept_indices
 from headstart.model.checkpoint import Checkpoint
-from headstart.model.count import layers_flops_per_token
 from headstart.model.cut import assemble_student
-from headstart.model.shapes import sizes_in_layer
 from headstart.model.spec import SubnetSpec
 from headstart.system.device import default_device, load_frozen, release_memory
 from headstart.system.progress import progress
@@ -159,7 +157,7 @@ def propagated(
         is_same = is_same and following == layer + 1 and _is_whole(spec, position, sizes)
         for group in () if is_same else groups:
             inputs, is_biased = cut.inputs(group[0], position), has_bias(group[0], architecture)
-            if _reads_stream(group[0], architecture):
+            if reads_stream(group[0], architecture):
                 pieces = _pieces(inputs, teacher_values.pop(group[0]))
                 moments = _moments(pieces, is_biased, biases_targets=True)
                 for pattern in group:
@@ -197,7 +195,7 @@ def _advance(
     architecture, teacher_values = teacher.architecture, dict[str, Tensor]()
 
     def see(pattern: str) -> Callable[[Tensor, Tensor], None]:
-        reads = _reads_stream(pattern, architecture)
+        reads = reads_stream(pattern, architecture)
         num_units = teacher.linear(pattern, layer).in_features if reads else len(embed)
         teacher_values[pattern] = teacher.empty(num_units)
         rest = teacher.batches(teacher_values[pattern])
@@ -209,7 +207,7 @@ def _advance(
 
     teacher.run(layer, {pattern: see(pattern) for pattern, *_ in groups})
     if following > layer + 1:
-        *_, last = (name for name in teacher_values if not _reads_stream(name, architecture))
+        *_, last = (name for name in teacher_values if not reads_stream(name, architecture))
         behind = teacher.hidden[:, embed]
         for removed in range(layer + 1, following):
             teacher.run(removed)
@@ -376,7 +374,7 @@ def _moments(
     return _Moments(gram.div_(num_tokens), cross.div_(num_tokens))
 
 
-def _reads_stream(pattern: str, architecture: Architecture) -> bool:
+def reads_stream(pattern: str, architecture: Architecture) -> bool:
     return dimensions_of(architecture.layouts[pattern])[1:] == (("embed",),)
 
 
@@ -384,31 +382,3 @@ def _is_whole(spec: SubnetSpec, position: int, sizes: Mapping[str, Any]) -> bool
     """Whether a layer has kept all that its teacher's layer has."""
     kept = spec.kept_in_layer(position)
     return all(len(units) == sizes[axis] for axis, units in kept.items())
-
-
-def propagation_flops(
-    architecture: Architecture,
-    student_sizes: Mapping[str, Any],
-    num_blocks: int,
-    block_length: int,
-) -> int:
-    """FLOPs of `propagated`: one pass through the teacher's layers and two through the student's,
-    which are computed in part for each group of linear layers, and the products of activations.
-    Where the output alone is refitted, the student has one pass.
-
-    The architecture is the teacher's; a tuple among the student's sizes gives one for each layer.
-    """
-    layouts, sizes = architecture.layouts, architecture.sizes
-    groups, passes = groups_of(architecture, student_sizes["head_dim"] != sizes["head_dim"]), 2
-    if not can_propagate(architecture):
-        groups, passes = [], 1
-    of_teacher = layers_flops_per_token(layouts, sizes, block_length)
-    of_student = layers_flops_per_token(layouts, student_sizes, block_length)
-    num_products = student_sizes["embed"] * (student_sizes["embed"] + sizes["embed"])
-    for layer in range(student_sizes["layers"]):
-        for pattern, *_ in groups:
-            inputs = shape_of(layouts[pattern], sizes_in_layer(student_sizes, layer))[1]
-            of_targets = sizes if _reads_stream(pattern, architecture) else student_sizes
-            num_products += inputs * (inputs + of_targets["embed"])
-    per_token = of_teacher + passes * of_student + 2 * num_products
-    return int(per_token) * num_blocks * block_length

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headstart.calibration.costs import rotation_flops, statistics_flops
 from headstart.calibration.layer_by_layer import batches_of
 from headstart.calibration.least_squares import refitted
-from headstart.calibration.moments import Statistics, collect_statistics, statistics_flops
+from headstart.calibration.moments import Statistics, collect_statistics
 from headstart.calibration.propagate import can_propagate, refit_on_itself
 from headstart.calibration.rotate import (
     check_rotates,
@@ -28,7 +29,6 @@ from headstart.calibration.rotate import (
 )
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
-from headstart.model.count import layers_flops_per_token
 from headstart.model.cut import slice_tensors
 from headstart.model.spec import SubnetSpec
 from headstart.system.device import default_device, has_fast_bf16, load_frozen
@@ -136,12 +136,11 @@ def _collect(teacher: Checkpoint, blocks: Int[Tensor, "blocks tokens"], folder: 
 
 
 def calibration_flops(teacher: Architecture, init: Init, num_blocks: int, block_length: int) -> int:
-    """What calibration costs: all tokens' way through the layers, and products of activations."""
+    """What `calibrate` costs."""
     if init == "slice":
         return 0
-    num_tokens = num_blocks * block_length
-    forward: int = layers_flops_per_token(teacher.layouts, teacher.sizes, block_length)
-    return forward * num_tokens + statistics_flops(teacher, num_tokens)
+    rotation = rotation_flops(teacher) if init == ROTATED else 0
+    return statistics_flops(teacher, num_blocks, block_length) + rotation
 
 
 def student_tensors(

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 import headstart
-from headstart.calibration.propagate import propagation_flops
+from headstart.calibration.costs import propagation_flops, slice_refit_flops
 from headstart.calibration.start import (
     ROTATED,
     Calibration,
@@ -102,7 +102,10 @@ def origin_of(spec: SubnetSpec, source: Calibration | None) -> dict[str, Any]:
         flops += source.flops
     if source and source.blocks is not None:
         teacher = source.teacher.architecture
-        flops += propagation_flops(teacher, spec.sizes(teacher.sizes), *source.blocks.shape)
+        sizes = spec.sizes(teacher.sizes)
+        flops += propagation_flops(teacher, sizes, *source.blocks.shape)
+        if source.statistics is not None:
+            flops += slice_refit_flops(teacher, sizes, is_rotated=init == ROTATED)
     return {**origin, "calibration_flops": flops, "init": init}
 
 

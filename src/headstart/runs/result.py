@@ -23,11 +23,13 @@ from headstart.recipe import Recipe, recipe_to_dict
 from headstart.reports.table import FORMAT, SCRATCH
 from headstart.system.files import read_json
 from headstart.training.arms import ArmInputs
+from headstart.training.settings import Arm
 
 VARIANT_KEYS = (
     "learning_rate", "folder", "sweep", "seeds", "loss_spread", "best", "tokens_per_step",
 )  # fmt: skip
 """What an arm's entry takes over from its training."""
+COSTS_UPFRONT = ("calibration_flops", "search_flops")
 Curve = Sequence[Mapping[str, float]]
 """Evaluations by ascending tokens; each with "tokens", "flops" and "loss"."""
 SEARCH_KEYS = (
@@ -62,28 +64,9 @@ def result_of(
     origin = json.loads(subnet_file.read_text())
     outcome = read_json(folder / "search.json")
     costs = {key: origin.get(key, 0) for key in SEARCH_COSTS}
-    upfront_flops = costs["calibration_flops"] + costs["search_flops"]
     arms = []
     for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True):
-        is_charged = arm.init == "subnet"
-        start = upfront_flops if is_charged else 0
-        curve, teacher_tokens = [], 0
-        for point in run_result["curve"]:
-            flops = start + point["tokens"] * student_count.training_flops_per_token
-            if arm.kd:
-                teacher_tokens = int(arm.kd.teacher_tokens(point["tokens"]))
-                if arm.kd.cache:  # which is asked once for each token, however often it is read
-                    teacher_tokens = min(teacher_tokens, inputs.blocks.split("train").size)
-                flops += teacher_tokens * teacher_count.inference_flops_per_token
-            curve.append({**point, "flops": flops})
-        read = len(curve) * run_result["validation_tokens"]
-        ledger = {
-            "calibration": costs["calibration_flops"] if is_charged else 0,
-            "search": costs["search_flops"] if is_charged else 0,
-            "training": run_result["tokens"] * student_count.training_flops_per_token,
-            "teacher": teacher_tokens * teacher_count.inference_flops_per_token,
-            "evaluation": read * student_count.inference_flops_per_token,
-        }
+        curve, ledger = charged(arm, run_result, inputs, costs)
         arms.append(
             {
                 **asdict(arm),
@@ -147,6 +130,46 @@ def result_of(
         "recipe": recipe_to_dict(recipe),
         "environment": _environment(),
     }
+
+
+def charged(
+    arm: Arm, trained: Mapping[str, Any], inputs: ArmInputs, costs: Mapping[str, float]
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """What an arm paid, in FLOPs.
+
+    Args:
+        arm: its settings.
+        trained: what `run_variants` returned.
+        inputs: student, teacher and text.
+        costs: "calibration_flops" and "search_flops", which every start but a random one pays.
+
+    Returns:
+        The curve, each point with all FLOPs until then, evaluations left out; and the ledger of the
+        whole arm, evaluations included.
+    """
+    block_length = inputs.blocks.split("train").shape[1]
+    student = inputs.student.architecture.count(block_length)
+    teacher = inputs.teacher.architecture.count(block_length)
+    is_cut = arm.init == "subnet"
+    calibration, search = (costs[key] if is_cut else 0 for key in COSTS_UPFRONT)
+    curve, teacher_tokens = [], 0
+    for point in trained["curve"]:
+        training = point["tokens"] * student.training_flops_per_token
+        if arm.kd:
+            teacher_tokens = int(arm.kd.teacher_tokens(point["tokens"]))
+            if arm.kd.cache:  # which is asked once for each token, however often it is read
+                teacher_tokens = min(teacher_tokens, inputs.blocks.split("train").size)
+        asking = teacher_tokens * teacher.inference_flops_per_token
+        curve.append({**point, "flops": calibration + search + training + asking})
+    evaluated_tokens = len(curve) * trained["validation_tokens"]
+    ledger = {
+        "calibration": calibration,
+        "search": search,
+        "training": trained["tokens"] * student.training_flops_per_token,
+        "teacher": teacher_tokens * teacher.inference_flops_per_token,
+        "evaluation": evaluated_tokens * student.inference_flops_per_token,
+    }
+    return curve, ledger
 
 
 def match_of(curve: Curve, scratch: Curve | None, tokens_per_step: int) -> dict[str, float | None]:

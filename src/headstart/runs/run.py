@@ -4,6 +4,7 @@ A run folder holds:
 
     recipe.yaml               what the run is; another recipe is refused
     inputs.json               hashes of text, teacher and given student, which may not change
+    orders.json               what the ranks of the search mean
     search.jsonl, search.json the journal of the search and its outcome
     search.html               a page about it
     student/                  the extracted sub-network

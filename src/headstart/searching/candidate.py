@@ -107,6 +107,24 @@ class Orders:
         whole = SubnetSpec.identity(sizes)
         return Orders(whole.layers, whole.embed, whole.kv_groups, whole.mlp)
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": list(self.layers),
+            "embed": list(self.embed),
+            "kv_groups": [list(of_layer) for of_layer in self.kv_groups],
+            "mlp": [list(of_layer) for of_layer in self.mlp],
+        }
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Orders:
+        """Read what `to_json` writes."""
+        return Orders(
+            tuple(value["layers"]),
+            tuple(value["embed"]),
+            tuple(map(tuple, value["kv_groups"])),
+            tuple(map(tuple, value["mlp"])),
+        )
+
 
 def _pick(order: Indices, units: Units) -> Indices:
     return tuple(sorted(order[rank] for rank in units.ranks()))

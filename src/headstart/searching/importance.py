@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 UnitImportance = Literal["activation", "contribution", "magnitude", "taylor"]
 DepthImportance = Literal["block_influence", "magnitude", "taylor"]
 
-VERSION = 1
+VERSION = 2
 """Of what the memo keeps; raise it when an equal key would give other scores."""
 
 OBSERVERS: Mapping[str, type[Observer]] = {

@@ -23,6 +23,7 @@ def outcome_of(
     settings: SearchSettings,
     bin: Bin,
     amount: Callable[[Candidate, Measure], int],
+    search_flops: int,
 ) -> dict[str, Any]:
     """Settings, costs, candidates, winner and front.
 
@@ -30,11 +31,9 @@ def outcome_of(
         scores: the last score of every candidate, in the order in which they were proposed.
         finals: those after the short training, if there was one.
         amount: (candidate, measure) -> what it comes to.
+        search_flops: of all scores and finals.
     """
-    flops = {score.candidate: amount(score.candidate, "flops_per_token") for score in scores}
     trained = {final.candidate: {"trained_loss": final.json_loss} for final in finals}
-    finalists, context_length = settings.finalists, bin.context_length
-    train_tokens = finalists.steps * finalists.batch_size * context_length
     place = [score.candidate for score in scores].index(winner)
     front: list[int] = []
     tradeoff = settings.evolution.tradeoff
@@ -53,8 +52,7 @@ def outcome_of(
         "layer_order": settings.layer_order,
         "fitness": settings.fitness,
         "settings": asdict(settings),
-        "search_flops": sum(score.tokens * flops[score.candidate] for score in scores)
-        + sum((final.tokens + 3 * train_tokens) * flops[final.candidate] for final in finals),
+        "search_flops": search_flops,
         "search_tokens": sum(score.tokens for score in (*scores, *finals)),
         "search_seconds": sum(score.seconds for score in (*scores, *finals)),
         "candidates": [

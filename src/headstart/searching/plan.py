@@ -13,13 +13,21 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from headstart.calibration.propagate import can_propagate, propagation_flops
+from headstart.calibration.costs import propagation_flops
+from headstart.calibration.propagate import can_propagate
 from headstart.calibration.start import calibration_flops, cut_architecture, is_measured
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
 from headstart.model.count import Measure, inference_flops_per_token
+from headstart.searching.costs import (
+    candidate_cut_flops,
+    fitness_flops_per_token,
+    fitness_preparation_flops,
+    importance_flops,
+)
+from headstart.searching.orders import measured_kinds
 from headstart.searching.racing import rung_blocks
-from headstart.searching.run import IMPORTANCE_FLOPS, space_of
+from headstart.searching.run import space_of
 from headstart.searching.settings import SearchSettings
 from headstart.system.device import default_device, has_fast_bf16
 
@@ -76,7 +84,13 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
     shapes = [space.sample(rng).sizes() for _ in range(NUM_SAMPLES)]
     samples = [{**teacher.sizes, **shape} for shape in shapes]
     flops_per_token = statistics.mean(
+        fitness_flops_per_token(teacher, sizes, settings, context_length) for sizes in samples
+    )
+    plain_flops_per_token = statistics.mean(
         inference_flops_per_token(teacher.layouts, sizes, context_length) for sizes in samples
+    )
+    flops_per_cut = statistics.mean(
+        candidate_cut_flops(teacher, sizes, settings) for sizes in samples
     )
     counts = sorted(teacher.amount(sizes, "parameters", context_length) for sizes in samples)
     ranges = {}
@@ -94,10 +108,16 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
     survivors = min(num_candidates, settings.racing.keep or evolution.elites)
     least_tokens = num_candidates * first_tokens + survivors * (all_tokens - first_tokens)
     tokens = (least_tokens, num_candidates * all_tokens)
-    least_flops, most_flops = (round(number * flops_per_token) for number in tokens)
+    cuts = (num_candidates + survivors * (len(rungs) - 1), num_candidates * len(rungs))
+    least_flops, most_flops = (
+        round(number * flops_per_token + num_cuts * flops_per_cut)
+        + fitness_preparation_flops(teacher, settings, all_tokens, context_length)
+        for number, num_cuts in zip(tokens, cuts, strict=True)
+    )
     calibration = _calibration_flops(teacher, settings, samples, context_length)
     finals = settings.finalists
     trained_tokens = finals.steps * finals.batch_size * context_length
+    finals_tokens = finals.count * (3 * trained_tokens + all_tokens)
     return SearchPlan(
         measure=bin.measure,
         bin=(bin.low, bin.high),
@@ -108,7 +128,7 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
         num_candidates=num_candidates,
         tokens=tokens,
         flops=(calibration + least_flops, calibration + most_flops),
-        finals_flops=round(finals.count * (3 * trained_tokens + all_tokens) * flops_per_token),
+        finals_flops=round(finals_tokens * plain_flops_per_token + finals.count * flops_per_cut),
         flops_per_second=_flops_per_second(),
     )
 
@@ -117,11 +137,9 @@ def _calibration_flops(
     teacher: Architecture, settings: SearchSettings, samples: Sequence[Sizes], context_length: int
 ) -> int:
     """Of the axis orders, of what `init` measures, and of refitting the chosen candidate."""
-    orders = (settings.order, settings.layer_order)
-    passes = max(IMPORTANCE_FLOPS.get(order, 0) for order in orders)
-    teacher_flops = inference_flops_per_token(teacher.layouts, teacher.sizes, context_length)
-    flops: int = passes * settings.calibration_tokens * teacher_flops
     num_blocks = -(-settings.calibration_tokens // context_length)
+    kinds = measured_kinds(settings) or ()
+    flops = importance_flops(teacher, kinds, num_blocks * context_length, context_length)
     if is_measured(settings.init, settings.scored_as) or not can_propagate(teacher):
         flops += calibration_flops(teacher, settings.init, num_blocks, context_length)
     if settings.init != "slice":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.calibration.start import (
-    ROTATED,
     Calibration,
     calibrate,
     cut_architecture,
@@ -18,6 +17,12 @@ from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.count import Measure
 from headstart.searching.candidate import Candidate, Orders
+from headstart.searching.costs import (
+    candidate_cut_flops,
+    fitness_flops_per_token,
+    fitness_preparation_flops,
+    importance_flops,
+)
 from headstart.searching.evolution import evolve, ranked
 from headstart.searching.finalists import choose_finalists, run_finals
 from headstart.searching.fitness import (
@@ -26,33 +31,28 @@ from headstart.searching.fitness import (
     fitting_batch_size,
     put_in_order,
 )
-from headstart.searching.importance import (
-    DepthImportance,
-    Importance,
-    UnitImportance,
-    measure_importance,
-    remembered_importance,
-)
 from headstart.searching.journal import Evaluated, Journal
 from headstart.searching.live import SearchTable
+from headstart.searching.orders import (
+    keep_orders,
+    kept_orders,
+    measure_orders,
+    measured_kinds,
+)
 from headstart.searching.outcome import outcome_of
-from headstart.searching.racing import Race
+from headstart.searching.racing import Race, rung_blocks
 from headstart.searching.settings import SearchSettings
 from headstart.searching.space import Space
 from headstart.system.device import default_device, load_frozen
 from headstart.system.distributed import from_main, is_main, process_group
 from headstart.system.errors import UserError
 from headstart.system.files import read_json, write_json
+from headstart.system.hashing import hash_json
 from headstart.system.progress import progress
 from headstart.text.blocks import TokenBlocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-IMPORTANCE_FLOPS = {
-    "activation": 1, "contribution": 1, "block_influence": 1, "magnitude": 0, "taylor": 3,
-}  # fmt: skip
-"""Forward passes that a kind of importance costs; a backward pass counts as two."""
 
 
 def space_of(teacher: Architecture, settings: SearchSettings, context_length: int) -> Space:
@@ -87,22 +87,35 @@ def search(
     """
     with process_group():
         identity = {"teacher_hash": teacher.hash, "data": blocks.manifest["fingerprint"]}
-        journal = Journal(folder / "search.jsonl", identity, settings)
-        finished = folder / "search.json"
+        finished, orders = folder / "search.json", kept_orders(folder)
         outcome: dict[str, Any] | None = from_main(lambda: read_json(finished))
-        if outcome is not None:
+        if outcome is not None and orders is not None:
+            _journal(folder, identity, orders, settings)  # refuses another search's folder
             return outcome
         source = Calibration(teacher)
         if is_measured(settings.init, settings.scored_as):
             tokens = blocks.sample("train", settings.calibration_tokens)
             source = from_main(lambda: calibrate(teacher, settings.init, tokens))
         model = load_frozen(source.teacher.folder, default_device())
-        searched = _Search(model, source, blocks, settings, journal, identity)
+        if orders is None:
+            orders = measured = measure_orders(model, settings, blocks, identity)
+            from_main(lambda: keep_orders(folder, measured))
+        journal = _journal(folder, identity, orders, settings)
+        searched = _Search(model, source, orders, blocks, settings, journal, identity)
         # Through JSON, so that it is the same as what is read from the file later.
         outcome = json.loads(json.dumps(searched.run(name=str(teacher.folder))))
         if is_main():
             write_json(finished, outcome)
         return outcome
+
+
+def _journal(
+    folder: Path, identity: dict[str, Any], orders: Orders, settings: SearchSettings
+) -> Journal:
+    """The journal of a search; its ranks mean something in these orders alone."""
+    return Journal(
+        folder / "search.jsonl", {**identity, "orders": hash_json(orders.to_json())}, settings
+    )
 
 
 class _Search:
@@ -112,6 +125,7 @@ class _Search:
         self,
         model: PreTrainedModel,
         source: Calibration,
+        orders: Orders,
         blocks: TokenBlocks,
         settings: SearchSettings,
         journal: Journal,
@@ -131,11 +145,13 @@ class _Search:
         self.batch_size = settings.batch_size or fitting_batch_size(
             self.teacher.sizes, self.context_length, model.device, model.dtype.itemsize
         )
-        self.orders, order_flops = self._orders()
-        self.calibration_flops = order_flops + source.flops
+        self.orders = orders
+        num_tokens = blocks.spread("train", settings.calibration_tokens).size
+        self.calibration_flops = source.flops + importance_flops(
+            self.teacher, measured_kinds(settings) or (), num_tokens, self.context_length
+        )
         tied = {"lm_head.weight"} if self.teacher.config.tie_word_embeddings else set()
         state = {name: part for name, part in model.state_dict().items() if name not in tied}
-        orders = self.orders
         moments = source.statistics if settings.scored_as == "refitted" else None
         if moments is None:  # refitted candidates are no views in any order
             orders = put_in_order(state, self.teacher, orders)
@@ -170,44 +186,38 @@ class _Search:
             "format": "headstart-search-result/1",
             "teacher": {"name": name, "hash": teacher_hash, "sizes": self.teacher.sizes},
             "spec": winner.spec(self.teacher, self.orders).to_json(),
-            **outcome_of(scores, finals, winner, self.settings, self.bin, self.amount),
+            **outcome_of(
+                scores,
+                finals,
+                winner,
+                self.settings,
+                self.bin,
+                self.amount,
+                search_flops=self._search_flops(scores, finals),
+            ),
             "calibration_flops": self.calibration_flops,
         }
 
-    def _orders(self) -> tuple[Orders, int]:
-        """The axis orders and the FLOPs they cost; scores are remembered."""
-        settings, orders = self.settings, Orders.of_teacher(self.teacher.sizes)
-        if settings.order == settings.layer_order == "teacher":
-            return orders, 0
-        units: UnitImportance = "magnitude" if settings.order == "teacher" else settings.order
-        depth: DepthImportance = (
-            "magnitude" if settings.layer_order == "teacher" else settings.layer_order
-        )
-        calibration = self.blocks.sample("train", settings.calibration_tokens)
-        batches = calibration.split(self.batch_size)  # type: ignore[no-untyped-call]
-        key = {
-            "teacher": self.identity["teacher_hash"],
-            "data": self.identity["data"],
-            "kinds": [units, depth],
-            "tokens": calibration.numel(),
-            "batch_size": self.batch_size,
-            "dtype": str(self.model.dtype),
-            "init": settings.init,
-        }
-
-        def measure() -> Importance:
-            with progress("calibrate", calibration.numel(), "tokens") as advance:
-                return measure_importance(self.model, batches, units, depth, advance)
-
-        found = from_main(lambda: remembered_importance(key, measure)).orders()
-        by_units = orders if settings.order == "teacher" else found
-        by_depth = orders if settings.layer_order == "teacher" else found
-        # Channels of a rotated teacher have an order already.
-        embed = (orders if settings.init == ROTATED else by_units).embed
-        mixed = Orders(by_depth.layers, embed, by_units.kv_groups, by_units.mlp)
-        passes = max(IMPORTANCE_FLOPS[units], IMPORTANCE_FLOPS[depth])
-        flops_per_token = self.teacher.count(self.context_length).inference_flops_per_token
-        return mixed, passes * calibration.numel() * flops_per_token
+    def _search_flops(self, scores: list[Evaluated], finals: list[Evaluated]) -> int:
+        """Of all scores, and of the finals' training."""
+        settings, context_length = self.settings, self.context_length
+        finalists = settings.finalists
+        train_tokens = finalists.steps * finalists.batch_size * context_length
+        rungs = rung_blocks(self.fitness.num_blocks, settings.racing)
+        num_tokens = self.fitness.blocks.numel()
+        flops = fitness_preparation_flops(self.teacher, settings, num_tokens, context_length)
+        for score in scores:
+            sizes = {**self.teacher.sizes, **score.candidate.sizes()}
+            per_token = fitness_flops_per_token(self.teacher, sizes, settings, context_length)
+            num_cuts = sum(blocks * context_length <= score.tokens for blocks in rungs)
+            flops += score.tokens * int(per_token)
+            flops += num_cuts * candidate_cut_flops(self.teacher, sizes, settings)
+        for final in finals:
+            sizes = {**self.teacher.sizes, **final.candidate.sizes()}
+            flops += candidate_cut_flops(self.teacher, sizes, settings)
+            per_token = self.amount(final.candidate, "flops_per_token")
+            flops += (final.tokens + 3 * train_tokens) * per_token
+        return flops
 
     def _evolve(self) -> list[Evaluated]:
         settings, evolution = self.settings, self.settings.evolution
