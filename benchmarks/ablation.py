@@ -158,7 +158,7 @@ def _train(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     """Train all variants of an arm; of what is finished only the curves are kept."""
     for name, single in variants_of(arm, inputs.settings.seeds).items():
         run_arm(single, inputs, folder / name)
-        for kind in ("model", "checkpoint-*", "*best-*"):
+        for kind in ("model", "checkpoint-*", "best-*"):
             for weights in (folder / name).glob(kind):
                 shutil.rmtree(weights)
     return run_variants(arm, inputs, folder)

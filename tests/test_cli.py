@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -90,6 +92,18 @@ def test_debug_shows_the_traceback_instead(
     assert main(["run", *flags, "--debug"]) == 1
     assert "in refuse" in capsys.readouterr().err
     assert not (Path(arguments["--output"]) / "error.txt").exists()
+
+
+def test_sigterm_ends_in_one_sentence(
+    arguments: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stages, "run_recipe", lambda recipe: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert run_with(arguments) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopped; the same command goes on from here" in one_sentence(capsys)
 
 
 def test_missing_recipe(capsys: pytest.CaptureFixture[str]) -> None:

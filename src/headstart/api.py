@@ -39,7 +39,7 @@ from headstart.searching.bins import Bin, BinSettings
 from headstart.searching.settings import SearchSettings
 from headstart.system.distributed import from_main
 from headstart.system.errors import UserError
-from headstart.system.files import UNFINISHED, write_json, write_whole
+from headstart.system.files import remove_abandoned, scratch_prefix, write_json, write_whole
 from headstart.text.settings import DataSettings
 from headstart.training.settings import Arm, PretrainSettings
 
@@ -258,7 +258,9 @@ def _folder(model: Model, tokenizer: PreTrainedTokenizerBase | None, kept: Path)
     if isinstance(model, str | Path):
         return Path(model) if Path(model).is_dir() else find_model(model)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=UNFINISHED) as scratch:
+    remove_abandoned(kept.parent)
+    prefix = scratch_prefix(kept.name)
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=prefix) as scratch:
         written = Path(scratch) / kept.name
         model.save_pretrained(written)
         if tokenizer is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if overrides and not options.takes_overrides:
         parser.error(f"{options.command} does not know {overrides[0]}; see its --help")
     try:
+        _stop_as_by_keyboard()
         _quiet()
         options.handler(options, overrides)
     except KeyboardInterrupt:
@@ -49,6 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report_failure(error, None if options.debug else options.run_folder)
         return 1
     return 0
+
+
+def _stop_as_by_keyboard() -> None:
+    """Take SIGTERM, by which clusters stop what they pre-empt, as Ctrl-C."""
+    with suppress(ValueError):  # not in the main thread, which alone can
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _report_failure(error: Exception, run_folder: Path | None) -> None:

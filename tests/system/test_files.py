@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +94,24 @@ def test_of_two_folders_the_first_stays(tmp_path: Path) -> None:
 def test_shipped_recipes_are_found() -> None:
     assert shipped("demo.yaml").is_file()
     assert list(shipped("tasks").glob("*.yaml"))
+
+
+def test_what_a_dead_process_left_goes_and_what_lives_stays(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = platform.node()
+    names = {
+        f".unfinished-{dead.pid}@{host}@student-x": False,
+        f".unfinished-{os.getpid()}@{host}@student-x": True,  # whose writer lives
+        f".unfinished-{dead.pid}@another-host@student-x": True,  # whose writer may live
+        ".unfinished-of-an-earlier-version": True,
+        "student": True,
+    }
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("half")
+    (tmp_path / f".unfinished-{dead.pid}@{host}@a file").write_text("half")
+    with finished_folder(tmp_path / "another"):
+        pass
+    left = {path.name for path in tmp_path.iterdir()} - {"another"}
+    assert left == {name for name, stays in names.items() if stays}

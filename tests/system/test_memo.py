@@ -1,8 +1,12 @@
 """What was made before is found, and never half of it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from headstart.system.memo import remembered
 
@@ -82,5 +86,40 @@ def test_an_error_leaves_nothing(error, cache):
 
     with pytest.raises(error):
         remembered("things", 1, {}, fail, number_in)
-    assert not any((cache / "things").iterdir())
+    assert [path.name for path in (cache / "things").iterdir()] == [".locks"]
     assert remembered("things", 1, {}, Maker(), number_in) == 1
+
+
+def test_damaged_tensors_are_made_anew(cache):
+    def make(folder):
+        save_file({"numbers": torch.arange(3)}, folder / "numbers.safetensors")
+
+    def read(folder):
+        return load_file(folder / "numbers.safetensors")["numbers"].tolist()
+
+    assert remembered("things", 1, "a", make, read) == [0, 1, 2]
+    (file,) = cache.glob("things/*/numbers.safetensors")
+    file.write_bytes(file.read_bytes()[:20])
+    assert remembered("things", 1, "a", make, read) == [0, 1, 2]
+
+
+MAKER = """
+import sys, time
+from pathlib import Path
+from headstart.system.memo import remembered
+
+def make(folder):
+    with open(sys.argv[1], "a") as stream:
+        stream.write("made\\n")
+    time.sleep(0.5)
+    (folder / "number").write_text("7")
+
+print(remembered("things", 1, "a", make, lambda folder: (folder / "number").read_text()))
+"""
+
+
+def test_two_that_want_the_same_at_once_make_it_once(cache, tmp_path):
+    command = [sys.executable, "-c", MAKER, str(tmp_path / "log")]
+    makers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [maker.communicate()[0] for maker in makers] == ["7\n"] * 2
+    assert (tmp_path / "log").read_text() == "made\n"

@@ -187,7 +187,7 @@ def test_a_split_without_a_block_is_told(tmp_path: Path, corpus: Path, tokenizer
     )
     with pytest.raises(ValueError, match=message):
         prepare(settings, tokenizer, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
 
 
 def test_tokenizers_without_an_end_or_a_file_are_told(tmp_path: Path, corpus: Path) -> None:

@@ -43,6 +43,10 @@ def test_byte_level_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     assert joined.startswith(decoded)
 
 
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "folder"])
 def test_a_killed_preparation_goes_on(
     name: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
@@ -59,7 +63,7 @@ def test_a_killed_preparation_goes_on(
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(PreTrainedTokenizerFast, "__call__", die_after_120)
         prepare(settings, tokenizer, tmp_path / "cache")
-    (unfinished,) = (tmp_path / "cache").iterdir()
+    (unfinished,) = (tmp_path / "cache").glob("*.unfinished")
     for record in unfinished.glob("unit-*.json"):
         if not json.loads(record.read_text())["is_done"]:
             for part in unfinished.glob(f"{record.stem}.*.part"):
@@ -76,7 +80,10 @@ def test_a_killed_preparation_goes_on(
     for split in SPLITS:
         expected = blocks_by_hand(DOCUMENTS, split, settings)
         np.testing.assert_array_equal(prepared.split(split), expected)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [prepared.folder.name]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        prepared.folder.name,
+        ".locks",
+    }
     assert {path.suffix for path in prepared.folder.iterdir()} == {".bin", ".json"}
 
 
@@ -121,7 +128,7 @@ def test_a_read_that_fails_loses_nothing_and_the_same_command_goes_on(
     settings = replace(SETTINGS, source=source)
     with pytest.raises(OSError, match=f"reading .* failed .*{failure.args[-1]}.* is kept"):
         prepare(settings, tokenizer, tmp_path / "cache")
-    (unfinished,) = (tmp_path / "cache").iterdir()
+    (unfinished,) = (tmp_path / "cache").glob("*.unfinished")
     record = json.loads((unfinished / "unit-00000.json").read_text())
     assert 80 <= record["rows"] <= 130 and not record["is_done"]
 
@@ -204,4 +211,7 @@ def test_corrupt_lines_are_counted_or_named(
     check_source(strict)
     with pytest.raises(ValueError, match=rf"cannot read .*{name}, line 41: .*; mend or remove it"):
         prepare(strict, tokenizer, tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [prepared.folder.name]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        prepared.folder.name,
+        ".locks",
+    }

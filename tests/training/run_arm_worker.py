@@ -1,4 +1,7 @@
-"""Runs a pickled (arm, inputs, folder, kill_after) in a process that tests may kill or multiply."""
+"""Runs a pickled (arm, inputs, folder, kill_after) in a process that tests may kill or multiply.
+
+A negative `kill_after` tells the second process to stop after so many steps, by SIGTERM.
+"""
 
 import os
 import pickle
@@ -11,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from headstart.system import device
-from headstart.system.distributed import process_group
+from headstart.system.distributed import process_group, rank
 from headstart.training import arguments, arms, trainer
 
 
@@ -53,6 +56,8 @@ def main(call: Path) -> None:
     def kill(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if kill_after and state.global_step == -kill_after and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     trainer.ReportStep.on_step_end = kill
     with process_group():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from headstart.losses.next_token import mean_loss
 from headstart.model.checkpoint import Checkpoint
 from headstart.system import device
 from headstart.system.errors import UserError
-from headstart.training import arguments, arms
+from headstart.training import arguments, arms, interruption
 from headstart.training.arguments import RESERVED_ARGUMENTS, check_sharding, training_arguments
 from headstart.training.arms import ArmInputs, run_arm
 from headstart.training.settings import Arm, PretrainSettings
@@ -182,6 +184,62 @@ def test_a_broken_off_arm_goes_on(inputs, uninterrupted, tmp_path, monkeypatch, 
     assert_same_run(tmp_path, result, uninterrupted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [3, 4, 10])  # after 4 and 10 an evaluation is due
+def test_a_signal_saves_a_checkpoint_at_the_next_step_and_the_arm_goes_on(
+    inputs, uninterrupted, tmp_path, monkeypatch, kind, step
+):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), kind)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReportStep, "on_step_begin", on_step_begin, raising=False)
+        run_arm(DISTILLED, inputs, tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert not (tmp_path / "arm.json").exists() and not (tmp_path / "model").exists()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    result = run_arm(DISTILLED, inputs, tmp_path)
+    assert_same_run(tmp_path, result, uninterrupted, rtol=0, atol=1e-6)
+
+
+def test_a_second_signal_stops_at_once(inputs, tmp_path, monkeypatch):
+    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReportStep, "on_step_begin", on_step_begin, raising=False)
+        run_arm(SUBNET, inputs, tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_is_written_every_so_many_minutes(inputs, tmp_path, monkeypatch):
+    """A step takes a minute here."""
+    saved, minutes = [], iter(range(1000))
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: 60.0 * next(minutes))
+    whole = interruption.SaveAndStop.on_save
+
+    def on_save(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved.append(state.global_step)
+        whole(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(interruption.SaveAndStop, "on_save", on_save)
+    rare = {**inputs.train, "save_steps": 1000, "save_minutes": 2.5}
+    run_arm(SUBNET, replace(inputs, train=rare), tmp_path)
+    gaps = [late - early for early, late in pairwise([0, *saved[:-1]])]
+    assert len(saved) >= 4 and max(gaps) <= 3
+
+
+@pytest.mark.parametrize("minutes", [0, -1, True, "soon", math.nan])
+def test_save_minutes_that_mean_nothing_are_refused(minutes, tmp_path):
+    with pytest.raises(UserError, match=r"train.save_minutes is .*; write a number above 0"):
+        training_arguments({"save_minutes": minutes}, SUBNET, tmp_path)
+
+
 def test_an_arm_broken_off_after_its_last_step_takes_no_more(
     inputs, uninterrupted, tmp_path, monkeypatch, seen
 ):
@@ -205,6 +263,24 @@ def start_worker(launcher: list[str], tmp_path: Path, *call: Any) -> int:
     pickled.write_bytes(pickle.dumps(call))
     worker = Path(__file__).with_name("run_arm_worker.py")
     return subprocess.run([sys.executable, *launcher, str(worker), str(pickled)]).returncode
+
+
+@pytest.mark.exhaustive
+def test_processes_that_are_told_to_stop_save_after_the_same_step(inputs, tmp_path):
+    """One of two gets the signal, and both go on from one checkpoint."""
+    halves = replace(inputs, train={**inputs.train, "per_device_train_batch_size": 2})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert start_worker(launcher, tmp_path, DISTILLED, halves, whole, None) == 0
+    told = (*launcher, "--max-restarts", "0")
+    assert start_worker(list(told), tmp_path, DISTILLED, halves, stopped, -5) != 0
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    assert checkpoint.name in ("checkpoint-5", "checkpoint-6")
+    assert start_worker(launcher, tmp_path, DISTILLED, halves, stopped, None) == 0
+    result, expected = (
+        json.loads((folder / "arm.json").read_text()) for folder in (stopped, whole)
+    )
+    assert_same_run(stopped, result, (whole, expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.exhaustive

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
@@ -258,7 +258,7 @@ def test_enough_steps_get_as_many_evaluations_as_asked():
 def write_checkpoint(folder: Path, step: int, state: str | None = '{"log_history": []}') -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
-    (checkpoint / "model.safetensors").touch()
+    save_file({"weight": torch.ones(50)}, checkpoint / "model.safetensors")
     if state is not None:
         (checkpoint / "trainer_state.json").write_text(state)
     return checkpoint
@@ -276,6 +276,17 @@ def test_cut_off_checkpoints_are_removed(tmp_path, state):
     cut_off = [write_checkpoint(tmp_path, step, state) for step in (10, 11)]
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     assert not any(checkpoint.exists() for checkpoint in cut_off)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_with_a_cut_file_is_passed_over(tmp_path, name):
+    for step in (9, 10):
+        folder = write_checkpoint(tmp_path, step)
+        for state in ("optimizer.pt", "rng_state.pth"):
+            torch.save({"step": torch.ones(50)}, folder / state)
+    assert last_whole_checkpoint(tmp_path) == folder
+    (folder / name).write_bytes((folder / name).read_bytes()[:-30])
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
 
 
 def test_without_a_whole_checkpoint_there_is_none(tmp_path):

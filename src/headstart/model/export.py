@@ -20,7 +20,7 @@ from headstart.model.count import parameters
 from headstart.model.shapes import stock_obstacle
 from headstart.model.stock import stock_config, stock_sizes, stock_tensors
 from headstart.system.errors import UserError
-from headstart.system.files import UNFINISHED, finished_folder, write_json
+from headstart.system.files import finished_folder, remove_abandoned, scratch_prefix, write_json
 
 Precision = Literal["float32", "bfloat16", "float16"]
 OUTTYPES: dict[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "": "auto"}
@@ -119,7 +119,10 @@ def export_gguf(
         raise UserError(f"{out_file} exists already; choose another --out or remove it")
     command = _converter_command(converter)
     out_file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_file.parent, prefix=UNFINISHED) as scratch:
+    remove_abandoned(out_file.parent)
+    with tempfile.TemporaryDirectory(
+        dir=out_file.parent, prefix=scratch_prefix(out_file.name)
+    ) as scratch:
         stock = export_stock(model, Path(scratch) / "stock" / out_file.stem, pads, precision)
         written = Path(scratch) / out_file.name
         options = ["--outfile", str(written), "--outtype", OUTTYPES[precision or ""]]

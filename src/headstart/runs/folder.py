@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.system.errors import UserError
-from headstart.system.files import UNFINISHED, read_json, write_json, write_whole
+from headstart.system.files import UNFINISHED, read_json, remove, write_json, write_whole
+from headstart.system.locks import locked as lock
 from headstart.system.settings import differences, with_defaults
 
 LOCK = ".lock"
@@ -84,20 +83,16 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process works in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another process works in {folder}; wait for it or choose another --output"
-        ) from None
-    try:
-        for left in folder.glob(f"{UNFINISHED}*"):  # by a process that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield
-    finally:
-        lock.release()
-        if {path.name for path in folder.iterdir()} <= {LOCK}:  # nothing came of it
-            (folder / LOCK).unlink(missing_ok=True)
-            folder.rmdir()
+
+    def refuse(owner: str) -> None:
+        raise UserError(f"{owner} works in {folder}; wait for it or choose another --output")
+
+    with lock(folder / LOCK, on_busy=refuse):
+        for left in list(folder.rglob(f"{UNFINISHED}*")):  # by a process that was killed
+            remove(left)
+        try:
+            yield
+        finally:
+            if {path.name for path in folder.iterdir()} <= {LOCK}:  # nothing came of it
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()

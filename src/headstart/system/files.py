@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import platformdirs
 
 UNFINISHED = ".unfinished-"
 """What the names of files and folders begin with that are not whole yet."""
+OWNED = re.compile(rf"{re.escape(UNFINISHED)}(\d+)@([^@]*)@.*", re.DOTALL)
+"""Such a name, with process and host of its writer."""
 
 
 def cache_root() -> Path:
@@ -33,12 +38,47 @@ def shipped(name: str) -> Path:
     return installed if installed.exists() else package.parents[1] / "recipes" / name
 
 
+def scratch_prefix(name: str) -> str:
+    """What the name of something that this process writes begins with until it is whole."""
+    return f"{UNFINISHED}{os.getpid()}@{platform.node()}@{name}-"
+
+
+def is_abandoned(name: str) -> bool:
+    """Whether something unfinished was left by a process of this host that is no more."""
+    found = OWNED.fullmatch(name)
+    if found is None or found[2] != platform.node():
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user
+        return False
+    return False
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete what killed processes have left unfinished in a folder."""
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if is_abandoned(path.name):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a whole folder, if nobody else has."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that appears whole or not at all.
 
     Each writer has a temporary file of its own, so that of several at once the last one stays.
     """
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED}{path.name}-")
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=scratch_prefix(path.name))
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -70,7 +110,8 @@ def finished_folder(target: Path) -> Iterator[Path]:
         A context manager of the folder to write into.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f"{UNFINISHED}{target.name}-"
+    remove_abandoned(target.parent)
+    prefix = scratch_prefix(target.name)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as scratch:
         folder = Path(scratch) / target.name
         folder.mkdir()

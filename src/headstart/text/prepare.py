@@ -8,13 +8,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import BaseFileLock, FileLock, Timeout
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headstart.demo import DEMO
@@ -22,6 +21,8 @@ from headstart.system.distributed import from_main, is_main
 from headstart.system.errors import UserError
 from headstart.system.files import cache_root, finished_folder, write_json
 from headstart.system.hashing import hash_json
+from headstart.system.locks import locked
+from headstart.system.memo import LOCKS
 from headstart.system.progress import console
 from headstart.text.blocks import TokenBlocks, finished_blocks
 from headstart.text.corpus import (
@@ -143,7 +144,7 @@ def _prepare_one(
     fingerprint = hash_json([LAYOUT_VERSION, inputs, tokenizer_hash, relevant])
     folder = cache_folder / fingerprint
     unfinished = folder.with_name(f"{fingerprint}.unfinished")
-    with _one_run_at_a_time(unfinished):
+    with _one_run_at_a_time(folder):
         if finished := from_main(lambda: finished_blocks(folder)):
             return finished
         vocabulary = max(tokenizer.get_vocab().values()) + 1
@@ -153,7 +154,7 @@ def _prepare_one(
             _count_blocks(counts["splits"], settings, any(map(is_plain_text, corpus.files)))
         except UserError:
             if is_main():  # nothing that goes on from here would end otherwise
-                shutil.rmtree(unfinished)
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise
         manifest = {
             "fingerprint": fingerprint,
@@ -188,28 +189,16 @@ def _finish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _one_run_at_a_time(unfinished: Path) -> Iterator[None]:
+def _one_run_at_a_time(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder; the processes of this run go in together."""
-    lock = FileLock(unfinished / "lock")
-    from_main(lambda: _acquire(lock, unfinished))
-    try:
+
+    def wait(owner: str) -> None:
+        console.print(f"{owner} prepares the same text; waiting for it")
+
+    with ExitStack() as stack:
+        file = folder.parent / LOCKS / folder.name
+        from_main(lambda: stack.enter_context(locked(file, on_busy=wait)))
         yield
-    finally:
-        if is_main():
-            lock.release()
-            (unfinished / "lock").unlink(missing_ok=True)
-            (unfinished.with_suffix("") / "lock").unlink(missing_ok=True)
-            if unfinished.is_dir() and not any(unfinished.iterdir()):
-                unfinished.rmdir()
-
-
-def _acquire(lock: BaseFileLock, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        console.print("another run prepares the same text; waiting for it")
-        lock.acquire()
 
 
 def _count_blocks(

@@ -23,10 +23,25 @@ RESERVED_ARGUMENTS = {
 }
 """Keys of `train:` that headstart sets itself, and the recipe key that stands for each."""
 
+SAVE_MINUTES = 15.0
+"""Between checkpoints at most, by `train.save_minutes`."""
+
 COUNTS = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 """Keys of `train:` that a step cannot do without one of."""
+
+
+def save_minutes(train: dict[str, Any], arm: Arm) -> float:
+    """Minutes between checkpoints at most: a key of `train:` that TrainingArguments does not have.
+
+    Raises:
+        UserError: it is no number above 0.
+    """
+    minutes = {**train, **arm.train}.get("save_minutes", SAVE_MINUTES)
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
+        raise UserError(f"train.save_minutes is {minutes!r}; write a number above 0")
+    return float(minutes)
 
 
 def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps: int = 1) -> Any:
@@ -38,7 +53,9 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
     """
     from transformers import TrainingArguments
 
+    save_minutes(train, arm)
     train = {**train, **arm.train}
+    train.pop("save_minutes", None)
     for key in train:
         if key in RESERVED_ARGUMENTS:
             raise UserError(f"train.{key} is set by {RESERVED_ARGUMENTS[key]}; set that instead")

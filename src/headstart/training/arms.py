@@ -16,10 +16,15 @@ from headstart.model.checkpoint import Checkpoint
 from headstart.system.device import peak_flops
 from headstart.system.distributed import from_main, is_main
 from headstart.system.errors import UserError
-from headstart.system.files import read_json, write_json
+from headstart.system.files import UNFINISHED, read_json, write_json
 from headstart.system.progress import progress
 from headstart.text.blocks import BlockDataset, TokenBlocks
-from headstart.training.arguments import check_step, tokens_per_step, training_arguments
+from headstart.training.arguments import (
+    check_step,
+    save_minutes,
+    tokens_per_step,
+    training_arguments,
+)
 from headstart.training.cache import CachedBlocks, CacheIdentity, TeacherCache
 from headstart.training.optimizer import muon_with_adamw
 from headstart.training.settings import Arm, PretrainSettings
@@ -103,7 +108,11 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
 
 def _schedule(arm: Arm, inputs: ArmInputs, folder: Path) -> Schedule:
     """Plan an arm's steps, and find the checkpoint that it goes on from."""
-    from headstart.training.trainer import last_whole_checkpoint
+    from headstart.training.trainer import (
+        evaluation_steps,
+        is_evaluated,
+        last_whole_checkpoint,
+    )
 
     block_length = inputs.blocks.split("train").shape[1]
     step_tokens = tokens_per_step(training_arguments(inputs.train, arm, folder), block_length)
@@ -123,8 +132,11 @@ def _schedule(arm: Arm, inputs: ArmInputs, folder: Path) -> Schedule:
         return checkpoint
 
     checkpoint = from_main(newest)
-    arguments.eval_on_start = checkpoint is None
     steps_done = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    due = [0, *evaluation_steps(num_steps, inputs.settings.evaluations)]
+    arguments.eval_on_start = steps_done in due and not from_main(
+        lambda: is_evaluated(checkpoint, steps_done)
+    )
     return Schedule(arguments, step_tokens, num_steps, checkpoint, steps_done)
 
 
@@ -133,6 +145,7 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[Distillat
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
     from transformers.data import default_data_collator
 
+    from headstart.training.interruption import SaveAndStop
     from headstart.training.trainer import DistillationTrainer, evaluation_steps, seconds_until
 
     settings, arguments = inputs.settings, schedule.arguments
@@ -170,7 +183,10 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[Distillat
             # Killed after its last step; the Trainer would take one more.
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            stopper = SaveAndStop(save_minutes(inputs.train, arm))
+            trainer.add_callback(stopper)
+            with stopper.watching():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer, validation_blocks.size
 
 
@@ -226,7 +242,7 @@ def _curve(history: list[dict[str, Any]], step_tokens: int) -> dict[str, Any]:
 
 def _keep_best(folder: Path, best_step: int, num_steps: int) -> None:
     """Remove what was kept of evaluations that were not the best; `model/` is the last one's."""
-    for best in folder.glob("*best-*"):
+    for best in (*folder.glob("best-*"), *folder.glob(f"{UNFINISHED}best-*")):
         if best.name != f"best-{best_step}" or best_step == num_steps:
             shutil.rmtree(best)
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from headstart.losses.distillation import DistillationSettings, Samples, TopK, sample, top_k
 from headstart.system.distributed import barrier, is_main, rank, world_size
 from headstart.system.errors import UserError
+from headstart.system.files import is_abandoned, scratch_prefix
 from headstart.text.blocks import BlockDataset, document_positions
 from headstart.text.mixture import MixedBlocks
 from headstart.training.teacher import Teacher
@@ -128,6 +129,10 @@ def write_cache(
     else:
         _refuse_others(path, identity, found)
         manifest = found
+    if is_main():
+        for left in files.ls(root, detail=False):
+            if is_abandoned(str(left).rpartition("/")[2]):
+                files.rm(left)
     step = manifest["blocks_per_shard"]
     for index in range(rank(), -(-len(blocks) // step), world_size()):
         shard = _shard(root, index)
@@ -337,6 +342,7 @@ def _shard(root: str, index: int) -> str:
 
 def _put(files: Any, path: str, content: bytes) -> None:
     """Write a file that appears whole or not at all, under a name of this writer's until then."""
-    unfinished = f"{path}.{uuid.uuid4().hex}.unfinished"
+    root, _, name = path.rpartition("/")
+    unfinished = f"{root}/{scratch_prefix(name)}{uuid.uuid4().hex}"
     files.pipe_file(unfinished, content)
     files.mv(unfinished, path)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
@@ -19,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from headstart.losses.chunked import chunked_sum
 from headstart.losses.distillation import DistillationSettings, Samples, TopK, distillation_loss
 from headstart.losses.next_token import next_token_loss
+from headstart.system.files import UNFINISHED
 from headstart.training.cache import outputs_of_batch
 from headstart.training.teacher import Teacher
 
@@ -143,7 +146,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self.state.global_step and metrics["eval_loss"] < min(history[:-1], default=0.0):
             start = time.perf_counter()
             folder = Path(self.args.output_dir)
-            unfinished = folder / f"unfinished-best-{self.state.global_step}"
+            unfinished = folder / f"{UNFINISHED}best-{self.state.global_step}"
             self.save_model(str(unfinished), _internal_call=True)
             if self.is_world_process_zero():
                 earlier = list(folder.glob("best-*"))
@@ -298,12 +301,33 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     """
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     for checkpoint in reversed(checkpoints):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
+        if _is_whole(checkpoint):
             return checkpoint
-        except (OSError, ValueError):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, framework="pt"):  # which compares the file's size
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # torch.save writes archives, whose index is at the end.
+    return all(zipfile.is_zipfile(state) for state in checkpoint.glob("*.pt*"))
+
+
+def is_evaluated(checkpoint: Path | None, step: int) -> bool:
+    """Whether a run was evaluated after a step, as a checkpoint of that step knows.
+
+    One that a signal has stopped was not.
+    """
+    if checkpoint is None:
+        return False
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return any("eval_loss" in entry and entry["step"] == step for entry in history)
 
 
 def seconds_until(checkpoint: Path | None) -> float:
