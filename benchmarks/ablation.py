@@ -219,9 +219,9 @@ def headline(trained: Trained) -> float:
     _, target = trained[IMPORTANCE]
     arms = (trained[name] for name in CALIBRATED)
     matches = [
-        max(found, result["tokens_per_step"])
+        max(found, result["tokens_per_step"])  # one may match before training
         for result, curve in arms
-        if (found := matched_tokens(curve, target[-1]["loss"], 0)) is not None
+        if (found := matched_tokens(curve, target[-1]["loss"])) is not None
     ]
     return float(target[-1]["tokens"] / min(matches, default=float("inf")))
 
@@ -244,7 +244,7 @@ def _row(
     cells += [f"{curve[0]['loss']:.3f}", f"{curve[-1]['loss']:.3f}"]
     cells.append("" if spread is None else f"{spread:.3f}")
     for target in targets:
-        match = match_of(curve, target, result["tokens_per_step"])
+        match = match_of(curve, target)
         for unit, form in (("tokens", "{:,.0f}"), ("flops", "{:.2e}")):
             spent, factor = match[f"{unit}_to_match"], match[f"{unit}_factor"]
             amount = "never" if spent is None else form.format(spent)

@@ -91,6 +91,18 @@ def test_recipe_is_optional() -> None:
         (["--search.unit_noise", "-.inf"], "search.unit_noise is -inf; write a finite number"),
         (["--search.tokens", ".inf"], "search.tokens is inf; write a finite number"),
         (["--train", "{weight_decay: .nan}"], "train.weight_decay is nan; write a finite number"),
+        (
+            ["--train", "{optim_args: {eps: [1, .nan]}}"],
+            "train.optim_args.eps[1] is nan; write a finite number",
+        ),
+        (
+            ["--pretrain.arms", "[{name: a, train: {lr_scheduler_kwargs: {x: .inf}}}]"],
+            "pretrain.arms[0].train.lr_scheduler_kwargs.x is inf; write a finite number",
+        ),
+        (
+            ["--search.evolution", "{population: 3, elites: 4}"],
+            "search.evolution.elites is 4, more than the population of 3; use at most so many",
+        ),
         (["--pretrain.arms", "[{name: a, kd: {temperature: 0}}]"], "temperature is 0"),
         (["--pretrain.arms", "[{name: a, kd: {alpha: 0, beta: 0}}]"], "nor both 0"),
         (["--pretrain", "3"], "write keys and values below it"),

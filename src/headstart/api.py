@@ -33,7 +33,7 @@ from headstart.model.cut import assemble, place_buffers, slice_tensors
 from headstart.model.spec import SubnetSpec, spec_of
 from headstart.recipe import Recipe
 from headstart.runs import stages
-from headstart.runs.extraction import origin_of
+from headstart.runs.extraction import origin_of, refuse_another_teacher
 from headstart.runs.run import open_run
 from headstart.searching.bins import Bin, BinSettings
 from headstart.searching.settings import SearchSettings
@@ -92,6 +92,7 @@ def extract(
     """
     if calibration is None and isinstance(teacher, str | Path):
         calibration = Calibration(Checkpoint.open(teacher))
+        refuse_another_teacher(spec, calibration.teacher, "the spec")
     if calibration is not None:
         architecture, device = calibration.teacher.architecture, torch.device("cpu")
         tensors = student_tensors(calibration, spec)

@@ -311,6 +311,7 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
         check_source(settings)
     teacher = Checkpoint.open(options.teacher)
     if settings:
+        teacher.architecture.check_context(settings.block_length)
         text = prepare(settings, teacher.folder)
         calibration_blocks = text.sample("train", options.calibration_tokens)
     student = extract_found(

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -9,6 +10,7 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 from headstart.model.architecture import Architecture
 from headstart.model.families import DROPPED
 from headstart.model.spec import SubnetSpec
+from headstart.system.errors import UserError
 
 ALIASES = {"embed_out.weight": "lm_head.weight"}
 SPEC = SubnetSpec((0, 2), (0, 1, 5), ((0,), (1,)), ((0, 1, 2), (1, 3, 5)))
@@ -174,3 +176,36 @@ def test_narrower_heads_change_head_dim_and_theta_alone(size, theta):
     expected = model.config.to_dict() | {"head_dim": size}
     expected["rope_parameters"] = {**expected["rope_parameters"], "rope_theta": theta}
     assert student.config.to_dict() == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [
+        ({"max_position_embeddings": 128}, 128),
+        (
+            {
+                "max_position_embeddings": 128,
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+            },
+            512,
+        ),
+        (  # whose config says both
+            {
+                "max_position_embeddings": 512,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                    "rope_theta": 1e4,
+                },
+            },
+            512,
+        ),
+    ],
+)
+def test_blocks_longer_than_the_context_are_refused(settings: dict[str, Any], limit: int) -> None:
+    architecture = Architecture.of(LlamaConfig(**settings))
+    architecture.check_context(limit)
+    message = rf"block_length is {limit + 1}, and the model's context is {limit} tokens; use"
+    with pytest.raises(UserError, match=message):
+        architecture.check_context(limit + 1)

@@ -31,6 +31,7 @@ def make_arm(name: str, **changes: Any) -> Result:
         "seconds": 95.0,
         "curve": [
             {"tokens": 0, "flops": 1e12, "loss": 9.1},
+            {"tokens": 1_024, "flops": 1.1e12, "loss": 8.1},
             {"tokens": 50_176, "flops": 5e12, "loss": 6.0},
         ],
     }

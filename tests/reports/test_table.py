@@ -62,16 +62,17 @@ def test_cells_of_an_arm_that_matched_before_training() -> None:
     assert row["FLOPs to match"] == "2.00e12"
 
 
-def test_an_arm_that_matched_within_a_step_claims_no_more_than_the_budget_in_steps() -> None:
-    arm = make_arm("subnet", tokens_to_match=512.0, tokens_factor=98.0)
+def test_an_arm_that_matched_by_its_first_evaluation_gives_lower_bounds() -> None:
+    arm = make_arm("subnet", tokens_to_match=1024, tokens_factor=49.0)
     result = make_result(SCRATCH_ARM, arm)
     row = cells(result, "subnet")
-    assert row["tokens to match"] == "within the first step"
-    assert row["fewer tokens"] == "≥ 98.0x"
+    assert row["tokens to match"] == "within the first 1,024"
+    assert row["fewer tokens"] == "≥ 49.0x"
     assert (row["FLOPs to match"], row["fewer FLOPs"]) == ("≤ 2.00e12", "≥ 2.00x")
     assert headline(result) == (
-        "subnet reaches scratch's loss of 6.71 nats within the first step, that is 512 of 50,176 "
-        "tokens: at least 98.0x fewer. Counting the search, it needs at least 2.00x fewer FLOPs."
+        "subnet reaches scratch's loss of 6.71 nats within the first 2 steps, that is 1,024 of "
+        "50,176 tokens: at least 49.0x fewer. Counting the search, it needs at least 2.00x fewer "
+        "FLOPs."
     )
 
 

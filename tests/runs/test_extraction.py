@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from tests.conftest import extract, random_teacher
 from tests.model.oracles import assert_same_tensors, random_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import headstart
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import build_student, slice_tensors
-from headstart.model.spec import SubnetSpec
+from headstart.model.spec import SubnetSpec, load_spec
+from headstart.runs.extraction import extract_found
+from headstart.system.errors import UserError
 
 # The written folder
 
@@ -167,3 +171,24 @@ def test_a_failure_midway_leaves_no_folder(step, teacher_folder, tmp_path, monke
     assert not out.exists()
     AutoModelForCausalLM.from_pretrained(extract(teacher_folder, spec, out))
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_spec_of_another_teacher_is_refused(teacher_folder: Path, tmp_path: Path) -> None:
+    teacher = Checkpoint.open(teacher_folder)
+    spec = SubnetSpec.identity(teacher.architecture.sizes)
+    files = {
+        "search.json": {"spec": spec.to_json(), "teacher": {"name": "t", "hash": "abc"}},
+        "subnet.json": {"spec": spec.to_json(), "teacher": "t", "teacher_hash": "abc"},
+        "bare.json": spec.to_json(),
+        "own.json": {"spec": spec.to_json(), "teacher_hash": teacher.hash},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    for name in ("search.json", "subnet.json"):
+        message = rf"{name} was found in another teacher \(hash abc\) than .*{teacher.hash}"
+        with pytest.raises(UserError, match=message):
+            extract_found(teacher, tmp_path / name, tmp_path / "student")
+        with pytest.raises(UserError, match="the spec was found in another teacher"):
+            headstart.extract(teacher_folder, load_spec(tmp_path / name))
+    for name in ("bare.json", "own.json"):
+        assert extract_found(teacher, tmp_path / name, tmp_path / f"student of {name}").is_dir()

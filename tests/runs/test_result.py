@@ -40,7 +40,7 @@ def points(
 def test_match_by_hand() -> None:
     scratch = points([10.0, 8.0, 6.0], 5)
     arm = points([9.0, 7.0, 5.0], 10, upfront=50)
-    match = match_of(arm, scratch, 25)
+    match = match_of(arm, scratch)
     # From 7 at 100 tokens to 5 at 300, 6 is reached at 200 tokens, 50 + 2000 FLOPs.
     assert match["tokens_to_match"] == 200
     assert match["tokens_factor"] == 300 / 200
@@ -48,29 +48,29 @@ def test_match_by_hand() -> None:
     assert match["flops_factor"] == 1500 / 2050
     assert match["loss_difference"] == -1.0
 
-    before = match_of(points([5.5, 5.0, 4.0], 10, upfront=50), scratch, 25)
+    before = match_of(points([5.5, 5.0, 4.0], 10, upfront=50), scratch)
     assert (before["tokens_to_match"], before["tokens_factor"]) == (0, None)
     assert (before["flops_to_match"], before["flops_factor"]) == (50, 30)
 
-    never = match_of(points([9.0, 8.0, 7.0], 10), scratch, 25)
+    never = match_of(points([9.0, 8.0, 7.0], 10), scratch)
     assert [never[key] for key in ("tokens_to_match", "tokens_factor")] == [None, None]
     assert [never[key] for key in ("flops_to_match", "flops_factor")] == [None, None]
-    assert set(match_of(arm, None, 25).values()) == {None}
+    assert set(match_of(arm, None).values()) == {None}
 
 
 @pytest.mark.parametrize("first_evaluation", [25, 100])
-def test_no_factor_is_larger_than_the_budget_in_steps(first_evaluation: int) -> None:
+def test_no_factor_is_larger_than_what_was_seen(first_evaluation: int) -> None:
     """An arm falls from just above scratch's loss, so that a line reaches it at once."""
-    step, budget = 25, 300
+    budget = 300
     scratch = points([10.0, 8.0, 6.0], 5)
     arm = points([6.01, 5.0, 4.0], 10, upfront=50)
     arm[1] |= {"tokens": first_evaluation, "flops": 50 + 10 * first_evaluation}
-    match = match_of(arm, scratch, step)
-    assert match["tokens_to_match"] == step
-    assert match["tokens_factor"] == budget / step
-    assert match["flops_to_match"] == 50 + 10 * step
-    assert match["flops_factor"] == 1500 / 300
+    match = match_of(arm, scratch)
+    assert match["tokens_to_match"] == first_evaluation
+    assert match["tokens_factor"] == budget / first_evaluation
+    assert match["flops_to_match"] == 50 + 10 * first_evaluation
+    assert match["flops_factor"] == 1500 / (50 + 10 * first_evaluation)
     assert match["tokens_to_match_interpolated"] == pytest.approx(0.01 / 1.01 * first_evaluation)
-    assert matched_tokens(arm, 6.0, step) == step
-    assert matched_tokens(arm, 6.01, step) == 0  # before training
-    assert matched_tokens(arm, 3.0, step) is None
+    assert matched_tokens(arm, 6.0) == first_evaluation
+    assert matched_tokens(arm, 6.01) == 0  # before training
+    assert matched_tokens(arm, 3.0) is None

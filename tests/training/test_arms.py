@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from tests.conftest import extract, random_teacher
 from tests.model.oracles import random_layerwise_spec
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from headstart.losses.distillation import DistillationSettings
@@ -31,7 +32,12 @@ from headstart.model.checkpoint import Checkpoint
 from headstart.system import device
 from headstart.system.errors import UserError
 from headstart.training import arguments, arms, interruption
-from headstart.training.arguments import RESERVED_ARGUMENTS, check_sharding, training_arguments
+from headstart.training.arguments import (
+    PASSED_OVER,
+    RESERVED_ARGUMENTS,
+    check_sharding,
+    training_arguments,
+)
 from headstart.training.arms import ArmInputs, run_arm
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.trainer import DistillationTrainer, ReportStep
@@ -232,6 +238,27 @@ def test_a_checkpoint_is_written_every_so_many_minutes(inputs, tmp_path, monkeyp
     run_arm(SUBNET, replace(inputs, train=rare), tmp_path)
     gaps = [late - early for early, late in pairwise([0, *saved[:-1]])]
     assert len(saved) >= 4 and max(gaps) <= 3
+
+
+@pytest.mark.parametrize("key", PASSED_OVER)
+def test_arguments_that_would_have_no_effect_are_refused(key, tmp_path):
+    default = getattr(TrainingArguments, key, None)
+    changed = {None: "something", False: True, True: False}.get(default, 0.1)
+    with pytest.raises(UserError, match=rf"train.{key} has no effect here: .*; remove it"):
+        training_arguments({key: changed}, SUBNET, tmp_path)
+    training_arguments({key: default, "use_cpu": True}, SUBNET, tmp_path)
+
+
+def test_every_argument_that_is_passed_over_exists():
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(PASSED_OVER) <= known and set(RESERVED_ARGUMENTS) <= known
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    made = training_arguments({"use_cpu": True}, SUBNET, tmp_path)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    with pytest.raises(UserError, match=r"4 GPUs are visible .* `torchrun --nproc-per-node 4 -m "):
+        check_sharding(made)
 
 
 @pytest.mark.parametrize("minutes", [0, -1, True, "soon", math.nan])

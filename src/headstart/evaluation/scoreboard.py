@@ -63,6 +63,9 @@ def run_evaluate(models: Sequence[str], settings: EvaluationSettings) -> dict[st
         check_source(settings.data)
     # Opening a model refuses a family whose logits might be more than a product.
     checkpoints = {name: Checkpoint.open(name) for name in dict.fromkeys(models)}
+    for checkpoint in checkpoints.values():
+        if settings.data:
+            checkpoint.architecture.check_context(settings.data.block_length)
     found: dict[str, Scores] = {name: {} for name in checkpoints}
     for name, checkpoint in checkpoints.items():
         if settings.data:

@@ -213,6 +213,24 @@ class Architecture:
                 f"{self.family.name} table expects; fetch the teacher again"
             )
 
+    def check_context(self, block_length: int) -> None:
+        """Raise a UserError if blocks are longer than the model can tell positions apart.
+
+        The limit is the config's `max_position_embeddings`, stretched where rotary positions are.
+        """
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is None:
+            return
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        for kind in (rope, *(kind for kind in rope.values() if isinstance(kind, dict))):
+            original = kind.get("original_max_position_embeddings") or limit
+            limit = max(limit, int(original * (kind.get("factor") or 1)))
+        if block_length > limit:
+            raise UserError(
+                f"data.block_length is {block_length:,}, and the model's context is {limit:,} "
+                "tokens; use at most so many"
+            )
+
     def count(self, context_length: int, sizes: Sizes | None = None) -> Count:
         """What the model costs, or one of the same family and other sizes.
 

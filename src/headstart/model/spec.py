@@ -16,7 +16,7 @@ from headstart.system.errors import UserError
 Indices = tuple[int, ...]
 
 SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
-ORIGIN_KEYS = (*SEARCH_COSTS, "loss", "parameters", "bin", "init", "scored_as")
+ORIGIN_KEYS = (*SEARCH_COSTS, "loss", "parameters", "bin", "init", "scored_as", "teacher_hash")
 """Of `search.json`, what travels with a spec: what it cost, and what it was worth untrained."""
 
 
@@ -185,4 +185,7 @@ def spec_of(content: Mapping[str, Any]) -> SubnetSpec:
         UserError: a key is missing or an index set is malformed.
     """
     origin = {key: content[key] for key in ORIGIN_KEYS if key in content}
+    teacher = content.get("teacher")
+    if isinstance(teacher, dict) and "hash" in teacher:  # as search.json has it
+        origin["teacher_hash"] = teacher["hash"]
     return replace(SubnetSpec.from_json(content.get("spec", content)), origin=origin)

@@ -113,11 +113,11 @@ def _row(arm: Result, compared: bool) -> tuple[str, ...]:
             tokens = f"not within {arm['tokens']:,} tokens"
         elif arm["tokens_to_match"] == 0:
             tokens = "before training"
-        elif is_within_first_step(arm):
-            tokens = "within the first step"
+        elif is_lower_bound(arm):
+            tokens = f"within the first {round(arm['tokens_to_match']):,}"
         else:
             tokens = f"{round(arm['tokens_to_match']):,}"
-        at_least, at_most = ("≥ ", "≤ ") if is_within_first_step(arm) else ("", "")
+        at_least, at_most = ("≥ ", "≤ ") if is_lower_bound(arm) else ("", "")
         comparison = [
             tokens,
             _text(arm["tokens_factor"], factor_text, at_least),
@@ -138,9 +138,10 @@ def _text(value: float | None, as_text: Callable[[float], str], bound: str = "")
     return NOTHING if value is None else bound + as_text(value)
 
 
-def is_within_first_step(arm: Result) -> bool:
-    """Whether an arm matched scratch in its first step, so that its factors are lower bounds."""
-    return bool(0 < (arm["tokens_to_match"] or 0) <= arm["tokens_per_step"])
+def is_lower_bound(arm: Result) -> bool:
+    """Whether an arm matched scratch by its first evaluation after a step, and nothing more is
+    known, so that its factors are the least that they can be."""
+    return bool(0 < (arm["tokens_to_match"] or 0) <= arm["curve"][1]["tokens"])
 
 
 def result_table(result: Result) -> Table:
@@ -196,11 +197,12 @@ def match_sentence(result: Result) -> str:
         )
     if best["tokens_to_match"] == 0:
         return f"{name} is at or below {loss} before training; at equal tokens it ends {side}."
-    if is_within_first_step(best):
-        factor = f"at least {factor_text(best['tokens_factor'])}"
+    if is_lower_bound(best):
+        steps = round(best["tokens_to_match"] / best["tokens_per_step"])
         return (
-            f"{name} reaches {loss} within the first step, that is {best['tokens_per_step']:,} of "
-            f"{best['tokens']:,} tokens: {factor} fewer."
+            f"{name} reaches {loss} within the first {'step' if steps == 1 else f'{steps} steps'}, "
+            f"that is {round(best['tokens_to_match']):,} of {best['tokens']:,} tokens: at least "
+            f"{factor_text(best['tokens_factor'])} fewer."
         )
     matching = f"{round(best['tokens_to_match']):,} of {best['tokens']:,} tokens"
     factor = best["tokens_factor"]
@@ -234,6 +236,6 @@ def cost_sentence(result: Result) -> str:
         "Counting the search" if result["costs"]["search_flops"] else "With no search to count"
     )
     if factor >= 1:
-        bound = "at least " if is_within_first_step(best) else ""
+        bound = "at least " if is_lower_bound(best) else ""
         return f"{counted}, it needs {bound}{factor_text(factor)} fewer FLOPs."
     return f"{counted}, it costs {factor_text(1 / factor)} more FLOPs at this budget."

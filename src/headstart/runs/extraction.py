@@ -62,6 +62,7 @@ def extract_found(
             f"{'' if searched == ROTATED else 'not '}rotated, and --init {init} is for "
             f"{'' if init == ROTATED else 'un'}rotated ones; use --init {searched}"
         )
+    refuse_another_teacher(spec, teacher, str(spec_file))
     cut_architecture(teacher.architecture, init).student(spec)  # refuses what cannot be cut
     if init != "slice" and calibration_blocks is None:
         raise UserError(f"init {init} needs text to calibrate with; give --data, or --init slice")
@@ -82,6 +83,19 @@ def extract_found(
                 "teacher_licence": licence_of(teacher.folder),
             },
             on_tensor=advance,
+        )
+
+
+def refuse_another_teacher(spec: SubnetSpec, teacher: Checkpoint, source: str) -> None:
+    """Raise a UserError if a spec was found in another teacher, as far as it knows that.
+
+    Its indices would name other units. A spec that was written by hand knows no teacher.
+    """
+    found_in = spec.origin.get("teacher_hash", teacher.hash)
+    if found_in != teacher.hash:
+        raise UserError(
+            f"{source} was found in another teacher (hash {found_in}) than {teacher.folder} (hash "
+            f"{teacher.hash}); give that teacher, or a file that holds nothing but a spec"
         )
 
 

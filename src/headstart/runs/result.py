@@ -83,14 +83,13 @@ def result_of(
     scratch = next((entry for entry in arms if entry["name"] == SCRATCH), None)
     target = scratch and scratch["loss_final"]
     for entry in arms:
-        step = entry["tokens_per_step"]
-        entry |= match_of(entry["curve"], scratch["curve"] if scratch else None, step)
+        entry |= match_of(entry["curve"], scratch["curve"] if scratch else None)
         for seed in entry["seeds"]:
             points = seed.pop("curve")
             seed["loss_final"] = points[-1]["loss"]
-            seed["tokens_to_match"] = target and matched_tokens(points, target, step)
+            seed["tokens_to_match"] = target and matched_tokens(points, target)
         entry["baseline_tokens"] = [
-            matched_tokens(entry["curve"], baseline["loss"], step) for baseline in baselines
+            matched_tokens(entry["curve"], baseline["loss"]) for baseline in baselines
         ]
     return {
         "format": FORMAT,
@@ -172,18 +171,17 @@ def charged(
     return curve, ledger
 
 
-def match_of(curve: Curve, scratch: Curve | None, tokens_per_step: int) -> dict[str, float | None]:
+def match_of(curve: Curve, scratch: Curve | None) -> dict[str, float | None]:
     """When an arm's curve reaches the scratch arm's final loss, in tokens and in FLOPs.
 
     Args:
         curve: the arm's evaluations: tokens, FLOPs and loss, from before training on.
         scratch: the same of the scratch arm, or None without one.
-        tokens_per_step: of the arm; within a step nothing is resolved.
 
     Returns:
         tokens_to_match, tokens_factor, flops_to_match, flops_factor (None where never, or where a
         factor would divide by zero), loss_difference at equal tokens, and tokens_to_match as
-        interpolated, however little of a step that is.
+        interpolated between any two evaluations, the one before training included.
     """
     names = (
         "tokens_to_match", "tokens_to_match_interpolated", "tokens_factor", "flops_to_match",
@@ -194,11 +192,13 @@ def match_of(curve: Curve, scratch: Curve | None, tokens_per_step: int) -> dict[
         return match
     target = scratch[-1]["loss"]
     match["loss_difference"] = curve[-1]["loss"] - target
-    tokens = matched_tokens(curve, target, tokens_per_step)
+    tokens = matched_tokens(curve, target)
     if tokens is None:
         return match
-    match["tokens_to_match_interpolated"] = matched_tokens(curve, target, 0)
-    all_tokens, all_flops = ([point[unit] for point in curve] for unit in ("tokens", "flops"))
+    all_tokens, all_flops, losses = (
+        [point[key] for point in curve] for key in ("tokens", "flops", "loss")
+    )
+    match["tokens_to_match_interpolated"] = tokens_to_match(all_tokens, losses, target)
     flops = float(np.interp(tokens, all_tokens, all_flops))
     for unit, spent in (("tokens", tokens), ("flops", flops)):
         match[f"{unit}_to_match"] = spent
@@ -206,11 +206,15 @@ def match_of(curve: Curve, scratch: Curve | None, tokens_per_step: int) -> dict[
     return match
 
 
-def matched_tokens(curve: Curve, target: float, tokens_per_step: int) -> float | None:
-    """When a curve reaches a loss: 0 if before training, else after one step or later, or never."""
+def matched_tokens(curve: Curve, target: float) -> float | None:
+    """When a curve reaches a loss: 0 if before training, and None if never.
+
+    Until the first evaluation, which is after a step at least, nothing is known: all tokens until
+    then are counted, so that no start is said to be worth more than was seen.
+    """
     tokens, losses = ([point[key] for point in curve] for key in ("tokens", "loss"))
     found = tokens_to_match(tokens, losses, target)
-    return max(found, tokens_per_step) if found else found
+    return max(found, tokens[1]) if found else found
 
 
 def _environment() -> dict[str, str]:

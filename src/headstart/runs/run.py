@@ -142,6 +142,7 @@ def checked_teacher(recipe: Recipe) -> Checkpoint:
     """
     check_source(recipe.data)
     teacher = Checkpoint.open(recipe.teacher)
+    teacher.architecture.check_context(recipe.data.block_length)
     teacher.check()
     return teacher
 

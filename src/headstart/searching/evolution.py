@@ -61,6 +61,11 @@ class EvolutionSettings:
 
     def __post_init__(self) -> None:
         check_least(self, "search.evolution.", population=1, generations=1, elites=1, screening=1)
+        if self.elites > self.population:
+            raise UserError(
+                f"search.evolution.elites is {self.elites}, more than the population of "
+                f"{self.population}; use at most so many"
+            )
         if min(self.mutation, self.crossover) < 0 or self.mutation + self.crossover > 1:
             raise UserError(
                 f"search.evolution.mutation {self.mutation} and crossover {self.crossover} are "

@@ -28,8 +28,8 @@ def settings_from_tree(tree: Any, kind: Any, key: str = "") -> Any:
         UserError: a key is unknown or missing, or a value does not fit.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(tree, float) and not math.isfinite(tree):
-        raise UserError(f"{key} is {tree}; write a finite number")
+    if isinstance(tree, float):
+        _refuse_endless(tree, key)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(tree, kind, key)
     if origin is typing.Literal:
@@ -46,9 +46,7 @@ def settings_from_tree(tree: Any, kind: Any, key: str = "") -> Any:
     if origin is dict:
         if not isinstance(tree, dict):
             raise UserError(f"{key} is {tree!r}; write keys and values below it")
-        for name, value in tree.items():
-            if isinstance(value, float):
-                settings_from_tree(value, float, f"{key}.{name}")
+        _refuse_endless(tree, key)
         return tree
     if kind is bool:
         if isinstance(tree, bool):
@@ -67,6 +65,18 @@ def settings_from_tree(tree: Any, kind: Any, key: str = "") -> Any:
     names = {int: "a whole number", float: "a number", str: "text"}
     wanted = " or ".join(names[option] for option in options if option in names)
     raise UserError(f"{key} is {tree!r}; write {wanted}")
+
+
+def _refuse_endless(tree: Any, key: str) -> None:
+    """Raise a UserError if there is NaN or infinity anywhere in a tree."""
+    if isinstance(tree, float) and not math.isfinite(tree):
+        raise UserError(f"{key} is {tree}; write a finite number")
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            _refuse_endless(value, f"{key}.{name}")
+    elif isinstance(tree, list | tuple):
+        for place, value in enumerate(tree):
+            _refuse_endless(value, f"{key}[{place}]")
 
 
 def _build_dataclass(tree: Any, kind: Any, key: str) -> Any:

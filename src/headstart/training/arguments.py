@@ -23,6 +23,36 @@ RESERVED_ARGUMENTS = {
 }
 """Keys of `train:` that headstart sets itself, and the recipe key that stands for each."""
 
+PASSED_OVER = {
+    "activation_checkpointing": "use gradient_checkpointing, which transformers' models know",
+    "auto_find_batch_size": "another batch would give the arms other steps and schedules",
+    "batch_eval_metrics": "evaluations measure the loss alone",
+    "bf16_full_eval": "evaluations have the precision of the weights",
+    "disable_tqdm": "headstart shows a bar of its own",
+    "do_eval": "it is for training scripts",
+    "do_predict": "it is for training scripts",
+    "do_train": "it is for training scripts",
+    "eval_accumulation_steps": "evaluations measure the loss alone",
+    "eval_delay": "pretrain.evaluations says when to evaluate",
+    "eval_do_concat_batches": "evaluations measure the loss alone",
+    "eval_on_start": "there is always an evaluation before training",
+    "eval_use_gather_object": "evaluations measure the loss alone",
+    "fp16_full_eval": "evaluations have the precision of the weights",
+    "greater_is_better": "the best weights are those of the lowest validation loss",
+    "include_for_metrics": "evaluations measure the loss alone",
+    "label_names": "labels are the tokens themselves",
+    "label_smoothing_factor": "the loss is plain cross-entropy, next to kd",
+    "load_best_model_at_end": "the best weights are kept in best-STEP beside the last ones",
+    "metric_for_best_model": "the best weights are those of the lowest validation loss",
+    "parallelism_config": "losses need whole hidden states; use train.fsdp",
+    "prediction_loss_only": "evaluations measure the loss alone",
+    "restore_callback_states_from_checkpoint": "headstart goes on by itself",
+    "resume_from_checkpoint": "the same command goes on from the last checkpoint",
+    "save_only_model": "a killed run could not go on",
+    "use_cache": "training reads every block once",
+}
+"""Arguments that our loss or loop would pass over, or break on, and why; their defaults pass."""
+
 SAVE_MINUTES = 15.0
 """Between checkpoints at most, by `train.save_minutes`."""
 
@@ -60,6 +90,8 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         if key in RESERVED_ARGUMENTS:
             raise UserError(f"train.{key} is set by {RESERVED_ARGUMENTS[key]}; set that instead")
         default = getattr(TrainingArguments, key, None)
+        if key in PASSED_OVER and train[key] != default:
+            raise UserError(f"train.{key} has no effect here: {PASSED_OVER[key]}; remove it")
         if type(default) in (int, float) and isinstance(train[key], str):
             raise UserError(f"train.{key} is {train[key]!r}; write a number")
         if key in COUNTS and train[key] < 1:
@@ -94,9 +126,16 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
 
 
 def check_sharding(arguments: Any) -> None:
-    """Raise a UserError if FSDP is asked for where accelerate would silently do without, or
-    DeepSpeed in a way that leaves no process with the output matrix, which losses need."""
+    """Raise a UserError if one process sees several GPUs; if FSDP is asked for where accelerate
+    would silently do without; or DeepSpeed in a way that leaves no process with the output matrix,
+    which losses need."""
     kind = arguments.distributed_state.distributed_type
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"{arguments.n_gpu} GPUs are visible to one process, which would share its batches by "
+            f"DataParallel; start `torchrun --nproc-per-node {arguments.n_gpu} -m headstart.cli "
+            "...`, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
     if arguments.fsdp and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise UserError(
             "train.fsdp needs several GPUs: accelerate passes over it on CPUs and in a single "
