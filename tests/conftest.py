@@ -127,7 +127,7 @@ def _shaped(kind: Any, **settings: Any) -> Any:
         "num_attention_heads": 6,
         "num_key_value_heads": 3,
         "head_dim": 16,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 512,
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": 0,

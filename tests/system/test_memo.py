@@ -86,7 +86,7 @@ def test_an_error_leaves_nothing(error, cache):
 
     with pytest.raises(error):
         remembered("things", 1, {}, fail, number_in)
-    assert [path.name for path in (cache / "things").iterdir()] == [".locks"]
+    assert not any((cache / "things").iterdir())
     assert remembered("things", 1, {}, Maker(), number_in) == 1
 
 

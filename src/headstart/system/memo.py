@@ -16,7 +16,7 @@ from headstart.system.progress import console
 
 Value = TypeVar("Value")
 LOCKS = ".locks"
-"""Of the folders of the cache."""
+"""A folder of locks, in the cache."""
 
 
 def remembered(
@@ -54,7 +54,7 @@ def remembered(
     def wait(owner: str) -> None:
         console.print(f"{owner} makes the same {kind}; waiting for it")
 
-    with locked(folder.parent / LOCKS / folder.name, wait):
+    with locked(cache_root() / LOCKS / f"{kind}-{folder.name}", wait):
         if (value := found()) is not None:  # somebody has made it meanwhile
             return value
         shutil.rmtree(folder, ignore_errors=True)
