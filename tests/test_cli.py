@@ -345,3 +345,42 @@ def test_help_is_quick() -> None:
         [sys.executable, "-m", "headstart.cli", "--help"], check=True, stdout=subprocess.DEVNULL
     )
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"model_type": 3}, "model_type '3' is not a family that headstart knows"),
+        ({"hidden_act": "unheard_of"}, "transformers makes no model of"),
+        ({"rope_parameters": {"rope_type": "unheard_of"}}, "transformers makes no model of"),
+    ],
+)
+def test_a_config_that_is_no_models(
+    entries: dict[str, Any],
+    sentence: str,
+    arguments: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(arguments["--teacher"], damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | entries))
+    assert run_with(arguments | {"--teacher": str(damaged)}) == 2
+    assert sentence in one_sentence(capsys)
+
+
+def test_a_baseline_that_is_not_there_is_told_before_text_is_read(
+    arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(arguments, pretrain__baselines=f"[{tmp_path / 'nowhere'}]") == 2
+    assert "nowhere' is neither a folder nor a model" in one_sentence(capsys)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_plan_for_hardware_of_no_speed(
+    arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [part for pair in arguments.items() for part in pair]
+    assert main(["plan", *flags, "--peak-tflops", "nan"]) == 2
+    assert "--peak-tflops is nan; write a number above 0" in one_sentence(capsys)

@@ -226,6 +226,7 @@ def _load(options: argparse.Namespace, overrides: list[str]) -> Any:
 def _quiet() -> None:
     """Leave the terminal to headstart's own progress and messages."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what fails is told in our sentence
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]

@@ -92,7 +92,7 @@ def test_a_folder_without_config_is_no_model(saved, refused):
 @pytest.mark.parametrize("name", ["no/such/folder", "nobody/no-such-model", "no-such-model"])
 def test_a_teacher_that_is_nowhere_is_named(name, refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(name, f"teacher '{name}' is neither a folder nor a model")
+    refused(name, f"'{name}' is neither a folder nor a model")
 
 
 def test_an_unknown_family_is_told_the_known_ones(saved, refused):

@@ -109,3 +109,8 @@ def test_each_layer_keeps_its_own():
 def test_a_spec_that_does_not_fit_says_why(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SPEC, **change).validate(SIZES)
+
+
+def test_indices_that_are_no_text_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 is not a list of indices such as '0-2,5'"):
+        parse_indices(3)  # type: ignore[arg-type]

@@ -351,7 +351,7 @@ def test_no_candidate_is_asked_for_once_a_generation_found_none(tmp_path: Path) 
             return mother
 
     few: Any = OnlyOne()
-    settings = EvolutionSettings(population=2, generations=10_000)
+    settings = EvolutionSettings(population=2, elites=2, generations=10_000)
     assert [score.candidate for score in run(tmp_path / "j", Fitness(), settings, few)] == [shape]
     assert few.samples < 1000
 

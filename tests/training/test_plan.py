@@ -145,7 +145,7 @@ def test_the_table_has_a_column_for_each_arm():
     ("make", "complaint"),
     [
         (lambda: Hardware(gpus=0), "--gpus is 0; use at least 1"),
-        (lambda: Hardware(peak_tflops=-1.0), "--peak-tflops is -1.0; it must be above 0"),
+        (lambda: Hardware(peak_tflops=-1.0), "--peak-tflops is -1.0; write a number above 0"),
         (lambda: Hardware(mfu=1.5), "--mfu is 1.5; it must be above 0 and at most 1"),
     ],
 )

@@ -326,8 +326,8 @@ def _is_size(size: Any) -> bool:
     return min(size, default=0) > 0 if isinstance(size, tuple) else size > 0
 
 
-def _known_family(model_type: str) -> Family:
-    name = model_type.removeprefix(PREFIX)
+def _known_family(model_type: Any) -> Family:
+    name = str(model_type).removeprefix(PREFIX)
     if name not in FAMILIES:
         raise UserError(
             f"model_type {name!r} is not a family that headstart knows "

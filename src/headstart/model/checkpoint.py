@@ -83,8 +83,10 @@ class Checkpoint:
         """Find out from the files' headers whether the weights are those that the config says.
 
         Raises:
-            UserError: a tensor is unknown, is missing or has another shape; or as `files`.
+            UserError: a tensor is unknown, is missing or has another shape; transformers makes no
+                model of the config; or as `files`.
         """
+        self._build()
         missing = self.architecture.places(range(self.architecture.sizes["layers"]))
         for file in sorted(set(self.files.values())):
             with _open_shard(file) as shard:
@@ -93,6 +95,21 @@ class Checkpoint:
                     rule, layer = self.architecture.check_tensor(name, shape)
                     missing.discard((rule.pattern, layer))
         self.architecture.refuse_missing(missing)
+
+    def _build(self) -> None:
+        """Find out whether transformers makes a model of the config, without memory for weights."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(self.architecture.config)
+        except Exception as error:
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            raise UserError(
+                f"transformers makes no model of {self.folder / 'config.json'} "
+                f"({type(error).__name__}: {reason}); mend it or fetch the model again"
+            ) from error
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) pairs one at a time, shard by shard, memory-mapped."""
@@ -142,7 +159,7 @@ def read_architecture(model: str | Path) -> Architecture:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"teacher {model!r} is neither a folder nor a model whose config can be fetched from "
+            f"{model!r} is neither a folder nor a model whose config can be fetched from "
             f"the hub ({str(error).splitlines()[0]})"
         ) from error
     return Architecture.of(config)
@@ -157,7 +174,7 @@ def _download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         raise UserError(
-            f"teacher {repo_id!r} is neither a folder nor a model that can be fetched from the hub "
+            f"{repo_id!r} is neither a folder nor a model that can be fetched from the hub "
             f"({str(error).splitlines()[0]})"
         ) from error
 

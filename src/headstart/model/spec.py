@@ -41,7 +41,7 @@ def parse_indices(text: str) -> Indices:
     >>> parse_indices("0-2,5")
     (0, 1, 2, 5)
     """
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not isinstance(text, str) or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise UserError(f"{text!r} is not a list of indices such as '0-2,5'")
     indices: list[int] = []
     for run in text.split(","):

@@ -127,6 +127,8 @@ def _checked(recipe: Recipe, student_folder: str) -> tuple[Checkpoint, Checkpoin
             "data.validation_fraction is 1 and leaves nothing to search and train on; lower it"
         )
     teacher = checked_teacher(recipe)
+    for name in recipe.pretrain.baselines:
+        Checkpoint.open(name)
     if student_folder:
         return teacher, _given_student(Path(student_folder), recipe, teacher.architecture)
     for of_bin in bin_recipes(recipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -38,8 +39,8 @@ class Hardware:
 
     def __post_init__(self) -> None:
         check_least(self, "--", gpus=1)
-        if self.peak_tflops <= 0:
-            raise UserError(f"--peak-tflops is {self.peak_tflops}; it must be above 0")
+        if not 0 < self.peak_tflops < math.inf:
+            raise UserError(f"--peak-tflops is {self.peak_tflops}; write a number above 0")
         if not 0 < self.mfu <= 1:
             raise UserError(f"--mfu is {self.mfu}; it must be above 0 and at most 1")
 
