@@ -39,6 +39,7 @@ from headstart.training.arguments import (
     tokens_per_step,
     training_arguments,
 )
+from headstart.training.cache import check_begun
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ def _checked(recipe: Recipe, student_folder: str) -> tuple[Checkpoint, Checkpoin
     teacher = checked_teacher(recipe)
     for name in recipe.pretrain.baselines:
         Checkpoint.open(name)
+    for arm in recipe.pretrain.arms:
+        if arm.kd and arm.kd.cache:
+            check_begun(arm.kd.cache)
     if student_folder:
         return teacher, _given_student(Path(student_folder), recipe, teacher.architecture)
     for of_bin in bin_recipes(recipe):

@@ -184,11 +184,7 @@ class TeacherCache:
     def __init__(self, path: str, identity: CacheIdentity) -> None:
         self.path, self.identity = path, identity
         files, self._root = fsspec.url_to_fs(path)
-        found = _manifest(files, self._root)
-        if found is None:
-            raise UserError(
-                f"kd.cache {path} holds no teacher cache; write it with `headstart cache-teacher`"
-            )
+        found = check_begun(path)
         _refuse_others(path, identity, found)
         self._blocks_per_shard = found["blocks_per_shard"]
         try:
@@ -325,6 +321,16 @@ def _manifest(files: Any, root: str) -> dict[str, Any] | None:
             return manifest
     except FileNotFoundError:
         return None
+
+
+def check_begun(path: str) -> dict[str, Any]:
+    """The content of a cache's `cache.json`; a UserError if there is none."""
+    found = _manifest(*fsspec.url_to_fs(path))
+    if found is None:
+        raise UserError(
+            f"kd.cache {path} holds no teacher cache; write it with `headstart cache-teacher`"
+        )
+    return found
 
 
 def _refuse_others(path: str, identity: CacheIdentity, found: dict[str, Any]) -> None:
