@@ -13,6 +13,7 @@ import pytest
 from tests.text.documents import DOCUMENTS, SETTINGS, as_jsonl, blocks_by_hand, write_source
 
 from headstart.system.errors import UserError
+from headstart.system.hub import HubName
 from headstart.text import corpus as corpus_module
 from headstart.text import plain as plain_module
 from headstart.text.prepare import check_source, prepare
@@ -151,7 +152,7 @@ def test_a_hub_dataset_is_read_at_the_revision_it_is_known_by(
     requests: list[object] = []
 
     class Hub:
-        def dataset_info(self, dataset_id: str, timeout: float) -> object:
+        def dataset_info(self, dataset_id: str, revision: object, timeout: float) -> object:
             return type("Info", (), {"sha": f"commit of {dataset_id}"})
 
     def load_dataset(name: str, **options: object) -> datasets.IterableDataset:
@@ -170,11 +171,13 @@ def test_a_hub_dataset_is_read_at_the_revision_it_is_known_by(
 
 def test_an_unknown_hub_dataset_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hub:
-        def dataset_info(self, dataset_id: str, timeout: float) -> object:
+        def dataset_info(self, dataset_id: str, revision: object, timeout: float) -> object:
             raise ConnectionError("offline\nlong story")
 
     monkeypatch.setattr(corpus_module, "HfApi", Hub)
-    with pytest.raises(ValueError, match=r"owner/name is no local file .*\(offline\): check the n"):
+    with pytest.raises(
+        ValueError, match=r"owner/name is no local file .*\(offline\): check them a"
+    ):
         check_source(DataSettings(source="owner/name"))
 
 
@@ -229,4 +232,4 @@ def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:
     ]
     assert count(corpus_module.Corpus("", (plain, packed, table)), range(3)) == 17
     assert count(corpus_module.Corpus("", (tmp_path / "d.txt",)), [0]) is None
-    assert count(corpus_module.Corpus("org/name", revision="main"), [0]) is None
+    assert count(corpus_module.Corpus("org/name", hub=HubName("org/name")), [0]) is None

@@ -18,6 +18,7 @@ from headstart.model.architecture import Architecture
 from headstart.model.card import CARD
 from headstart.system.errors import UserError
 from headstart.system.hashing import hash_files
+from headstart.system.hub import COMMIT, HubName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -125,7 +126,8 @@ def find_model(model: str | Path) -> Path:
     """The local folder of a model; a hub id is downloaded into the hub's cache first.
 
     Args:
-        model: a folder, a hub id, or "demo" for the demo's teacher.
+        model: a folder, a hub id, maybe with a revision as in "owner/name@v1", or "demo" for the
+            demo's teacher.
 
     Raises:
         UserError: the folder or hub id does not exist, or holds no safetensors.
@@ -145,6 +147,12 @@ def find_model(model: str | Path) -> Path:
     return folder
 
 
+def commit_of(folder: Path) -> str:
+    """The commit that a folder in the hub's cache is of; empty for another folder."""
+    is_snapshot = folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name)
+    return folder.name if is_snapshot else ""
+
+
 def read_architecture(model: str | Path) -> Architecture:
     """The architecture of a model that `find_model` would find, without fetching its weights.
 
@@ -156,7 +164,8 @@ def read_architecture(model: str | Path) -> Architecture:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        name = HubName.parse(str(model))
+        config = AutoConfig.from_pretrained(name.repo, revision=name.revision or "main")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{model!r} is neither a folder nor a model whose config can be fetched from "
@@ -170,8 +179,13 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     patterns = ["*.safetensors", "*.json", "*.txt", CARD, *TOKENIZER_FILES]
+    name = HubName.parse(repo_id)
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+        # Without a network this is the folder of an earlier download of that revision.
+        folder = snapshot_download(
+            name.repo, revision=name.revision or None, allow_patterns=patterns
+        )
+        return Path(folder)
     except (OSError, HFValidationError) as error:
         raise UserError(
             f"{repo_id!r} is neither a folder nor a model that can be fetched from the hub "

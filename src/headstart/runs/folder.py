@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -54,8 +55,8 @@ def pin_recipe(recipe: Recipe) -> Path:
     return folder
 
 
-def pin_inputs(folder: Path, inputs: dict[str, str]) -> None:
-    """Write the hashes of what a run reads, or hold them against those that it was begun with.
+def pin_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Write hashes and commits of what a run reads, or hold them against what it was begun with.
 
     Raises:
         UserError: something has changed since the run was begun.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from headstart.reports.search import write_search_html
 from headstart.reports.table import baseline_sentences, headline, load_result, result_table
 from headstart.runs.extraction import extract_found
 from headstart.runs.result import result_of
-from headstart.runs.run import Run, checked_teacher, open_run
+from headstart.runs.run import Run, checked_teacher, kept_revisions, open_run, pinned_data
 from headstart.searching.fitness import fitting_batch_size
 from headstart.searching.run import search
 from headstart.system.device import default_device, load_frozen
@@ -36,6 +37,7 @@ from headstart.system.errors import UserError
 from headstart.system.files import write_json
 from headstart.system.progress import progress
 from headstart.text.prepare import prepare, tokenizer_hash
+from headstart.text.settings import DataSettings
 from headstart.training.arms import ArmInputs
 from headstart.training.cache import CacheIdentity, TeacherCache, write_cache
 from headstart.training.teacher import Teacher
@@ -113,7 +115,7 @@ def _compared(run: Run) -> list[dict[str, Any]]:
     """Losses of the teacher, then of the baselines, measured once."""
     kept = run.folder / "compared.json"
     if not kept.is_file():
-        compared = {"teacher": run.teacher, **_baselines(run.recipe)}
+        compared = {"teacher": run.teacher, **run.baselines}
         num_tokens = run.recipe.pretrain.validation_tokens
         losses = [
             {"name": name, **validation_loss(checkpoint, run.text, num_tokens)}
@@ -131,10 +133,6 @@ def _describe(model: Path, student: Path, arm: dict[str, Any], result: dict[str,
         write_card(model, {"Training": training_note(arm, result)})
 
 
-def _baselines(recipe: Recipe) -> dict[str, Checkpoint]:
-    return {name: Checkpoint.open(name) for name in recipe.pretrain.baselines}
-
-
 def check_comparisons(run: Run) -> None:
     """Find out, before arms are trained, whether they can be: against baselines, from caches.
 
@@ -142,7 +140,7 @@ def check_comparisons(run: Run) -> None:
         UserError: a baseline is of a family that cannot be read, or has another tokenizer; or a
             teacher cache is missing, unfinished, or of another teacher, text or setting.
     """
-    for name, baseline in _baselines(run.recipe).items():
+    for name, baseline in run.baselines.items():
         if tokenizer_hash(baseline.folder) != run.text.manifest["tokenizer"]:
             raise UserError(
                 f"the baseline {name} has another tokenizer than the teacher, so their losses "
@@ -211,14 +209,16 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "in pretrain.arms"
         )
 
-    def hashed_teacher() -> Checkpoint:
-        checkpoint = checked_teacher(recipe)
+    def hashed_teacher() -> tuple[Checkpoint, DataSettings]:
+        kept = kept_revisions(recipe)  # of the run whose arms will read the cache, if it is begun
+        data = pinned_data(recipe.data, kept, {})
+        checkpoint = checked_teacher(replace(recipe, data=data), kept)
         assert checkpoint.hash
-        return checkpoint
+        return checkpoint, data
 
     with process_group():
-        checkpoint = from_main(hashed_teacher)
-        blocks = prepare(recipe.data, checkpoint.folder)
+        checkpoint, data = from_main(hashed_teacher)
+        blocks = prepare(data, checkpoint.folder)
         split, device = blocks.split("train"), default_device()
         teacher = Teacher(load_frozen(checkpoint.folder, device))
         batch_size = fitting_batch_size(

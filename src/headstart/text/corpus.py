@@ -23,6 +23,7 @@ from huggingface_hub import HfApi
 from headstart.demo import DEMO, demo_corpus
 from headstart.system.errors import UserError
 from headstart.system.hashing import hash_files
+from headstart.system.hub import HubName
 from headstart.text.plain import plain_documents
 
 BUILDERS = {".txt": "plain", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -30,16 +31,22 @@ OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 READABLE = ".txt, .jsonl, .json (also with .gz, .bz2 or .xz after it) or .parquet"
 
 # "name" or "owner/name". It may end like "v1.5"; only letters after the last dot mean a file.
-HUB_ID = re.compile(r"(?!.*\.[A-Za-z]+$)\w[\w.-]*(/\w[\w.-]*)?")
+HUB_ID = re.compile(r"(?!.*\.[A-Za-z]+$)\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where the documents are: local files in a fixed order, or a pinned dataset on the hub."""
+    """Where the documents are: local files in a fixed order, or a dataset on the hub at a commit.
+
+    Attributes:
+        source: as the user wrote it.
+        files: of a local corpus.
+        hub: of a dataset on the hub.
+    """
 
     source: str
     files: tuple[Path, ...] = ()
-    revision: str = ""
+    hub: HubName | None = None
 
 
 def find_corpus(source: str) -> Corpus:
@@ -47,7 +54,8 @@ def find_corpus(source: str) -> Corpus:
 
     Args:
         source: A file, a folder of files (read recursively, in sorted order; hidden files and
-            unknown suffixes are passed over), the id of a dataset on the hub, or "demo".
+            unknown suffixes are passed over), the id of a dataset on the hub, such as
+            "owner/name:config@revision", or "demo".
 
     Raises:
         UserError: It does not exist, or holds no readable file or an empty one.
@@ -66,7 +74,9 @@ def find_corpus(source: str) -> Corpus:
             raise UserError(f"{source} has an unknown suffix: give a file that ends in {READABLE}")
         files = [path]
     elif HUB_ID.fullmatch(source):
-        return Corpus(source, revision=_hub_revision(source))
+        name = HubName.parse(source)
+        # A commit needs no look-up, and so no network.
+        return Corpus(source, hub=name if name.is_pinned else name.at(_hub_commit(name)))
     else:
         raise UserError(f"{source} does not exist: give a file, a folder or a dataset id")
     for file in files:
@@ -101,14 +111,15 @@ def _rows_in(file: Path) -> int | None:
     return num_lines
 
 
-def _hub_revision(dataset_id: str) -> str:
-    """The commit that "main" is now, so that what is read is what the fingerprint names."""
+def _hub_commit(name: HubName) -> str:
+    """The commit that a revision is now, so that what is read is what the fingerprint names."""
     try:
-        return str(HfApi().dataset_info(dataset_id, timeout=30).sha)
+        found = HfApi().dataset_info(name.repo, revision=name.revision or None, timeout=30)
+        return str(found.sha)
     except Exception as error:
         raise UserError(
-            f"{dataset_id} is no local file or folder, and the hub gives no dataset of that name "
-            f"({first_line(error)}): check the name and the network"
+            f"{name} is no local file or folder, and the hub gives no dataset of that name and "
+            f"revision ({first_line(error)}): check them and the network"
         ) from error
 
 
@@ -131,8 +142,9 @@ def _opener(file: Path) -> Any:
 
 def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
     """What identifies the content that is read, in its order."""
-    if not corpus.files:
-        return [{"name": corpus.source, "revision": corpus.revision}]
+    if corpus.hub:
+        entry = {"name": corpus.hub.repo, "revision": corpus.hub.revision}
+        return [entry | ({"config": corpus.hub.config} if corpus.hub.config else {})]
     return [
         {"name": file.name, "size_bytes": file.stat().st_size, "hash": hash_files([file])}
         for file in corpus.files
@@ -267,9 +279,17 @@ def _json_lines(
 
 @lru_cache(maxsize=1)
 def _hub_stream(corpus: Corpus) -> Any:
-    return datasets.load_dataset(
-        corpus.source, revision=corpus.revision, split="train", streaming=True
-    )
+    assert corpus.hub is not None
+    options = {"name": corpus.hub.config} if corpus.hub.config else {}
+    try:
+        return datasets.load_dataset(
+            corpus.hub.repo, revision=corpus.hub.revision, split="train", streaming=True, **options
+        )
+    except ValueError as error:  # which names the configs that there are
+        raise UserError(
+            f"{corpus.source} cannot be read: {first_line(error)}; choose a config, as in "
+            f"{corpus.hub.repo}:CONFIG"
+        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -59,7 +59,9 @@ def check_source(settings: DataSettings) -> None:
     for part in _parts(settings):
         _check_settings(part)
         if part.source != DEMO:  # which is downloaded later
-            _checked_corpus(part)
+            corpus = find_corpus(part.source)
+            if not corpus.hub:  # whose text may be prepared already
+                _check_text(corpus, part)
 
 
 def prepare(
@@ -147,6 +149,8 @@ def _prepare_one(
     with _one_run_at_a_time(folder):
         if finished := from_main(lambda: finished_blocks(folder)):
             return finished
+        if corpus.hub:
+            from_main(lambda: _check_text(corpus, settings))
         vocabulary = max(tokenizer.get_vocab().values()) + 1
         dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
         try:
@@ -173,7 +177,9 @@ def _prepare_one(
 def _identified(settings: DataSettings) -> tuple[Corpus, list[dict[str, Any]]]:
     """The corpus of some settings, and what identifies its content."""
     _check_settings(settings)
-    corpus = _checked_corpus(settings)
+    corpus = find_corpus(settings.source)
+    if not corpus.hub:
+        _check_text(corpus, settings)
     return corpus, inputs_of(corpus)
 
 
@@ -281,9 +287,8 @@ def _check_settings(settings: DataSettings) -> None:
         raise UserError(f"data.max_tokens is {settings.max_tokens}: give 0 for all, or more")
 
 
-def _checked_corpus(settings: DataSettings) -> Corpus:
-    """The corpus of some settings, if there is any text in it."""
-    corpus = find_corpus(settings.source)
+def _check_text(corpus: Corpus, settings: DataSettings) -> None:
+    """Raise a UserError if there is no text in a corpus, or its first document does not read."""
     on_corrupt = None if settings.strict else (lambda line: None)
     column, separator = settings.text_column, settings.document_separator
     units = (
@@ -292,7 +297,6 @@ def _checked_corpus(settings: DataSettings) -> Corpus:
     )
     if not any(text for texts in units for text in texts):
         raise UserError(f"{settings.source} holds no text: every document is empty")
-    return corpus
 
 
 def _load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
