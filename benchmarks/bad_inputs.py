@@ -2,8 +2,8 @@
 
     python benchmarks/bad_inputs.py
 
-Runs `headstart` on malformed teachers, tokenizers, texts, recipes, specs, folders and arguments, all
-of them in malformed.py. Each case runs in a process forked from one that has imported everything,
+Runs `headstart` on malformed teachers, tokenizers, texts, recipes, specs, folders and arguments,
+all in malformed.py. Each case runs in a process forked from one that has imported everything,
 with ten seconds to answer. It fails unless it ends with exit code 2 and one sentence, without a
 traceback, and leaves all files as they were; what is new in the cache does not count.
 """
