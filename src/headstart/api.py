@@ -286,6 +286,7 @@ def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
         return replace(data, source=str(text))
     lines = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in text)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder)
     path = folder / "documents.jsonl"
     if not path.is_file():
         write_whole(path, lines)

@@ -80,3 +80,34 @@ def test_those_who_wait_get_the_lock_that_others_wait_for(tmp_path: Path) -> Non
         thread.join()
     assert (most, done) == (1, 10)
     assert file.is_file()
+
+
+WITHOUT_LOCKS = """
+import errno, fcntl, warnings
+
+def flock(*arguments):
+    raise OSError(errno.ENOSYS, "this filesystem knows no locks")
+
+fcntl.flock = flock
+warnings.simplefilter("ignore")
+"""
+
+
+def test_a_filesystem_without_locks_refuses_the_second_and_takes_over_from_the_dead(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "lock"
+    command = [sys.executable, "-c", WITHOUT_LOCKS + HOLDER, str(file)]
+
+    def outcome(of: subprocess.Popen[str]) -> str:
+        assert of.stdout is not None
+        return of.stdout.readline()
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert outcome(first) == "here\n"
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert (second.returncode, second.stderr.split()[:2]) == (1, ["process", str(first.pid)])
+        first.kill()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as third:
+        assert outcome(third) == "here\n"
+        third.kill()

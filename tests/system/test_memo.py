@@ -1,6 +1,7 @@
 """What was made before is found, and never half of it."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -101,6 +102,16 @@ def test_damaged_tensors_are_made_anew(cache):
     (file,) = cache.glob("things/*/numbers.safetensors")
     file.write_bytes(file.read_bytes()[:20])
     assert remembered("things", 1, "a", make, read) == [0, 1, 2]
+
+
+def test_what_was_left_beside_a_memory_goes_when_it_is_found(cache):
+    """Killed between putting the folder in its place and removing the one it was written in."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    remembered("things", 1, "a", Maker(), number_in)
+    (cache / "things" / f".unfinished-{dead.pid}@{platform.node()}@a-x").mkdir()
+    remembered("things", 1, "a", Maker(), number_in)
+    assert not list(cache.rglob(".unfinished-*"))
 
 
 MAKER = """

@@ -64,6 +64,7 @@ def test_a_killed_preparation_goes_on(
         patch.setattr(PreTrainedTokenizerFast, "__call__", die_after_120)
         prepare(settings, tokenizer, tmp_path / "cache")
     (unfinished,) = (tmp_path / "cache").glob("*.unfinished")
+    (unfinished / ".unfinished-1@host@unit-00000.json-x").write_text("{")
     for record in unfinished.glob("unit-*.json"):
         if not json.loads(record.read_text())["is_done"]:
             for part in unfinished.glob(f"{record.stem}.*.part"):

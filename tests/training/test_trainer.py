@@ -289,6 +289,21 @@ def test_a_checkpoint_with_a_cut_file_is_passed_over(tmp_path, name):
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
 
 
+def test_a_checkpoint_counts_as_whole_once_every_process_has_written_its_part(
+    make_trainer, tmp_path, monkeypatch
+):
+    """Processes wait for one another after all else is there, and before trainer_state.json."""
+    seen: list[set[str]] = []
+
+    def barrier() -> None:
+        seen.append({path.name for path in (tmp_path / "checkpoint-1").iterdir()})
+
+    monkeypatch.setattr(trainer_module, "barrier", barrier)
+    make_trainer(save_strategy="steps", save_steps=1, max_steps=1).train()
+    whole = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert [whole - names for names in seen] == [{"trainer_state.json"}]
+
+
 def test_without_a_whole_checkpoint_there_is_none(tmp_path):
     assert last_whole_checkpoint(tmp_path) is None
     assert last_whole_checkpoint(tmp_path / "absent") is None

@@ -41,7 +41,11 @@ def locked(file: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
 def _owner(file: Path) -> str:
     """Who has a lock, as far as its file says."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        owner = json.loads(file.read_text())
+        text = file.read_text()
+        if not text.startswith("{"):  # filelock's mark: process and host, a line each
+            pid, host = text.splitlines()[:2]
+            return f"process {int(pid)} on {host}"
+        owner = json.loads(text)
         return f"process {owner['pid']} on {owner['host']}"
     return "another process"
 

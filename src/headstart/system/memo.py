@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from headstart.system.files import cache_root, finished_folder, write_json
+from headstart.system.files import cache_root, finished_folder, remove_abandoned, write_json
 from headstart.system.hashing import hash_json
 from headstart.system.locks import locked
 from headstart.system.progress import console
@@ -39,6 +39,7 @@ def remembered(
     Processes that want the same at once wait for the one that makes it.
     """
     folder = cache_root() / kind / hash_json([version, key])
+    remove_abandoned(folder.parent)
 
     def found() -> Value | None:
         if not folder.is_dir():

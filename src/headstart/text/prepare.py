@@ -19,7 +19,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from headstart.demo import DEMO
 from headstart.system.distributed import from_main, is_main
 from headstart.system.errors import UserError
-from headstart.system.files import cache_root, finished_folder, write_json
+from headstart.system.files import (
+    UNFINISHED,
+    cache_root,
+    finished_folder,
+    remove,
+    remove_abandoned,
+    write_json,
+)
 from headstart.system.hashing import hash_json
 from headstart.system.locks import locked
 from headstart.system.memo import LOCKS
@@ -88,6 +95,7 @@ def prepare(
             end-of-sequence token, or a split gets no whole block.
     """
     cache_folder = cache_folder or cache_root() / "data"
+    from_main(lambda: remove_abandoned(cache_folder))
     loaded = _load_tokenizer(tokenizer)
     parts = [_prepare_one(part, loaded, cache_folder) for part in _parts(settings)]
     blocks = parts[0]
@@ -190,6 +198,8 @@ def _finish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
         os.truncate(unfinished / f"{name}.bin", count["blocks"] * block_bytes)
     write_json(unfinished / "manifest.json", manifest)
     remove_parts(unfinished)
+    for left in unfinished.glob(f"{UNFINISHED}*"):  # by processes that were killed before
+        remove(left)
     shutil.rmtree(folder, ignore_errors=True)  # if its files were cut short
     unfinished.rename(folder)
 

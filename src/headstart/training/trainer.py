@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from headstart.losses.chunked import chunked_sum
 from headstart.losses.distillation import DistillationSettings, Samples, TopK, distillation_loss
 from headstart.losses.next_token import next_token_loss
+from headstart.system.distributed import barrier
 from headstart.system.files import UNFINISHED
 from headstart.training.cache import outputs_of_batch
 from headstart.training.teacher import Teacher
@@ -164,6 +165,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             tied = self.accelerator.unwrap_model(self.model)._tied_weights_keys or {}
             state_dict = {name: state_dict[name] for name in state_dict if name not in tied}
         super()._save(output_dir, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save, and wait for the others: what is written next says that the checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        barrier()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with speed and parts of the loss, and with the seconds trained so far, which a
