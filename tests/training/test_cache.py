@@ -167,10 +167,10 @@ def test_processes_share_the_shards(teacher, train, tmp_path, kd, monkeypatch):
     write(tmp_path / "one", kd, teacher, train)
     monkeypatch.setattr(cache, "world_size", lambda: 3)
     counted: list[int] = []
+    assert not (tmp_path / "three").exists()  # nobody may be too early for it
     for process in (1, 2, 0):  # the main process ends last, as it waits for the others
         monkeypatch.setattr(cache, "rank", lambda process=process: process)
         monkeypatch.setattr(cache, "is_main", lambda process=process: process == 0)
-        (tmp_path / "three").mkdir(exist_ok=True)
         write(tmp_path / "three", kd, teacher, train, on_blocks=counted.append)
     assert sum(counted) == len(train)
     assert files_of(tmp_path / "three") == files_of(tmp_path / "one")

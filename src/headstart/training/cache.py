@@ -17,6 +17,7 @@ import io
 import json
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from headstart.losses.distillation import DistillationSettings, Samples, TopK, sample, top_k
-from headstart.system.distributed import barrier, is_main, rank, world_size
+from headstart.system.distributed import barrier, from_main, is_main, rank, world_size
 from headstart.system.errors import UserError
 from headstart.system.files import is_abandoned, scratch_prefix
 from headstart.text.blocks import BlockDataset, document_positions
@@ -121,18 +122,22 @@ def write_cache(
         "blocks_per_shard": max(1, shard_bytes // bytes_per_block),
         "bytes_per_token": num_bytes,
     }
-    found = _manifest(files, root)
-    if found is None:
-        if is_main():
+
+    def begun() -> dict[str, Any]:
+        """The manifest of a folder that is there, and in which nothing abandoned lies."""
+        found = _manifest(files, root)
+        if found is None:
             files.makedirs(root, exist_ok=True)
             _put(files, f"{root}/cache.json", (json.dumps(manifest, indent=2) + "\n").encode())
-    else:
-        _refuse_others(path, identity, found)
-        manifest = found
-    if is_main():
+        else:
+            _refuse_others(path, identity, found)
         for left in files.ls(root, detail=False):
             if is_abandoned(str(left).rpartition("/")[2]):
-                files.rm(left)
+                with suppress(FileNotFoundError):  # another run may do the same
+                    files.rm(left)
+        return found or manifest
+
+    manifest = from_main(begun)
     step = manifest["blocks_per_shard"]
     for index in range(rank(), -(-len(blocks) // step), world_size()):
         shard = _shard(root, index)
