@@ -1,134 +1,201 @@
-"""A run keeps the commits that it was begun with, and needs no network once it has all inputs."""
+"""Whole commands against a hub on localhost: commits are kept, and a second start needs no hub.
+
+Clients of the hub read HF_ENDPOINT and HF_HOME when they are imported, so each command is a process
+of its own.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from safetensors.torch import load_file, save_file
+import yaml
+from safetensors.torch import load, save
+from tests.hub import Hub, Repo, serve
 
-from headstart.model.checkpoint import Checkpoint
-from headstart.recipe import Recipe, recipe_from_dict
-from headstart.runs.run import open_run
-from headstart.system.errors import UserError
-from headstart.text import corpus as corpus_module
-from headstart.text.settings import DataSettings
-
-COMMITS = ("1" * 40, "2" * 40)
-
-
-class Hub:
-    """Two commits of a teacher and of a dataset with two configs; `main` is the first at first."""
-
-    def __init__(self, folder: Path, teacher: Path, texts: list[str]) -> None:
-        self.main, self.is_reachable, self.texts = COMMITS[0], True, texts
-        self.folder = folder / "models--org--teacher"
-        for number, commit in enumerate(COMMITS):
-            snapshot = self.folder / "snapshots" / commit
-            shutil.copytree(teacher, snapshot)
-            weights = load_file(snapshot / "model.safetensors")
-            weights["model.norm.weight"] += number
-            save_file(weights, snapshot / "model.safetensors", metadata={"format": "pt"})
-
-    def commit(self, revision: str | None) -> str:
-        if not self.is_reachable and revision not in COMMITS:
-            raise OSError("no network")
-        commits = {None: self.main, "main": self.main, "old": COMMITS[0]}
-        return commits.get(revision, revision or "")
-
-    def snapshot_download(self, repo: str, revision: str | None, **_: Any) -> str:
-        commit = self.commit(revision)
-        if repo != "org/teacher" or commit not in COMMITS:
-            raise OSError(f"404: no {revision} of {repo}")
-        return str(self.folder / "snapshots" / commit)
-
-    def dataset_info(self, repo: str, revision: str | None, timeout: float) -> Any:
-        return type("Info", (), {"sha": self.commit(revision)})
-
-    def load_dataset(self, repo: str, revision: str, name: str = "one", **_: Any) -> Any:
-        if not self.is_reachable:
-            raise OSError("no network")
-        if name not in ("one", "two"):
-            raise ValueError(f"BuilderConfig {name!r} not found. Available: ['one', 'two']")
-        word = f"{name} {revision[0]} "
-        rows = [{"text": word + text} for text in self.texts]
-        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+pytestmark = pytest.mark.exhaustive
+FIRST, SECOND = "1" * 40, "2" * 40
+CLI = str(Path(__file__).parents[1] / "float32_cli.py")
+CARD = b"""---
+configs:
+- config_name: one
+  data_files: one.jsonl
+  default: true
+- config_name: two
+  data_files: two.jsonl
+---
+"""
 
 
 @pytest.fixture
-def hub(tmp_path: Path, teacher_folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+def hub(teacher_folder: Path, corpus: Path) -> Hub:
+    """Two commits of a teacher and of a dataset with two configs; `main` is the first."""
+    teacher = {path.name: path.read_bytes() for path in teacher_folder.iterdir()}
+    weights = load(teacher["model.safetensors"])
+    weights["model.norm.weight"] += 1
+    moved = teacher | {"model.safetensors": save(weights, metadata={"format": "pt"})}
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    hub = Hub(tmp_path / "hub", teacher_folder, texts)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
-    monkeypatch.setattr(corpus_module, "HfApi", lambda: hub)
-    monkeypatch.setattr(corpus_module.datasets, "load_dataset", hub.load_dataset)
-    corpus_module._hub_stream.cache_clear()
-    return hub
+
+    def rows(word: str) -> bytes:
+        return "".join(json.dumps({"text": f"{word} {text}"}) + "\n" for text in texts).encode()
+
+    def dataset(number: int) -> dict[str, bytes]:
+        configs = {f"{name}.jsonl": rows(f"{name}{number}") for name in ("one", "two")}
+        return {"README.md": CARD, **configs}
+
+    def repo(first: dict[str, bytes], second: dict[str, bytes]) -> Repo:
+        return Repo({FIRST: first, SECOND: second}, {"main": FIRST, "v1": FIRST, "v2": SECOND})
+
+    data = repo(dataset(1), dataset(2))
+    return Hub({"models/org/teacher": repo(teacher, moved), "datasets/org/data": data})
 
 
-def recipe(tmp_path: Path, teacher: str = "org/teacher", source: str = "org/data") -> Recipe:
-    return recipe_from_dict(
-        {
-            "teacher": teacher,
-            "output": str(tmp_path / "run"),
-            "data": {"source": source, "block_length": 32, "search_fraction": 0.2},
-            "search": {"bin": {"low": 30_000, "high": 45_000}},
-            "pretrain": {"baselines": ["org/teacher@old"], "tokens": 128},
-            "train": {"use_cpu": True, "per_device_train_batch_size": 4},
-        }
-    )
+@pytest.fixture
+def serving(hub: Hub) -> Iterator[ExitStack]:
+    """The hub's server; closing it takes the network away."""
+    with ExitStack() as stack:
+        stack.enter_context(serve(hub))
+        yield stack
 
 
-def test_a_run_goes_on_with_the_commits_that_it_was_begun_with(hub: Hub, tmp_path: Path) -> None:
-    with open_run(recipe(tmp_path)) as first:
-        fingerprint = first.text.fingerprint
-    inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())
-    names = ("org/data", "org/teacher", "org/teacher@old")
-    assert inputs["revisions"] == dict.fromkeys(names, COMMITS[0])
-    hub.main = COMMITS[1]
-    with open_run(recipe(tmp_path)) as again:
-        assert again.teacher.folder.name == COMMITS[0]
-        assert again.text.fingerprint == fingerprint
-        assert again.recipe.teacher == "org/teacher"  # as the user wrote it
-    shutil.rmtree(tmp_path / "run")
-    with open_run(recipe(tmp_path)) as new:
-        assert new.teacher.folder.name == COMMITS[1]
-        assert new.baselines["org/teacher@old"].folder.name == COMMITS[0]
-        assert new.text.fingerprint != fingerprint
+def move_main(hub: Hub) -> None:
+    for repo in hub.repos.values():
+        repo.refs["main"] = SECOND
 
 
-def test_a_run_that_has_its_inputs_starts_without_a_network(hub: Hub, tmp_path: Path) -> None:
-    with open_run(recipe(tmp_path)) as first:
-        fingerprint = first.text.fingerprint
-    hub.is_reachable = False
-    corpus_module._hub_stream.cache_clear()
-    with open_run(recipe(tmp_path)) as again:
-        assert again.text.fingerprint == fingerprint
-    shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match=r"org/data is no local file .*check them and the network"):
-        open_run(recipe(tmp_path)).__enter__()
+def recipe(output: Path, **entries: Any) -> dict[str, Any]:
+    data = {"source": "org/data", "block_length": 32}
+    return {
+        "teacher": "org/teacher",
+        "output": str(output),
+        "search": {
+            "bin": {"low": 30_000, "high": 45_000},
+            "tokens": 256,
+            "calibration_tokens": 512,
+            "evolution": {"population": 3, "generations": 1, "elites": 2},
+        },
+        "pretrain": {
+            "tokens": 256,
+            "validation_tokens": 256,
+            "evaluations": 1,
+            "baselines": ["org/teacher@v2"],
+            "arms": [{"name": "subnet"}],
+        },
+        "train": {"per_device_train_batch_size": 4, "use_cpu": True},
+        **entries,
+        "data": data | entries.get("data", {}),
+    }
 
 
-def test_revisions_and_configs_are_chosen_by_name(hub: Hub, tmp_path: Path) -> None:
-    hub.main = COMMITS[1]
-    assert Checkpoint.open("org/teacher").folder.name == COMMITS[1]
-    assert Checkpoint.open("org/teacher@old").folder.name == COMMITS[0]
-    seen = {}
-    for source in ("org/data", "org/data@old", "org/data:two", "org/data:two@old"):
-        corpus = corpus_module.find_corpus(source)
-        text = next(corpus_module.texts_of(corpus, 0, DataSettings.text_column))
-        seen[source] = text.split()[:2]
-    assert list(seen.values()) == [["one", "2"], ["one", "1"], ["two", "2"], ["two", "1"]]
+def headstart(hub: Hub, command: str, asked: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """A command on a recipe, with caches beside the recipe's output."""
+    folder = Path(asked["output"]).parent
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(asked))
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "hf"),
+        "HEADSTART_CACHE": str(folder / "cache"),
+        "NO_PROXY": "127.0.0.1",
+    }
+    arguments = [sys.executable, CLI, command, str(path)]
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True)
 
 
-def test_a_config_or_revision_that_there_is_not_is_told(hub: Hub, tmp_path: Path) -> None:
-    configs = r"org/data:three@1+ cannot be read: .*Available: \['one', 'two'\]; choose a config"
-    with pytest.raises(UserError, match=configs):
-        open_run(recipe(tmp_path, source="org/data:three")).__enter__()
-    with pytest.raises(UserError, match=r"'org/teacher@v9' is neither .* \(404: no v9"):
-        Checkpoint.open("org/teacher@v9")
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_run_keeps_its_commits_and_goes_on_without_a_hub(
+    hub: Hub, serving: ExitStack, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    asked = recipe(folder)
+    first = headstart(hub, "run", asked)
+    assert first.returncode == 0, first.stderr
+    begun, result = read(folder / "inputs.json"), read(folder / "result.json")
+    commits = {"org/data": FIRST, "org/teacher": FIRST, "org/teacher@v2": SECOND}
+    assert begun["revisions"] == result["revisions"] == commits
+    assert result["teacher"]["name"] == "org/teacher"
+    assert read(folder / "student" / "subnet.json")["teacher_commit"] == FIRST
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["data"]["source"] == "org/data"
+
+    move_main(hub)
+    hub.requests.clear()
+    shutil.rmtree(folder / "student")
+    again = headstart(hub, "run", asked)
+    assert again.returncode == 0, again.stderr
+    assert read(folder / "inputs.json") == begun
+    assert not [request for request in hub.requests if "main" in request]
+
+    serving.close()
+    shutil.rmtree(folder / "arms")
+    (folder / "result.json").unlink()
+    (folder / "compared.json").unlink()
+    offline = headstart(hub, "run", asked)
+    assert offline.returncode == 0, offline.stderr
+    redone = read(folder / "result.json")
+    assert redone["arms"][0]["loss_final"] == result["arms"][0]["loss_final"]
+    assert redone["baselines"] == result["baselines"]
+
+
+def test_a_new_run_takes_what_main_is_and_a_revision_what_it_was(
+    hub: Hub, serving: ExitStack, tmp_path: Path
+) -> None:
+    move_main(hub)
+    old = {"teacher": "org/teacher@v1", "data": {"source": "org/data:two@v1"}}
+    for name, entries in {"new": {}, "old": old}.items():
+        found = headstart(hub, "search", recipe(tmp_path / name, **entries))
+        assert found.returncode == 0, found.stderr
+    newer, older = (read(tmp_path / name / "inputs.json") for name in ("new", "old"))
+    assert newer["revisions"]["org/teacher"] == newer["revisions"]["org/data"] == SECOND
+    assert older["revisions"]["org/teacher@v1"] == FIRST
+    assert older["revisions"]["org/data:two@v1"] == FIRST
+    assert newer["teacher"] != older["teacher"] and newer["data"] != older["data"]
+    (identity,) = read(tmp_path / "cache" / "data" / older["data"] / "manifest.json")["inputs"]
+    assert identity == {"name": "org/data", "revision": FIRST, "config": "two"}
+
+    # Commits need no look-up, so a new run over prepared text needs no hub.
+    serving.close()
+    entries = {
+        "teacher": f"org/teacher@{FIRST}",
+        "data": {"source": f"org/data:two@{FIRST}"},
+    }
+    offline = headstart(hub, "search", recipe(tmp_path / "pinned", **entries))
+    assert offline.returncode == 0, offline.stderr
+    assert read(tmp_path / "pinned" / "inputs.json")["data"] == older["data"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"teacher": "org/teacher@v9"}, "org/teacher has no revision 'v9' on the hub: give a"),
+        ({"data": {"source": "org/data@v9"}}, "org/data has no revision 'v9' on the hub: give a"),
+        (
+            {"data": {"source": "org/data:three"}},
+            "org/data has no config 'three': choose one of one, two, as in org/data:one",
+        ),
+        ({"teacher": "org/none"}, "'org/none' is neither a folder nor a model that can be fetched"),
+        ({"data": {"source": "org/none"}}, "org/none is no local file or folder, and the hub"),
+    ],
+)
+def test_what_the_hub_has_not_is_told_in_a_sentence(
+    hub: Hub, serving: ExitStack, tmp_path: Path, entries: dict[str, Any], sentence: str
+) -> None:
+    start = time.perf_counter()
+    found = headstart(hub, "search", recipe(tmp_path / "run", **entries))
+    seconds = time.perf_counter() - start
+    assert found.returncode == 2, found.stderr
+    assert sentence in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "run").exists()
+    assert seconds < 30  # imports included, on a machine that has other work

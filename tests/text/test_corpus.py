@@ -175,9 +175,7 @@ def test_an_unknown_hub_dataset_is_told(monkeypatch: pytest.MonkeyPatch) -> None
             raise ConnectionError("offline\nlong story")
 
     monkeypatch.setattr(corpus_module, "HfApi", Hub)
-    with pytest.raises(
-        ValueError, match=r"owner/name is no local file .*\(offline\): check them a"
-    ):
+    with pytest.raises(ValueError, match=r"owner/name is no local file .*\(offline\): check the n"):
         check_source(DataSettings(source="owner/name"))
 
 
@@ -232,4 +230,4 @@ def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:
     ]
     assert count(corpus_module.Corpus("", (plain, packed, table)), range(3)) == 17
     assert count(corpus_module.Corpus("", (tmp_path / "d.txt",)), [0]) is None
-    assert count(corpus_module.Corpus("org/name", hub=HubName("org/name")), [0]) is None
+    assert count(corpus_module.Corpus("org/name", dataset=HubName("org/name")), [0]) is None

@@ -113,7 +113,7 @@ def test_a_read_that_fails_loses_nothing_and_the_same_command_goes_on(
     if isinstance(failure, ReadTimeout):
         source = "owner/name"
         stream = datasets.IterableDataset.from_generator(lambda: rows(DOCUMENTS))
-        monkeypatch.setattr(corpus_module, "_hub_commit", lambda name: "a commit")
+        monkeypatch.setattr(corpus_module, "dataset_commit", lambda name: "a commit")
         monkeypatch.setattr(corpus_module, "_hub_stream", lambda corpus: stream)
     else:
         read = corpus_module._json_lines

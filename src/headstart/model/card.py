@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 
 from headstart.model.architecture import Architecture
 from headstart.system.files import write_whole
+from headstart.system.hub import HubName
 
 CARD = "README.md"
 UNKNOWN_LICENCE = "unknown"
@@ -47,12 +47,13 @@ def card_text(folder: Path, notes: Mapping[str, str]) -> str:
     architecture = Architecture.read(folder)
     teacher = str(origin.get("teacher_name") or origin.get("teacher", "a model in memory"))
     licence = origin.get("teacher_licence", UNKNOWN_LICENCE)
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", teacher) and not Path(teacher).exists()
+    name = HubName.parse(teacher)
+    is_on_hub = name is not None and "/" in name.repo and not Path(teacher).exists()
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         license=licence,
-        base_model=teacher if is_on_hub else None,
+        base_model=name.repo if name and is_on_hub else None,
         tags=["headstart", "pruned"],
     )
     sizes = architecture.sizes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from headstart.model.architecture import Architecture
 from headstart.model.card import CARD
 from headstart.system.errors import UserError
 from headstart.system.hashing import hash_files
-from headstart.system.hub import COMMIT, HubName
+from headstart.system.hub import HubName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -126,11 +127,11 @@ def find_model(model: str | Path) -> Path:
     """The local folder of a model; a hub id is downloaded into the hub's cache first.
 
     Args:
-        model: a folder, a hub id, maybe with a revision as in "owner/name@v1", or "demo" for the
+        model: a folder, a hub id such as "owner/name" or "owner/name@revision", or "demo" for the
             demo's teacher.
 
     Raises:
-        UserError: the folder or hub id does not exist, or holds no safetensors.
+        UserError: the folder, hub id or revision does not exist, or holds no safetensors.
     """
     if model == DEMO:
         return demo_teacher()
@@ -147,12 +148,6 @@ def find_model(model: str | Path) -> Path:
     return folder
 
 
-def commit_of(folder: Path) -> str:
-    """The commit that a folder in the hub's cache is of; empty for another folder."""
-    is_snapshot = folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name)
-    return folder.name if is_snapshot else ""
-
-
 def read_architecture(model: str | Path) -> Architecture:
     """The architecture of a model that `find_model` would find, without fetching its weights.
 
@@ -161,35 +156,62 @@ def read_architecture(model: str | Path) -> Architecture:
     """
     if model == DEMO or Path(model).is_dir():
         return Architecture.read(find_model(model) if model == DEMO else Path(model))
-    from transformers import AutoConfig
-
-    try:
-        name = HubName.parse(str(model))
-        config = AutoConfig.from_pretrained(name.repo, revision=name.revision or "main")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{model!r} is neither a folder nor a model whose config can be fetched from "
-            f"the hub ({str(error).splitlines()[0]})"
-        ) from error
-    return Architecture.of(config)
+    return Architecture.read(_fetched_config(_on_hub(str(model))).parent)
 
 
-def _download(repo_id: str) -> Path:
+def model_commit(name: HubName) -> str:
+    """The commit that a model's revision is now; without a network, what it was when last fetched.
+
+    Raises:
+        UserError: there is no such model or revision.
+    """
+    return name.revision if name.is_pinned else _fetched_config(name).parent.name
+
+
+def _fetched_config(name: HubName) -> Path:
+    """A model's config.json in the hub's cache, in a folder that is named after its commit."""
+    from huggingface_hub import hf_hub_download
+
+    with _telling(name):
+        return Path(hf_hub_download(name.repo, "config.json", revision=name.revision or None))
+
+
+def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     patterns = ["*.safetensors", "*.json", "*.txt", CARD, *TOKENIZER_FILES]
-    name = HubName.parse(repo_id)
-    try:
-        # Without a network this is the folder of an earlier download of that revision.
+    name = _on_hub(model)
+    with _telling(name):
+        # Without a network this is what was fetched before.
         folder = snapshot_download(
             name.repo, revision=name.revision or None, allow_patterns=patterns
         )
         return Path(folder)
+
+
+def _on_hub(model: str) -> HubName:
+    name = HubName.parse(model)
+    if name is None or name.config:
+        raise UserError(
+            f"{model!r} is neither a folder nor a model on the hub; write one as owner/name "
+            "or owner/name@revision"
+        )
+    return name
+
+
+@contextmanager
+def _telling(name: HubName) -> Iterator[None]:
+    """Tell in a sentence what the hub does not give."""
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise name.no_revision() from error
     except (OSError, HFValidationError) as error:
         raise UserError(
-            f"{repo_id!r} is neither a folder nor a model that can be fetched from the hub "
-            f"({str(error).splitlines()[0]})"
+            f"{str(name)!r} is neither a folder nor a model that can be fetched from the "
+            f"hub ({str(error).splitlines()[0]})"
         ) from error
 
 

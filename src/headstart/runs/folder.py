@@ -55,15 +55,28 @@ def pin_recipe(recipe: Recipe) -> Path:
     return folder
 
 
+REVISIONS = "revisions"
+"""The entry of inputs.json that keeps commits. A run goes on with them: they are not compared."""
+
+
+def kept_revisions(folder: Path) -> dict[str, str]:
+    """The commits that a run was begun with, by the names in its recipe; empty before that."""
+    return dict((read_json(folder / "inputs.json") or {}).get(REVISIONS, {}))
+
+
 def pin_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Write hashes and commits of what a run reads, or hold them against what it was begun with.
+    """Write what a run reads, or hold it against what it was begun with.
+
+    Args:
+        folder: of the run.
+        inputs: hashes by the names of what they are of, and `REVISIONS`.
 
     Raises:
         UserError: something has changed since the run was begun.
     """
     kept = folder / "inputs.json"
     before = read_json(kept)
-    for name in inputs if before else ():
+    for name in inputs.keys() - {REVISIONS} if before else ():
         if name not in before:
             raise UserError(
                 f"{folder} was begun by an earlier version of headstart, which had another "

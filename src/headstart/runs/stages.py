@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from headstart.reports.search import write_search_html
 from headstart.reports.table import baseline_sentences, headline, load_result, result_table
 from headstart.runs.extraction import extract_found
 from headstart.runs.result import result_of
-from headstart.runs.run import Run, checked_teacher, kept_revisions, open_run, pinned_data
+from headstart.runs.revisions import at_commits, find_revisions
+from headstart.runs.run import Run, checked_teacher, open_run
 from headstart.searching.fitness import fitting_batch_size
 from headstart.searching.run import search
 from headstart.system.device import default_device, load_frozen
@@ -37,7 +37,6 @@ from headstart.system.errors import UserError
 from headstart.system.files import write_json
 from headstart.system.progress import progress
 from headstart.text.prepare import prepare, tokenizer_hash
-from headstart.text.settings import DataSettings
 from headstart.training.arms import ArmInputs
 from headstart.training.cache import CacheIdentity, TeacherCache, write_cache
 from headstart.training.teacher import Teacher
@@ -46,7 +45,7 @@ from headstart.training.variants import run_variants
 
 def search_stage(run: Run) -> dict[str, Any]:
     """Search the run's bin; the outcome is in its `search.json`."""
-    outcome = search(run.teacher, run.text, run.recipe.search, run.folder)
+    outcome = search(run.teacher, run.text, run.pinned.search, run.folder)
     if is_main():
         write_search_html(outcome, run.folder / "search.html")
     return outcome
@@ -82,6 +81,7 @@ def extract_stage(run: Run) -> Checkpoint:
                 calibration_blocks=_calibration_blocks(run),
                 provenance={
                     "teacher_name": teacher_name(run.recipe.teacher),
+                    "teacher_commit": run.revisions.get(run.recipe.teacher, ""),
                     "recipe": recipe_to_dict(run.recipe),
                 },
             )
@@ -101,7 +101,7 @@ def pretrain_stage(run: Run, student: Checkpoint) -> dict[str, Any]:
     def report() -> dict[str, Any]:
         teacher, *baselines = _compared(run)
         result = result_of(recipe, run.folder, inputs, teacher["loss"], baselines, trained)
-        write_json(run.folder / "result.json", result)
+        write_json(run.folder / "result.json", result | {"revisions": dict(run.revisions)})
         for entry in result["arms"]:
             model = run.folder / "arms" / entry["name"] / entry["folder"] / "model"
             if entry["init"] == "subnet" and model.is_dir():
@@ -115,7 +115,7 @@ def _compared(run: Run) -> list[dict[str, Any]]:
     """Losses of the teacher, then of the baselines, measured once."""
     kept = run.folder / "compared.json"
     if not kept.is_file():
-        compared = {"teacher": run.teacher, **run.baselines}
+        compared = {"teacher": run.teacher, **_baselines(run)}
         num_tokens = run.recipe.pretrain.validation_tokens
         losses = [
             {"name": name, **validation_loss(checkpoint, run.text, num_tokens)}
@@ -133,6 +133,12 @@ def _describe(model: Path, student: Path, arm: dict[str, Any], result: dict[str,
         write_card(model, {"Training": training_note(arm, result)})
 
 
+def _baselines(run: Run) -> dict[str, Checkpoint]:
+    """The baselines by their names in the recipe."""
+    names, pinned = run.recipe.pretrain.baselines, run.pinned.pretrain.baselines
+    return {name: Checkpoint.open(model) for name, model in zip(names, pinned, strict=True)}
+
+
 def check_comparisons(run: Run) -> None:
     """Find out, before arms are trained, whether they can be: against baselines, from caches.
 
@@ -140,7 +146,7 @@ def check_comparisons(run: Run) -> None:
         UserError: a baseline is of a family that cannot be read, or has another tokenizer; or a
             teacher cache is missing, unfinished, or of another teacher, text or setting.
     """
-    for name, baseline in run.baselines.items():
+    for name, baseline in _baselines(run).items():
         if tokenizer_hash(baseline.folder) != run.text.manifest["tokenizer"]:
             raise UserError(
                 f"the baseline {name} has another tokenizer than the teacher, so their losses "
@@ -209,16 +215,15 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "in pretrain.arms"
         )
 
-    def hashed_teacher() -> tuple[Checkpoint, DataSettings]:
-        kept = kept_revisions(recipe)  # of the run whose arms will read the cache, if it is begun
-        data = pinned_data(recipe.data, kept, {})
-        checkpoint = checked_teacher(replace(recipe, data=data), kept)
+    def hashed_teacher() -> tuple[Checkpoint, Recipe]:
+        pinned = at_commits(recipe, find_revisions(recipe))
+        checkpoint = checked_teacher(pinned)
         assert checkpoint.hash
-        return checkpoint, data
+        return checkpoint, pinned
 
     with process_group():
-        checkpoint, data = from_main(hashed_teacher)
-        blocks = prepare(data, checkpoint.folder)
+        checkpoint, pinned = from_main(hashed_teacher)
+        blocks = prepare(pinned.data, checkpoint.folder)
         split, device = blocks.split("train"), default_device()
         teacher = Teacher(load_frozen(checkpoint.folder, device))
         batch_size = fitting_batch_size(

@@ -5,7 +5,6 @@ import glob
 import gzip
 import json
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 
 from headstart.demo import DEMO, demo_corpus
 from headstart.system.errors import UserError
@@ -30,23 +30,20 @@ BUILDERS = {".txt": "plain", ".jsonl": "json", ".json": "json", ".parquet": "par
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 READABLE = ".txt, .jsonl, .json (also with .gz, .bz2 or .xz after it) or .parquet"
 
-# "name" or "owner/name". It may end like "v1.5"; only letters after the last dot mean a file.
-HUB_ID = re.compile(r"(?!.*\.[A-Za-z]+$)\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?(@[\w./-]+)?")
-
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where the documents are: local files in a fixed order, or a dataset on the hub at a commit.
+    """Where the documents are: local files in a fixed order, or a dataset on the hub.
 
     Attributes:
-        source: as the user wrote it.
+        source: as it was given.
         files: of a local corpus.
-        hub: of a dataset on the hub.
+        dataset: on the hub, at a commit.
     """
 
     source: str
     files: tuple[Path, ...] = ()
-    hub: HubName | None = None
+    dataset: HubName | None = None
 
 
 def find_corpus(source: str) -> Corpus:
@@ -54,11 +51,11 @@ def find_corpus(source: str) -> Corpus:
 
     Args:
         source: A file, a folder of files (read recursively, in sorted order; hidden files and
-            unknown suffixes are passed over), the id of a dataset on the hub, such as
-            "owner/name:config@revision", or "demo".
+            unknown suffixes are passed over), a dataset on the hub such as "owner/name",
+            "owner/name:config" or "owner/name:config@revision", or "demo".
 
     Raises:
-        UserError: It does not exist, or holds no readable file or an empty one.
+        UserError: It or its revision does not exist, or it holds no readable file or an empty one.
     """
     if not source:
         raise UserError("data.source is empty: give a file, a folder or a dataset id")
@@ -73,10 +70,8 @@ def find_corpus(source: str) -> Corpus:
         if not _builder(path):
             raise UserError(f"{source} has an unknown suffix: give a file that ends in {READABLE}")
         files = [path]
-    elif HUB_ID.fullmatch(source):
-        name = HubName.parse(source)
-        # A commit needs no look-up, and so no network.
-        return Corpus(source, hub=name if name.is_pinned else name.at(_hub_commit(name)))
+    elif name := HubName.parse(source):
+        return Corpus(source, dataset=name.at(dataset_commit(name)))
     else:
         raise UserError(f"{source} does not exist: give a file, a folder or a dataset id")
     for file in files:
@@ -111,15 +106,24 @@ def _rows_in(file: Path) -> int | None:
     return num_lines
 
 
-def _hub_commit(name: HubName) -> str:
-    """The commit that a revision is now, so that what is read is what the fingerprint names."""
+def dataset_commit(name: HubName) -> str:
+    """The commit that a revision is now, so that what is read is what the fingerprint names.
+
+    Raises:
+        UserError: There is no such dataset or revision, or no network and no commit in the name.
+    """
+    if name.is_pinned:
+        return name.revision
     try:
         found = HfApi().dataset_info(name.repo, revision=name.revision or None, timeout=30)
         return str(found.sha)
+    except RevisionNotFoundError as error:
+        raise name.no_revision() from error
     except Exception as error:
         raise UserError(
-            f"{name} is no local file or folder, and the hub gives no dataset of that name and "
-            f"revision ({first_line(error)}): check them and the network"
+            f"{name} is no local file or folder, and the hub gives no dataset of that name "
+            f"({first_line(error)}): check the name and the network, or give a commit whose text "
+            "was prepared before"
         ) from error
 
 
@@ -142,9 +146,9 @@ def _opener(file: Path) -> Any:
 
 def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
     """What identifies the content that is read, in its order."""
-    if corpus.hub:
-        entry = {"name": corpus.hub.repo, "revision": corpus.hub.revision}
-        return [entry | ({"config": corpus.hub.config} if corpus.hub.config else {})]
+    if dataset := corpus.dataset:
+        config = {"config": dataset.config} if dataset.config else {}
+        return [{"name": dataset.repo, "revision": dataset.revision, **config}]
     return [
         {"name": file.name, "size_bytes": file.stat().st_size, "hash": hash_files([file])}
         for file in corpus.files
@@ -153,7 +157,14 @@ def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
 
 def units_of(corpus: Corpus) -> int:
     """Into how many parts, read one by one, a corpus falls: its files, or the hub's shards."""
-    return len(corpus.files) or int(_hub_stream(corpus).num_shards)
+    if corpus.dataset is None:
+        return len(corpus.files)
+    try:
+        return int(_hub_stream(corpus.dataset).num_shards)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _failure(corpus.source, error, is_remote=True) from error
 
 
 def texts_of(
@@ -217,10 +228,11 @@ def _rows(
                 documents = plain_documents(stream, document_separator, file)
                 yield from ({"text": text} for text in islice(documents, skip_rows, None))
             return
-        if file is None:
-            whole = _hub_stream(corpus)
+        if corpus.dataset is not None:
+            whole = _hub_stream(corpus.dataset)
             stream = split_dataset_by_node(whole, rank=unit, world_size=whole.num_shards)
         else:
+            assert file is not None
             # One file at a time, so an error names its file and columns may differ between files.
             name = glob.escape(str(file))
             stream = datasets.load_dataset(
@@ -234,13 +246,17 @@ def _rows(
     except UserError:
         raise
     except Exception as error:
-        place = file or corpus.source
-        if _is_passing(error, is_remote=file is None):
-            raise OSError(
-                f"reading {place} failed ({first_line(error)}); what was read is kept, and the "
-                "same command goes on from there"
-            ) from error
-        raise UserError(f"cannot read {place}: {first_line(error)}; mend or remove it") from error
+        raise _failure(file or corpus.source, error, is_remote=file is None) from error
+
+
+def _failure(place: Path | str, error: Exception, is_remote: bool) -> OSError | UserError:
+    """What to raise where reading has failed."""
+    if _is_passing(error, is_remote):
+        return OSError(
+            f"reading {place} failed ({first_line(error)}); what was read is kept, and the "
+            "same command goes on from there"
+        )
+    return UserError(f"cannot read {place}: {first_line(error)}; mend or remove it")
 
 
 def _is_passing(error: Exception, is_remote: bool) -> bool:
@@ -278,17 +294,20 @@ def _json_lines(
 
 
 @lru_cache(maxsize=1)
-def _hub_stream(corpus: Corpus) -> Any:
-    assert corpus.hub is not None
-    options = {"name": corpus.hub.config} if corpus.hub.config else {}
+def _hub_stream(name: HubName) -> Any:
+    config = {"name": name.config} if name.config else {}
     try:
         return datasets.load_dataset(
-            corpus.hub.repo, revision=corpus.hub.revision, split="train", streaming=True, **options
+            name.repo, **config, revision=name.revision, split="train", streaming=True
         )
-    except ValueError as error:  # which names the configs that there are
+    except ValueError as error:  # also for a config that is wrong, or missing
+        configs = datasets.get_dataset_config_names(name.repo, revision=name.revision)
+        if name.config in configs or (not name.config and len(configs) < 2):
+            raise
+        found = f"no config {name.config!r}" if name.config else "several configs"
         raise UserError(
-            f"{corpus.source} cannot be read: {first_line(error)}; choose a config, as in "
-            f"{corpus.hub.repo}:CONFIG"
+            f"{name.repo} has {found}: choose one of {', '.join(configs)}, as in "
+            f"{name.repo}:{configs[0]}"
         ) from error
 
 

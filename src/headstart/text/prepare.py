@@ -28,6 +28,7 @@ from headstart.system.files import (
     write_json,
 )
 from headstart.system.hashing import hash_json
+from headstart.system.hub import HubName
 from headstart.system.locks import locked
 from headstart.system.memo import LOCKS
 from headstart.system.progress import console
@@ -61,14 +62,13 @@ def check_source(settings: DataSettings) -> None:
 
     Raises:
         UserError: A setting is out of range, the source does not exist, holds no readable file or
-            an empty one, or its first document does not read.
+            an empty one, or its first document does not read. A dataset at a commit is read by
+            `prepare`, which may find its text in the cache.
     """
     for part in _parts(settings):
         _check_settings(part)
-        if part.source != DEMO:  # which is downloaded later
-            corpus = find_corpus(part.source)
-            if not corpus.hub:  # whose text may be prepared already
-                _check_text(corpus, part)
+        if part.source != DEMO and not _is_pinned(part):  # the demo's is downloaded later
+            _check_text(find_corpus(part.source), part)
 
 
 def prepare(
@@ -157,7 +157,7 @@ def _prepare_one(
     with _one_run_at_a_time(folder):
         if finished := from_main(lambda: finished_blocks(folder)):
             return finished
-        if corpus.hub:
+        if _is_pinned(settings):
             from_main(lambda: _check_text(corpus, settings))
         vocabulary = max(tokenizer.get_vocab().values()) + 1
         dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
@@ -186,7 +186,7 @@ def _identified(settings: DataSettings) -> tuple[Corpus, list[dict[str, Any]]]:
     """The corpus of some settings, and what identifies its content."""
     _check_settings(settings)
     corpus = find_corpus(settings.source)
-    if not corpus.hub:
+    if not _is_pinned(settings):
         _check_text(corpus, settings)
     return corpus, inputs_of(corpus)
 
@@ -297,8 +297,18 @@ def _check_settings(settings: DataSettings) -> None:
         raise UserError(f"data.max_tokens is {settings.max_tokens}: give 0 for all, or more")
 
 
+def _is_pinned(settings: DataSettings) -> bool:
+    """Whether the source is a dataset on the hub at a commit, whose prepared text needs no hub."""
+    name = HubName.parse(settings.source)
+    return name is not None and name.is_pinned and not Path(settings.source).expanduser().exists()
+
+
 def _check_text(corpus: Corpus, settings: DataSettings) -> None:
-    """Raise a UserError if there is no text in a corpus, or its first document does not read."""
+    """Find out whether there is any text in a corpus.
+
+    Raises:
+        UserError: There is none, or the first document does not read.
+    """
     on_corrupt = None if settings.strict else (lambda line: None)
     column, separator = settings.text_column, settings.document_separator
     units = (
