@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -195,7 +196,8 @@ def laps(
         lap, num_laps, of_lap = anew(place), num_laps + 1, 0
         while True:
             children = start(place / "recipe.yaml", num_processes)
-            is_killed = killed(children, rng.uniform(0, duration))
+            is_over = kills.total() == num_kills or time.monotonic() > deadline
+            is_killed = killed(children, math.inf if is_over else rng.uniform(0, duration))
             stage = stage_of(lap)
             codes = wait(children)
             if not is_killed:
