@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from headstart.cli import main
 from headstart.system.device import default_device
@@ -27,6 +28,8 @@ from headstart.system.distributed import (
     rank,
     world_size,
 )
+from headstart.training.arguments import training_arguments
+from headstart.training.settings import Arm
 
 CLI = str(Path(__file__).parents[1] / "float32_cli.py")
 WORKER = Path(__file__).parent / "ranks_worker.py"
@@ -265,3 +268,17 @@ def test_two_processes_run_like_one_with_twice_the_batch(
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     shards = [tmp_path / f"outputs-{name}" / "shard-00000.safetensors" for name in ("one", "two")]
     assert shards[0].read_bytes() == shards[1].read_bytes()
+
+
+@pytest.mark.parametrize(("processes", "use_cpu"), [("1", False), ("2", True)])
+def test_processes_train_together_on_cpus_that_are_slow_at_bfloat16(
+    processes: str, use_cpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate takes ranks on CPUs for processes of one run only where it is told of the CPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in {"WORLD_SIZE": processes, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(transformers, "TrainingArguments", lambda **given: seen.update(given))
+    training_arguments({}, Arm("subnet"), tmp_path)
+    assert seen["use_cpu"] is use_cpu

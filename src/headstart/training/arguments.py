@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 
 from headstart.system.device import default_device, has_fast_bf16
+from headstart.system.distributed import world_size
 from headstart.system.errors import UserError
 from headstart.text.blocks import TokenBlocks
 from headstart.training.settings import Arm
@@ -108,7 +109,8 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         "save_steps": 0.2,
         "save_total_limit": 1,
         "bf16": has_bf16,
-        "use_cpu": has_bf16 and device.type == "cpu",  # or the Trainer would refuse bf16 there
+        # Or the Trainer would refuse bf16 there, and let every process train alone.
+        "use_cpu": device.type == "cpu" and (has_bf16 or world_size() > 1),
         "report_to": "tensorboard",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
