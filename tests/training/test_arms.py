@@ -211,16 +211,19 @@ def test_a_signal_saves_a_checkpoint_at_the_next_step_and_the_arm_goes_on(
     assert_same_run(tmp_path, result, uninterrupted, rtol=0, atol=1e-6)
 
 
-def test_a_second_signal_stops_at_once(inputs, tmp_path, monkeypatch):
+def test_a_later_signal_stops_at_once(inputs, tmp_path, monkeypatch):
     def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 4:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ReportStep, "on_step_begin", on_step_begin, raising=False)
-        run_arm(SUBNET, inputs, tmp_path)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    for seconds, last_step in ((0.0, 4), (1.0, 5)):  # those that come at once are one
+        folder = tmp_path / str(seconds)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ReportStep, "on_step_begin", on_step_begin, raising=False)
+            patch.setattr(interruption, "REPEAT_SECONDS", seconds)
+            run_arm(SUBNET, inputs, folder)
+        assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{last_step}"]
 
 
 def test_a_checkpoint_is_written_every_so_many_minutes(inputs, tmp_path, monkeypatch):

@@ -19,12 +19,15 @@ from transformers import TrainerCallback
 
 from headstart.system.distributed import world_size
 
+REPEAT_SECONDS = 1.0
+
 
 class SaveAndStop(TrainerCallback):  # type: ignore[misc]
     """Saves a checkpoint some minutes after the last one, and when a signal wants training to end.
 
-    SIGTERM and SIGINT let the step end that is under way; a second one does not. An evaluation that
-    was due after that step is left to the run that goes on.
+    SIGTERM and SIGINT let the step end that is under way. Another one `REPEAT_SECONDS` later does
+    not; sooner it is the same one, which torchrun and schedulers send twice. An evaluation that was
+    due after that step is left to the run that goes on.
 
     Args:
         save_minutes: the most between checkpoints, as long as a step takes less.
@@ -33,7 +36,7 @@ class SaveAndStop(TrainerCallback):  # type: ignore[misc]
     def __init__(self, save_minutes: float) -> None:
         self.save_seconds = 60 * save_minutes
         self.saved_at = time.monotonic()
-        self.is_stopping = False
+        self.is_stopping, self.told_at = False, 0.0
         self.group: Any = None
 
     @contextmanager
@@ -58,9 +61,11 @@ class SaveAndStop(TrainerCallback):  # type: ignore[misc]
             raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_stopping:
+        now = time.monotonic()
+        if self.is_stopping and now - self.told_at > REPEAT_SECONDS:
             raise KeyboardInterrupt
-        self.is_stopping = True
+        if not self.is_stopping:
+            self.is_stopping, self.told_at = True, now
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         is_due = time.monotonic() - self.saved_at >= self.save_seconds
