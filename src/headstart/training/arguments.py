@@ -25,14 +25,16 @@ RESERVED_ARGUMENTS = {
 """Keys of `train:` that headstart sets itself, and the recipe key that stands for each."""
 
 PASSED_OVER = {
-    "activation_checkpointing": "use gradient_checkpointing, which transformers' models know",
+    "accelerator_config": "tokens are counted with one whole batch for each process",
     "auto_find_batch_size": "another batch would give the arms other steps and schedules",
     "batch_eval_metrics": "evaluations measure the loss alone",
     "bf16_full_eval": "evaluations have the precision of the weights",
+    "dataloader_drop_last": "evaluations count every block, and training takes whole steps",
     "disable_tqdm": "headstart shows a bar of its own",
     "do_eval": "it is for training scripts",
     "do_predict": "it is for training scripts",
     "do_train": "it is for training scripts",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint already",
     "eval_accumulation_steps": "evaluations measure the loss alone",
     "eval_delay": "pretrain.evaluations says when to evaluate",
     "eval_do_concat_batches": "evaluations measure the loss alone",
@@ -43,6 +45,7 @@ PASSED_OVER = {
     "include_for_metrics": "evaluations measure the loss alone",
     "label_names": "labels are the tokens themselves",
     "label_smoothing_factor": "the loss is plain cross-entropy, next to kd",
+    "length_column_name": "all blocks are equally long",
     "load_best_model_at_end": "the best weights are kept in best-STEP beside the last ones",
     "metric_for_best_model": "the best weights are those of the lowest validation loss",
     "parallelism_config": "losses need whole hidden states; use train.fsdp",
