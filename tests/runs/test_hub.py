@@ -181,6 +181,10 @@ def test_a_new_run_takes_what_main_is_and_a_revision_what_it_was(
         ({"teacher": "org/teacher@v9"}, "org/teacher has no revision 'v9' on the hub: give a"),
         ({"data": {"source": "org/data@v9"}}, "org/data has no revision 'v9' on the hub: give a"),
         (
+            {"data": {"source": f"org/data@{'9' * 40}"}},
+            f"the hub gives no dataset org/data@{'9' * 40} (Revision",
+        ),
+        (
             {"data": {"source": "org/data:three"}},
             "org/data has no config 'three': choose one of one, two, as in org/data:one",
         ),

@@ -169,6 +169,16 @@ def test_a_hub_dataset_is_read_at_the_revision_it_is_known_by(
     np.testing.assert_array_equal(prepared.split("train"), expected)
 
 
+def test_a_commit_that_a_hub_dataset_has_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, **options: object) -> None:
+        raise datasets.exceptions.DatasetNotFoundError(f"Revision of '{name}' doesn't exist")
+
+    monkeypatch.setattr(corpus_module.datasets, "load_dataset", load_dataset)
+    corpus = corpus_module.find_corpus(f"owner/name@{'9' * 40}")
+    with pytest.raises(UserError, match=r"no dataset owner/name@9+ \(Revision .*check its name"):
+        corpus_module.units_of(corpus)
+
+
 def test_an_unknown_hub_dataset_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hub:
         def dataset_info(self, dataset_id: str, revision: object, timeout: float) -> object:

@@ -17,6 +17,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
@@ -300,6 +301,10 @@ def _hub_stream(name: HubName) -> Any:
         return datasets.load_dataset(
             name.repo, **config, revision=name.revision, split="train", streaming=True
         )
+    except DatasetNotFoundError as error:  # of a commit, which nothing has looked up before
+        raise UserError(
+            f"the hub gives no dataset {name} ({first_line(error)}): check its name and commit"
+        ) from error
     except ValueError as error:  # also for a config that is wrong, or missing
         configs = datasets.get_dataset_config_names(name.repo, revision=name.revision)
         if name.config in configs or (not name.config and len(configs) < 2):
