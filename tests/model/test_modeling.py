@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -140,9 +141,12 @@ def test_a_static_cache(kind: str, saved: Any, tmp_path: Path) -> None:
     teacher = random_teacher(kind)
     folder = extract(saved(teacher), layerwise(teacher), tmp_path / "student")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    cache = StaticCache(model.config, max_cache_len=32)
-    first = logits(model, PROMPT[:, :6], past_key_values=cache)
-    rest = logits(model, PROMPT[:, 6:], past_key_values=cache)
+    is_renamed = "cache" in inspect.signature(model.forward).parameters  # since 5.24
+    options = {
+        "cache" if is_renamed else "past_key_values": StaticCache(model.config, max_cache_len=32)
+    }
+    first = logits(model, PROMPT[:, :6], **options)
+    rest = logits(model, PROMPT[:, 6:], **options)
     close(torch.cat((first, rest), dim=1), logits(model))
 
 
