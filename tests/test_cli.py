@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 from headstart.cli import main
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.spec import SubnetSpec
 from headstart.runs import stages
 
 COMMANDS = ["run", "demo", "search", "extract", "pretrain", "evaluate", "report"]
@@ -352,6 +355,8 @@ def test_help_is_quick() -> None:
     [
         ({"model_type": 3}, "model_type '3' is not a family that headstart knows"),
         ({"hidden_act": "unheard_of"}, "transformers makes no model of"),
+        ({"dtype": "float99"}, "is no config of a llama model"),
+        ({"quantization_config": "gptq"}, "quantised by an unknown method"),
         ({"rope_parameters": {"rope_type": "unheard_of"}}, "transformers makes no model of"),
     ],
 )
@@ -396,3 +401,105 @@ def test_a_plan_for_hardware_of_no_speed(
     flags = [part for pair in arguments.items() for part in pair]
     assert main(["plan", *flags, "--peak-tflops", "nan"]) == 2
     assert "--peak-tflops is nan; write a number above 0" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize("key", ["--teacher", "--output", "--data", "--student"])
+def test_a_name_that_no_disk_takes(
+    key: str, arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(arguments | {key: "x" * 300}) == 2
+    assert "too long" in one_sentence(capsys)
+
+
+def test_an_output_that_cannot_be_made(
+    arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a-file").write_text("mine")
+    assert run_with(arguments | {"--output": str(tmp_path / "a-file" / "run")}) == 2
+    assert "a-file/run cannot be made (Not a directory); choose another --output" in one_sentence(
+        capsys
+    )
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "inputs.json"])
+def test_a_run_folder_that_is_garbled(
+    name: str, arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(arguments["--output"])
+    folder.mkdir()
+    (folder / name).write_text("[")
+    assert run_with(arguments) == 2
+    assert f"{name} is no" in one_sentence(capsys)
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_student_below_a_file_is_told_before_it_is_cut(
+    arguments: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"layers": "0", "embed": "0-7", "kv_groups": ["0"], "mlp": ["0-7"]}))
+    out = str(spec / "student")
+    teacher = arguments["--teacher"]
+    assert main(["export", teacher, "--to", "hf", "--out", out]) == 2
+    assert "lies below" in one_sentence(capsys)
+    monkeypatch.setattr(Checkpoint, "open", None)
+    assert main(["extract", "--teacher", teacher, "--spec", str(spec), "--out", out]) == 2
+    assert "spec.json, a file; choose another --out" in one_sentence(capsys)
+
+
+def lacking_a_tensor(teacher: str, folder: Path) -> str:
+    shutil.copytree(teacher, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "extract", "run", "baseline"])
+def test_no_command_reads_a_model_that_lacks_a_tensor(
+    command: str, arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would fill it with random numbers."""
+    model, out = lacking_a_tensor(arguments["--teacher"], tmp_path / "model"), str(tmp_path / "out")
+    identity = SubnetSpec.identity(Checkpoint.open(model).architecture.sizes)
+    (tmp_path / "spec.json").write_text(json.dumps(identity.to_json()))
+    spec = str(tmp_path / "spec.json")
+    cut = ["extract", "--teacher", model, "--spec", spec, "--out", out, "--init", "slice"]
+    lines = {
+        "evaluate": ["evaluate", model, "--data", arguments["--data"]],
+        "export": ["export", model, "--to", "hf", "--out", out],
+        "extract": cut,
+    }
+    if command in lines:
+        assert main(lines[command]) == 2
+    else:
+        changed = {"run": {"--teacher": model}, "baseline": {"--pretrain.baselines": f"[{model}]"}}
+        assert run_with(arguments | changed[command]) == 2
+    assert "lacks 'model.layers.1.mlp.down_proj.weight'" in one_sentence(capsys)
+    assert not Path(out).exists() and not (tmp_path / "cache").exists()
+
+
+def test_more_likely_tokens_than_the_teacher_has(
+    arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(arguments, pretrain__arms="[{name: a, kd: {top_k: 9999}}]") == 2
+    assert "kd.top_k is 9999 and the teacher has 128 tokens; use fewer" in one_sentence(capsys)
+
+
+def test_a_cache_at_no_known_place(
+    arguments: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = "[{name: a, kd: {top_k: 3, cache: 'xyzzy://place'}}]"
+    assert run_with(arguments, pretrain__arms=arms) == 2
+    assert "kd.cache xyzzy://place cannot be read (Protocol not known" in one_sentence(capsys)
+
+
+def test_an_optimizer_that_is_not_installed_is_told_before_text_is_read(
+    arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(arguments, train="{optim: galore_adamw}") == 2
+    assert "train.optim galore_adamw cannot be made (You need to install" in one_sentence(capsys)
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()

@@ -82,6 +82,13 @@ def test_recipe_is_optional() -> None:
         (["--pretrain.arms", "[{name: a}, {name: a}]"], "each with a name of its own"),
         (["--pretrain.arms", "[{init: subnet}]"], "pretrain.arms[0].name is missing"),
         (["--pretrain.arms", "[{name: a/b}]"], "cannot be a folder's name"),
+        (["--pretrain.arms", '[{name: "a\\nb"}]'], "cannot be a folder's name"),
+        (["--pretrain.arms", "[{name: ' '}]"], "cannot be a folder's name"),
+        (["--pretrain.arms", f"[{{name: {'a' * 201}}}]"], "is too long; use at most 200 bytes"),
+        (["--pretrain.seeds", "[-1]"], "pretrain.seeds holds -1; use 0 to 4294967295"),
+        (["--pretrain.seeds", "[4294967296]"], "pretrain.seeds holds 4294967296; use 0 to"),
+        (["--data.mixture", "[{source: s, weight: 1e308}]"], "weight 1e+308: use at most 1e+09"),
+        (["--search.bin", "{low: 1, low: 2}"], "is not valid YAML"),
         (["--pretrain.arms", "[{name: a, learning_rate: 0}]"], "must be above 0"),
         (
             ["--pretrain.arms", "[{name: a, learning_rate: .inf}]"],
@@ -126,14 +133,26 @@ def test_mistakes_are_one_sentence(tmp_path: Path, overrides: list[str], sentenc
     ("text", "sentence"),
     [
         ("teacher: [t\n", "not valid YAML at line 2"),
+        ("teacher: t\nteacher: u\n", "line 2, column 1 (teacher stands twice); mend it"),
+        ("data:\n  seed: 1\n  seed: 1\n", "line 3, column 3 (seed stands twice); mend it"),
+        ("teacher: t\nstudent: 2024-13-01\n", "line 2, column 10 (month must be in 1..12)"),
+        (f"teacher: t\nstudent: {'9' * 5000}\n", "line 2, column 10 (Exceeds the limit"),
+        ("train: &t\n  lr_scheduler_kwargs: {a: *t}\n", "recipe.yaml holds an alias of itself"),
+        ("teacher: " + "[" * 3000, "not valid YAML; mend it"),
+        ('teacher: "a\\0b"\n', "teacher is 'a\\x00b'; remove the zero byte"),
         ("- a list\n", "holds no keys"),
         ("", "has no teacher"),
     ],
 )
 def test_malformed_files(tmp_path: Path, text: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match="recipe") as caught:
+    with pytest.raises(ValueError) as caught:
         load_recipe(write(tmp_path, text))
     assert sentence in str(caught.value)
+
+
+def test_keys_that_a_merge_overrides_do_not_stand_twice(tmp_path: Path) -> None:
+    text = "teacher: t\noutput: o\ndata: &d {seed: 1}\nsearch: {evolution: {<<: *d, seed: 2}}\n"
+    assert load_recipe(write(tmp_path, text)).search.evolution.seed == 2
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def extract(
         UserError: the teacher cannot be read, or the spec does not fit it.
     """
     if calibration is None and isinstance(teacher, str | Path):
-        calibration = Calibration(Checkpoint.open(teacher))
+        calibration = Calibration(Checkpoint.open_whole(teacher))
         refuse_another_teacher(spec, calibration.teacher, "the spec")
     if calibration is not None:
         architecture, device = calibration.teacher.architecture, torch.device("cpu")

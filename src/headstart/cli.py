@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -48,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"headstart: {error}", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
+            reason = f"there can be no {error.filename} ({error.strerror}); give another path"
+            print(f"headstart: {reason}", file=sys.stderr)
+            return 2
         _report_failure(error, None if options.debug else options.run_folder)
         return 1
     return 0
@@ -298,11 +303,11 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
     from headstart.model.checkpoint import Checkpoint
     from headstart.model.spec import load_spec
     from headstart.runs.extraction import extract_found
+    from headstart.system.files import refuse_taken
     from headstart.text.prepare import check_source, prepare
 
     load_spec(options.spec)
-    if options.out.exists():
-        raise UserError(f"{options.out} exists already; choose another folder or remove it")
+    refuse_taken(options.out)
     if options.calibration_tokens < 1:
         raise UserError(f"--calibration-tokens is {options.calibration_tokens}; use at least 1")
     if options.data and options.init == "slice":
@@ -310,7 +315,7 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
     calibration_blocks, settings = None, _text_settings(options)
     if settings:
         check_source(settings)
-    teacher = Checkpoint.open(options.teacher)
+    teacher = Checkpoint.open_whole(options.teacher)
     if settings:
         teacher.architecture.check_context(settings.block_length)
         text = prepare(settings, teacher.folder)

@@ -49,7 +49,26 @@ class Recipe:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2; PyYAML reads it as text."""
+    """YAML in which 1e-3 is a number, as in YAML 1.2, while PyYAML reads it as text; and in which a
+    key stands once, while PyYAML keeps the last of several."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{key.value} stands twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # of a day that no calendar has, or of thousands of digits
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 
 
 RecipeLoader.add_implicit_resolver(
@@ -73,15 +92,19 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
             tree = yaml.load(path.read_text(), RecipeLoader) or {}
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(f"recipe {path} does not exist or is not a file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
             place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            place += f" ({problem})" if problem else ""
             raise UserError(f"recipe {path} is not valid YAML{place}; mend it there") from error
         if not isinstance(tree, dict):
             raise UserError(f"recipe {path} holds no keys; write `key: value` lines")
     for key, value in _pairs(overrides):
         _set(tree, key, value)
-    return recipe_from_dict(tree)
+    try:
+        return recipe_from_dict(tree)
+    except RecursionError as error:
+        raise UserError(f"recipe {path} holds an alias of itself; write it out") from error
 
 
 def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
@@ -114,7 +137,7 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             value = remaining.pop(0)
         try:
             parsed = yaml.load(value, RecipeLoader) if value else ""
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise UserError(f"--{key} {value!r} is not valid YAML; quote or mend it") from error
         pairs.append(("data.source" if key == "data" else key, parsed))
     return pairs

@@ -62,7 +62,7 @@ def run_evaluate(models: Sequence[str], settings: EvaluationSettings) -> dict[st
     if settings.data:
         check_source(settings.data)
     # Opening a model refuses a family whose logits might be more than a product.
-    checkpoints = {name: Checkpoint.open(name) for name in dict.fromkeys(models)}
+    checkpoints = {name: Checkpoint.open_whole(name) for name in dict.fromkeys(models)}
     for checkpoint in checkpoints.values():
         if settings.data:
             checkpoint.architecture.check_context(settings.data.block_length)

@@ -115,16 +115,19 @@ class Architecture:
             ) from error
         _known_family(model_type)
         if quantised := entries.get("quantization_config"):
+            named = quantised if isinstance(quantised, dict) else {}
             raise UserError(
                 f"{path} says that the weights are quantised by "
-                f"{quantised.get('quant_method', 'an unknown method')}, and headstart cuts plain "
+                f"{named.get('quant_method', 'an unknown method')}, and headstart cuts plain "
                 "ones; give the original checkpoint, or load this one, dequantize() and save it"
             )
         try:
             config = AutoConfig.from_pretrained(folder)
             architecture = Architecture.of(config)
             sizes = {axis: size for axis, size in architecture.sizes.items() if not _is_size(size)}
-        except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        except (
+            ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError,
+        ) as error:  # fmt: skip
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(
                 f"{path} is no config of a {model_type} model ({reason}); fetch the model again"

@@ -48,6 +48,13 @@ class Checkpoint:
         folder = find_model(model)
         return Checkpoint(folder, Architecture.read(folder))
 
+    @staticmethod
+    def open_whole(model: str | Path) -> Checkpoint:
+        """Find a model whose weights shall be read; errors as in `open` and `check`."""
+        checkpoint = Checkpoint.open(model)
+        checkpoint.check()
+        return checkpoint
+
     @cached_property
     def hash(self) -> str:
         """Of config and weights, which are read to their end when this is first asked for."""
@@ -67,9 +74,9 @@ class Checkpoint:
             return {name: file for file in shards for name in _names(file)}
         try:
             names = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            files = {name: self.folder / file for name, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is no index of shards; fetch the model again") from error
-        files = {name: self.folder / file for name, file in names.items()}
         for file in sorted(set(files.values())):
             if not file.is_file():
                 raise UserError(f"{index} names {file.name}, which is missing; fetch it again")

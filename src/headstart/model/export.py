@@ -20,7 +20,13 @@ from headstart.model.count import parameters
 from headstart.model.shapes import stock_obstacle
 from headstart.model.stock import stock_config, stock_sizes, stock_tensors
 from headstart.system.errors import UserError
-from headstart.system.files import finished_folder, remove_abandoned, scratch_prefix, write_json
+from headstart.system.files import (
+    finished_folder,
+    refuse_taken,
+    remove_abandoned,
+    scratch_prefix,
+    write_json,
+)
 
 Precision = Literal["float32", "bfloat16", "float16"]
 OUTTYPES: dict[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "": "auto"}
@@ -42,9 +48,8 @@ def export_stock(
         UserError: the folder exists, or the shape is no stock one and `pads` is false; the message
             then names the nearest one. No stock shape computes what the model does.
     """
-    if out_folder.exists():
-        raise UserError(f"{out_folder} exists already; choose another --out or remove it")
-    checkpoint = Checkpoint.open(model)
+    refuse_taken(out_folder)
+    checkpoint = Checkpoint.open_whole(model)
     architecture = checkpoint.architecture
     sizes = stock_sizes(architecture)
     _check_shape(architecture, sizes, pads)
@@ -115,8 +120,7 @@ def export_gguf(
         UserError: the file exists, the model has no stock shape, or no converter is installed.
         RuntimeError: the converter failed.
     """
-    if out_file.exists():
-        raise UserError(f"{out_file} exists already; choose another --out or remove it")
+    refuse_taken(out_file)
     command = _converter_command(converter)
     out_file.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(out_file.parent)

@@ -25,7 +25,7 @@ from headstart.model.card import licence_of, write_card
 from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
 from headstart.model.spec import SubnetSpec, load_spec
 from headstart.system.errors import UserError
-from headstart.system.files import finished_folder, write_json
+from headstart.system.files import finished_folder, refuse_taken, write_json
 from headstart.system.progress import progress
 
 
@@ -146,8 +146,7 @@ def extract_student(
     Raises:
         UserError: the teacher cannot be read, the spec does not fit it, or the folder exists.
     """
-    if out_folder.exists():
-        raise UserError(f"{out_folder} exists already; choose another folder or remove it")
+    refuse_taken(out_folder)
     teacher = source.teacher
     student = teacher.architecture.student(spec)
     tensors = student_tensors(source, spec, on_tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,13 @@ def check_run_folder(recipe: Recipe) -> None:
     kept = folder / "recipe.yaml"
     if kept.is_file():
         # A key that a later version added stood at its default when the run was begun.
-        theirs = with_defaults(yaml.safe_load(kept.read_text()), Recipe)
+        try:
+            begun = yaml.safe_load(kept.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            begun = None
+        if not isinstance(begun, dict):
+            raise UserError(f"{kept} is no recipe; choose another --output or delete the folder")
+        theirs = with_defaults(begun, Recipe)
         ours = recipe_to_dict(recipe) | {"output": theirs.get("output")}  # a folder may be moved
         for key, (here, there) in differences(ours, theirs).items():
             raise UserError(
@@ -95,12 +102,20 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run folder while the body runs.
 
     Raises:
-        UserError: another process works in it.
+        UserError: another process works in it, or it cannot be made.
     """
 
     def refuse(owner: str) -> None:
         raise UserError(f"{owner} works in {folder}; wait for it or choose another --output")
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UserError(
+            f"{folder} cannot be made ({error.strerror}); choose another --output"
+        ) from error
     with lock(folder / LOCK, on_busy=refuse):
         for left in list(folder.rglob(f"{UNFINISHED}*")):  # by a process that was killed
             remove(left)

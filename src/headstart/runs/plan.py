@@ -48,6 +48,7 @@ def _plan_of(
     """The plan of one arm, with its own batch, and all of its runs."""
     arguments = training_arguments(recipe.train, arm, Path(recipe.output))
     block_length = recipe.data.block_length
+    # Later versions call it activation_checkpointing, and let the older name mirror it.
     batch = Batch(arguments.train_batch_size, block_length, arguments.gradient_checkpointing)
     step_tokens = tokens_per_step(arguments, block_length) * hardware.gpus
     tokens = math.ceil(recipe.pretrain.tokens / step_tokens) * step_tokens

@@ -36,7 +36,7 @@ from headstart.system.settings import settings_from_tree, tree_of
 from headstart.text.blocks import TokenBlocks
 from headstart.text.prepare import check_vocabulary, prepare
 from headstart.training.arguments import (
-    check_sharding,
+    check_arguments,
     check_step,
     tokens_per_step,
     training_arguments,
@@ -138,7 +138,7 @@ def _checked(
     """
     settings_from_tree(tree_of(recipe), Recipe)  # one made in Python may hold NaN or infinity
     for arm in recipe.pretrain.arms:
-        check_sharding(training_arguments(recipe.train, arm, Path(recipe.output)))
+        check_arguments(arm, training_arguments(recipe.train, arm, Path(recipe.output)))
     if recipe.data.is_validation_only:
         raise UserError(
             "data.validation_fraction is 1 and leaves nothing to search and train on; lower it"
@@ -147,8 +147,14 @@ def _checked(
     pinned = at_commits(recipe, revisions)
     teacher = checked_teacher(pinned)
     for name in pinned.pretrain.baselines:
-        Checkpoint.open(name)
+        Checkpoint.open_whole(name)
+    vocab_size = teacher.architecture.config.vocab_size
     for arm in recipe.pretrain.arms:
+        if arm.kd and arm.kd.top_k >= vocab_size:
+            raise UserError(
+                f"kd.top_k is {arm.kd.top_k} and the teacher has {vocab_size:,} tokens; use fewer, "
+                "or 0 for all"
+            )
         if arm.kd and arm.kd.cache:
             check_begun(arm.kd.cache)
     if student_folder:
@@ -165,9 +171,8 @@ def checked_teacher(recipe: Recipe) -> Checkpoint:
     Raises:
         UserError: the teacher does not read, or weights do not fit the config.
     """
-    teacher = Checkpoint.open(recipe.teacher)
+    teacher = Checkpoint.open_whole(recipe.teacher)
     teacher.architecture.check_context(recipe.data.block_length)
-    teacher.check()
     return teacher
 
 
@@ -184,6 +189,7 @@ def _given_student(folder: Path, recipe: Recipe, teacher: Architecture) -> Check
             f"the teacher has {teacher_rows} vocabulary rows and the student {student_rows}; use "
             "the teacher that the student was cut from, or arms without kd"
         )
+    student.check()
     return student
 
 

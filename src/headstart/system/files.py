@@ -15,6 +15,8 @@ from typing import Any
 
 import platformdirs
 
+from headstart.system.errors import UserError
+
 UNFINISHED = ".unfinished-"
 """What the names of files and folders begin with that are not whole yet."""
 OWNED = re.compile(rf"{re.escape(UNFINISHED)}(\d+)@([^@]*)@.*", re.DOTALL)
@@ -95,8 +97,26 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote, or None where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What `write_json` wrote, or None where there is no file.
+
+    Raises:
+        UserError: it is no JSON, so something else has written to it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it or delete its folder") from error
+
+
+def refuse_taken(path: Path) -> None:
+    """Raise a UserError if a path that shall be written exists, or lies below a file."""
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another --out or remove it")
+    for folder in path.parents:
+        if folder.exists():
+            if not folder.is_dir():
+                raise UserError(f"{path} lies below {folder}, a file; choose another --out")
+            return
 
 
 @contextmanager

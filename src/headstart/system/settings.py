@@ -61,6 +61,8 @@ def settings_from_tree(tree: Any, kind: Any, key: str = "") -> Any:
         if option is float and isinstance(tree, int | float) and not isinstance(tree, bool):
             return float(tree)
         if option is not float and isinstance(tree, option) and not isinstance(tree, bool):
+            if isinstance(tree, str) and "\0" in tree:
+                raise UserError(f"{key} is {tree!r}; remove the zero byte")
             return tree
     names = {int: "a whole number", float: "a number", str: "text"}
     wanted = " or ".join(names[option] for option in options if option in names)

@@ -10,6 +10,8 @@ from headstart.system.errors import UserError
 SplitName = Literal["train", "search", "validation"]
 
 
+MAX_WEIGHT = 1e9
+"""Of a mixture's part, so that sums and shares of weights are numbers."""
 SPLITS: tuple[SplitName, ...] = ("train", "search", "validation")
 
 
@@ -30,6 +32,10 @@ class MixtureSource:
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise UserError(f"data.mixture gives {self.source} weight {self.weight}: remove it")
+        if self.weight > MAX_WEIGHT:
+            raise UserError(
+                f"data.mixture gives {self.source} weight {self.weight}: use at most {MAX_WEIGHT:g}"
+            )
 
 
 @dataclass(frozen=True)

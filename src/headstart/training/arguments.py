@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import typing
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, DynamoBackend  # type: ignore[import-untyped]
+from torch.utils.checkpoint import checkpoint
 
 from headstart.system.device import default_device, has_fast_bf16
 from headstart.system.distributed import world_size
 from headstart.system.errors import UserError
+from headstart.system.settings import check_least, settings_from_tree
 from headstart.text.blocks import TokenBlocks
-from headstart.training.settings import Arm
+from headstart.training.optimizer import muon_with_adamw
+from headstart.training.settings import MAX_SEED, Arm
 
 RESERVED_ARGUMENTS = {
     "output_dir": "output",
@@ -47,23 +52,46 @@ PASSED_OVER = {
     "label_smoothing_factor": "the loss is plain cross-entropy, next to kd",
     "length_column_name": "all blocks are equally long",
     "load_best_model_at_end": "the best weights are kept in best-STEP beside the last ones",
+    "local_rank": "torchrun says it",
     "metric_for_best_model": "the best weights are those of the lowest validation loss",
     "parallelism_config": "losses need whole hidden states; use train.fsdp",
     "prediction_loss_only": "evaluations measure the loss alone",
+    "remove_unused_columns": "blocks hold nothing that models do not read",
     "restore_callback_states_from_checkpoint": "headstart goes on by itself",
     "resume_from_checkpoint": "the same command goes on from the last checkpoint",
     "save_only_model": "a killed run could not go on",
     "use_cache": "training reads every block once",
 }
-"""Arguments that our loss or loop would pass over, or break on, and why; their defaults pass."""
+"""Arguments that our loss or loop would pass over, or break on, and why; their defaults pass.
+
+All others of transformers 5.24 that are not reserved are honoured by the Trainer as they are.
+"""
+
+PASSED_OVER_VALUES = {
+    ("lr_scheduler_type", "greedy"): "evaluations are not evenly spaced",
+    ("lr_scheduler_type", "reduce_lr_on_plateau"): "evaluations are not evenly spaced",
+    ("save_strategy", "best"): "the best weights are kept in best-STEP beside the last ones",
+    ("train_sampling_strategy", "batch_rebalance"): "all blocks are equally long",
+    ("train_sampling_strategy", "group_by_length"): "all blocks are equally long",
+}
+"""Of arguments that are honoured otherwise, the values that are not, and why."""
+
+LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "ddp_timeout": 1, "logging_steps": 0, "save_steps": 0,
+    "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0,
+    "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
+}  # fmt: skip
+"""The least value of arguments that TrainingArguments does not check itself."""
+
+CHOICES = {"include_num_input_tokens_seen": ["all", "non_padding", "no", "True", "False"]}
+"""Of arguments whose choices TrainingArguments does not tell."""
+
+MADE_OF_LAYERS = ("galore", "apollo", "lomo", "adalomo")
+"""Optimizers that cannot be tried before there is a student."""
 
 SAVE_MINUTES = 15.0
 """Between checkpoints at most, by `train.save_minutes`."""
-
-COUNTS = (
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-)  # fmt: skip
-"""Keys of `train:` that a step cannot do without one of."""
 
 
 def save_minutes(train: dict[str, Any], arm: Arm) -> float:
@@ -90,16 +118,7 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
     save_minutes(train, arm)
     train = {**train, **arm.train}
     train.pop("save_minutes", None)
-    for key in train:
-        if key in RESERVED_ARGUMENTS:
-            raise UserError(f"train.{key} is set by {RESERVED_ARGUMENTS[key]}; set that instead")
-        default = getattr(TrainingArguments, key, None)
-        if key in PASSED_OVER and train[key] != default:
-            raise UserError(f"train.{key} has no effect here: {PASSED_OVER[key]}; remove it")
-        if type(default) in (int, float) and isinstance(train[key], str):
-            raise UserError(f"train.{key} is {train[key]!r}; write a number")
-        if key in COUNTS and train[key] < 1:
-            raise UserError(f"train.{key} is {train[key]}; use at least 1")
+    _check_keys(train)
     device = default_device()
     has_bf16 = has_fast_bf16(device)
     arguments = {
@@ -125,9 +144,171 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         "max_steps": max_steps,
     }
     try:
-        return TrainingArguments(**arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"train: {str(error).splitlines()[0]}") from error
+        made = TrainingArguments(**arguments)
+    except (
+        TypeError, ValueError, AttributeError, LookupError, NotImplementedError, OSError,
+        ImportError,  # of DeepSpeed, for one
+    ) as error:  # fmt: skip
+        raise UserError(f"train: {_reason(error)}; mend it") from error
+    check_least(made, "train.", **LEAST)
+    if made.seed > MAX_SEED:
+        raise UserError(f"train.seed is {made.seed}; use at most {MAX_SEED}")
+    return made
+
+
+def _check_keys(train: dict[str, Any]) -> None:
+    """Raise a UserError for the first key of `train:` that is unknown, not for users, passed over,
+    or of another type than TrainingArguments says."""
+    from transformers import TrainingArguments
+
+    fields = TrainingArguments.__dataclass_fields__
+    hints = typing.get_type_hints(TrainingArguments)
+    for key, value in train.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            advice = f"did you mean train.{near[0]}?" if near else "TrainingArguments has none such"
+            raise UserError(f"unknown key train.{key}; {advice}")
+        if key in RESERVED_ARGUMENTS:
+            raise UserError(f"train.{key} is set by {RESERVED_ARGUMENTS[key]}; set that instead")
+        if key in PASSED_OVER and value != getattr(TrainingArguments, key, None):
+            raise UserError(f"train.{key} cannot be used: {PASSED_OVER[key]}; remove it")
+        for (of_key, refused), reason in PASSED_OVER_VALUES.items():
+            if (key, value) == (of_key, refused):
+                raise UserError(f"train.{key} cannot be {value}: {reason}; use another")
+        kinds = typing.get_args(hints[key]) or (hints[key],)
+        plain = [kind for kind in kinds if kind is not type(None)]
+        is_left_out = value is None and type(None) in kinds
+        if len(plain) == 1 and plain[0] in (int, float, bool) and not is_left_out:
+            settings_from_tree(value, plain[0], f"train.{key}")
+        if type(value) in (int, float) and not {int, float, bool} & set(kinds):
+            raise UserError(f"train.{key} is {value}, and takes no number; write another value")
+        choices = CHOICES.get(key) or list(fields[key].metadata.get("choices", ()))
+        if choices and value is not None and str(value) not in choices:
+            raise UserError(f"train.{key} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def check_arguments(arm: Arm, arguments: Any) -> None:
+    """Find out what the Trainer would only say when an arm is about to train, that is after the
+    search.
+
+    Raises:
+        UserError: as `check_sharding`; or a package is not installed, the hub does not know the
+            user, or optimizer, schedule or checkpointing cannot be made.
+    """
+    check_sharding(arguments)
+    _check_packages(arguments)
+    _check_login(arguments)
+    _check_checkpointing(arguments)
+    _check_optimizer(arm, arguments)
+
+
+def _check_packages(arguments: Any) -> None:
+    """Raise a UserError if a logger, a compiler or kernels are asked for that are not there."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.utils import is_liger_kernel_available
+
+    # Whether Flyte or Azure is there, only using it can tell.
+    loggers = {*get_available_reporting_integrations(), "flyte", "azure_ml"}
+    for name in arguments.report_to:
+        if name not in loggers:
+            raise UserError(
+                f"train.report_to names {name!r}, which is unknown or not installed; install it, "
+                f"or choose none or some of {', '.join(sorted(loggers))}"
+            )
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError(
+            "train.use_liger_kernel needs a package: pip install liger-kernel, or remove it"
+        )
+    backend, mode = arguments.torch_compile_backend, arguments.torch_compile_mode
+    if backend and str(backend).upper() not in DynamoBackend.list():
+        raise UserError(
+            f"train.torch_compile_backend is {backend!r}; choose one of "
+            f"{', '.join(map(str.lower, DynamoBackend.list()))}"
+        )
+    if backend == "inductor" and mode:
+        modes = {"default", *torch._inductor.list_mode_options()}
+        if mode not in modes:
+            raise UserError(
+                f"train.torch_compile_mode is {mode!r}; choose one of {', '.join(sorted(modes))}"
+            )
+
+
+def _check_login(arguments: Any) -> None:
+    """Raise a UserError if checkpoints shall go to a hub that does not know the user."""
+    if not arguments.push_to_hub:
+        return
+    from huggingface_hub import whoami
+
+    try:
+        whoami(token=arguments.hub_token)
+    except Exception as error:
+        raise UserError(
+            f"train.push_to_hub needs a login to the hub ({_reason(error)}); run `hf auth login`, "
+            "or remove it"
+        ) from error
+
+
+def _check_checkpointing(arguments: Any) -> None:
+    """Raise a UserError if activations cannot be checkpointed so, tried on one number."""
+    settings = {"use_reentrant": False, **(arguments.gradient_checkpointing_kwargs or {})}
+    for of_the_trainer in ("every_n_layers", "offload"):
+        settings.pop(of_the_trainer, None)
+    try:
+        checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **settings)
+    except Exception as error:
+        raise UserError(
+            f"train.gradient_checkpointing_kwargs {settings} cannot be used ({_reason(error)}); "
+            "mend it"
+        ) from error
+
+
+def _check_optimizer(arm: Arm, arguments: Any) -> None:
+    """Raise a UserError if an arm's optimizer or schedule cannot be made, tried on one weight."""
+    from transformers import Trainer, get_scheduler
+
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer: Any = torch.optim.SGD(weights)
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    kind: Any = torch.optim.AdamW
+    settings = {"betas": betas, "eps": arguments.adam_epsilon}
+    own = optimizer_of(arm, arguments)
+    try:
+        if own is None:
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind(weights, **settings)
+    except Exception as error:
+        if not name.startswith(MADE_OF_LAYERS) or isinstance(error, ImportError):
+            raise UserError(
+                f"train.optim {name} cannot be made ({_reason(error)}); mend it or its arguments"
+            ) from error
+    schedule = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type))
+    try:
+        get_scheduler(schedule, optimizer, 1, 2, arguments.lr_scheduler_kwargs)
+    except Exception as error:
+        raise UserError(
+            f"train.lr_scheduler_type {schedule} cannot be made ({_reason(error)}); mend it or "
+            "train.lr_scheduler_kwargs"
+        ) from error
+
+
+def optimizer_of(arm: Arm, arguments: Any) -> tuple[Any, dict[str, Any]] | None:
+    """A factory of the arm's optimizer as the Trainer takes it, or None for its own."""
+    if not arm.optimizer:
+        return None
+    if arguments.fsdp:
+        raise UserError(f"arm {arm.name}: muon needs whole matrices; leave out fsdp or optimizer")
+    settings = {
+        "learning_rate": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "epsilon": arguments.adam_epsilon,
+    }
+    return lambda: muon_with_adamw, settings
 
 
 def check_sharding(arguments: Any) -> None:

@@ -21,12 +21,12 @@ from headstart.system.progress import progress
 from headstart.text.blocks import BlockDataset, TokenBlocks
 from headstart.training.arguments import (
     check_step,
+    optimizer_of,
     save_minutes,
     tokens_per_step,
     training_arguments,
 )
 from headstart.training.cache import CachedBlocks, CacheIdentity, TeacherCache
-from headstart.training.optimizer import muon_with_adamw
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.teacher import Teacher, load_teacher
 
@@ -175,7 +175,7 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[Distillat
             earlier_seconds=seconds_until(schedule.checkpoint),
             flops_per_token=_flops_per_token(arm, inputs),
             peak_flops=1e12 * settings.peak_tflops or peak_flops(arguments.device),
-            optimizer_cls_and_kwargs=_optimizer(arm, arguments),
+            optimizer_cls_and_kwargs=optimizer_of(arm, arguments),
             on_step=on_step,
         )
         checkpoint = schedule.checkpoint
@@ -245,21 +245,6 @@ def _keep_best(folder: Path, best_step: int, num_steps: int) -> None:
     for best in (*folder.glob("best-*"), *folder.glob(f"{UNFINISHED}best-*")):
         if best.name != f"best-{best_step}" or best_step == num_steps:
             shutil.rmtree(best)
-
-
-def _optimizer(arm: Arm, arguments: Any) -> tuple[Any, dict[str, Any]] | None:
-    """A factory of the arm's optimizer as the Trainer takes it, or None for its own."""
-    if not arm.optimizer:
-        return None
-    if arguments.fsdp:
-        raise UserError(f"arm {arm.name}: muon needs whole matrices; leave out fsdp or optimizer")
-    settings = {
-        "learning_rate": arguments.learning_rate,
-        "weight_decay": arguments.weight_decay,
-        "betas": (arguments.adam_beta1, arguments.adam_beta2),
-        "epsilon": arguments.adam_epsilon,
-    }
-    return lambda: muon_with_adamw, settings
 
 
 def _flops_per_token(arm: Arm, inputs: ArmInputs) -> float:

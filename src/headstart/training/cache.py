@@ -330,7 +330,11 @@ def _manifest(files: Any, root: str) -> dict[str, Any] | None:
 
 def check_begun(path: str) -> dict[str, Any]:
     """The content of a cache's `cache.json`; a UserError if there is none."""
-    found = _manifest(*fsspec.url_to_fs(path))
+    try:
+        place = fsspec.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"kd.cache {path} cannot be read ({error}); give another") from error
+    found = _manifest(*place)
     if found is None:
         raise UserError(
             f"kd.cache {path} holds no teacher cache; write it with `headstart cache-teacher`"

@@ -9,6 +9,11 @@ from headstart.losses.distillation import DistillationSettings
 from headstart.system.errors import UserError
 from headstart.system.settings import check_least
 
+MAX_SEED = 2**32 - 1
+"""NumPy, which the Trainer seeds too, takes no larger one."""
+MAX_NAME_BYTES = 200
+"""Of a folder, with room for what is added to it while it is unfinished."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -34,8 +39,11 @@ class Arm:
     kd: DistillationSettings | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise UserError(f"arm name {self.name!r} cannot be a folder's name; choose another")
+        name = self.name
+        if not name.strip() or "/" in name or name.startswith(".") or not name.isprintable():
+            raise UserError(f"arm name {name!r} cannot be a folder's name; choose another")
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise UserError(f"arm name {name!r} is too long; use at most {MAX_NAME_BYTES} bytes")
         for rate in (self.learning_rate, *self.learning_rates):
             if rate <= 0:
                 raise UserError(f"arm {self.name} has learning_rate {rate}; it must be above 0")
@@ -79,6 +87,9 @@ class PretrainSettings:
             raise UserError(f"pretrain.peak_tflops is {self.peak_tflops}; it may not be negative")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"pretrain.seeds {list(self.seeds)} has one twice; remove it")
+        for seed in self.seeds:
+            if not 0 <= seed <= MAX_SEED:
+                raise UserError(f"pretrain.seeds holds {seed}; use 0 to {MAX_SEED}")
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names):
             raise UserError(
