@@ -14,12 +14,13 @@ FLOORS = [
     {"evaluation", "reports", "searching", "training"},
     {"calibration"},
     {"losses"},
-    {"model", "text"},
+    {"model"},
+    {"text"},
     {"demo"},
     {"system"},
 ]
 """From the top down. A room may import from the floors below it; rooms of one floor know nothing of
-each other, except that `model` and `text` read the demo's downloads below both."""
+each other."""
 
 
 def room_of(module: str) -> str:

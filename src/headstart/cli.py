@@ -151,6 +151,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_text(extract, "text to calibrate with: ")
     extract.add_argument("--calibration-tokens", type=int, default=65_536)
+    trimming = add(
+        _trim,
+        "headstart trim my-model/ --data corpus.jsonl --table",
+        "headstart trim my-model/ --data corpus.jsonl --vocabulary 16384 --out smaller/",
+    )
+    trimming.add_argument("teacher", metavar="TEACHER", help="a folder or a hub id")
+    trimming.add_argument("--vocabulary", type=int, default=0, help="how many tokens are left")
+    trimming.add_argument("--out", type=Path, help="folder to write")
+    trimming.add_argument("--keep", nargs="+", default=[], help="texts whose tokens stay")
+    trimming.add_argument("--sample-characters", type=int, default=16_000_000, help="to count in")
+    add_text(trimming, "text whose tokens are counted: ")
+    trimming.add_argument(
+        "--table", action="store_true", help="show what the teacher loses at each size"
+    )
+    trimming.add_argument("--width", type=int, help="of the table's student; the teacher's without")
+    trimming.add_argument("--parameters", help="of the table's student; the teacher's without")
     add(
         _pretrain,
         "headstart pretrain --student student/ --teacher my-model/ --data corpus.jsonl "
@@ -263,14 +279,14 @@ def _search(options: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(f"{options.resume} holds no run to resume: it has no recipe.yaml")
         overrides = [str(kept), *overrides, "--output", str(options.resume)]
     recipe = _load(options, overrides)
-    from headstart.model.checkpoint import read_architecture
     from headstart.runs.plan import print_search_plans
     from headstart.runs.run import bin_recipes
     from headstart.runs.stages import run_search
+    from headstart.runs.vocabulary import planned_architecture
     from headstart.system.distributed import is_main
 
     if options.dry_run:
-        print_search_plans(recipe, read_architecture(recipe.teacher))
+        print_search_plans(recipe, planned_architecture(recipe))
         return
     outcomes = run_search(recipe)
     if not is_main():
@@ -329,6 +345,34 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
         provenance={"teacher_name": teacher_name(options.teacher)},
     )
     print(student)
+
+
+def _trim(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Take a model's rarest tokens away, for a smaller embedding."""
+    from headstart.runs.trimming import sizes_table, trim, vocabulary_sizes
+    from headstart.text.settings import VocabularySettings
+
+    data = _text_settings(options)
+    if data is None:
+        raise UserError("trim counts tokens in a text; give --data")
+    settings = VocabularySettings(
+        options.vocabulary, tuple(options.keep), options.sample_characters
+    )
+    if not options.table:
+        if options.out is None:
+            raise UserError("trim writes a folder; give --out, or --table to see sizes")
+        print(trim(options.teacher, settings, data, options.out))
+        return
+    from rich.console import Console
+
+    from headstart.model.checkpoint import read_architecture
+    from headstart.searching.bins import parse_count
+
+    architecture = read_architecture(options.teacher)
+    width = options.width or architecture.sizes["embed"]
+    parameters = options.parameters or architecture.count(data.block_length).parameters
+    student = width, parse_count(parameters)
+    Console().print(sizes_table(vocabulary_sizes(options.teacher, settings, data), *student))
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:

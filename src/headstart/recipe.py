@@ -13,7 +13,7 @@ import yaml
 from headstart.searching.settings import SearchSettings
 from headstart.system.errors import UserError
 from headstart.system.settings import settings_from_tree, tree_of
-from headstart.text.settings import DataSettings
+from headstart.text.settings import DataSettings, VocabularySettings
 from headstart.training.settings import PretrainSettings
 
 
@@ -26,6 +26,7 @@ class Recipe:
         output: the run folder.
         student: a folder that was extracted before; empty searches for one and extracts it.
         data: the text.
+        vocabulary: what is left of the teacher's, before all else.
         search: space, bin and evolution.
         pretrain: token budget and arms.
         train: passed verbatim to transformers.TrainingArguments.
@@ -35,6 +36,7 @@ class Recipe:
     output: str = ""
     student: str = ""
     data: DataSettings = field(default_factory=DataSettings)
+    vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     train: dict[str, Any] = field(default_factory=dict)

@@ -10,9 +10,9 @@ from rich.console import Console
 from headstart.calibration.start import cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
-from headstart.model.checkpoint import read_architecture
 from headstart.recipe import Recipe
 from headstart.runs.run import bin_recipes
+from headstart.runs.vocabulary import planned_architecture
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
 from headstart.training.arguments import tokens_per_step, training_arguments
@@ -27,7 +27,7 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     The student is the shape in the bin that is nearest to the teacher's proportions. What is
     returned is the plan of each arm, for each bin.
     """
-    teacher, block_length = read_architecture(recipe.teacher), recipe.data.block_length
+    teacher, block_length = planned_architecture(recipe), recipe.data.block_length
     print_search_plans(recipe, teacher)
     plans = []
     for of_bin in bin_recipes(recipe):

@@ -29,6 +29,7 @@ from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import Recipe
 from headstart.runs.folder import REVISIONS, check_run_folder, locked, pin_inputs, pin_recipe
 from headstart.runs.revisions import at_commits, find_revisions
+from headstart.runs.vocabulary import check_trims, left_of, trimmed_teacher
 from headstart.searching.run import space_of
 from headstart.system.distributed import from_main, process_group
 from headstart.system.errors import UserError
@@ -51,7 +52,7 @@ class Run:
     Attributes:
         recipe: of a single bin, unless the run has several; as the user wrote it.
         folder: of the run, to which this process has the lock.
-        teacher: its checkpoint, already hashed.
+        teacher: its checkpoint with the vocabulary that is left, already hashed.
         text: in tokens.
         student: one that was extracted before; None where a search finds it.
         revisions: commits of what is on the hub, by its name in the recipe.
@@ -116,7 +117,9 @@ def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
             return found
 
         teacher, given, revisions = from_main(check_and_lock)
-        text = prepare(at_commits(recipe, revisions).data, teacher.folder)
+        data = at_commits(recipe, revisions).data
+        teacher = from_main(lambda: trimmed_teacher(teacher, recipe.vocabulary, data))
+        text = prepare(data, teacher.folder)
 
         def check_and_pin() -> Checkpoint:
             inputs = _inputs(recipe, teacher, given, text) | {REVISIONS: revisions}
@@ -148,7 +151,9 @@ def _checked(
     teacher = checked_teacher(pinned)
     for name in pinned.pretrain.baselines:
         Checkpoint.open_whole(name)
-    vocab_size = teacher.architecture.config.vocab_size
+    check_trims(teacher, recipe.vocabulary)
+    architecture = left_of(teacher.architecture, recipe.vocabulary)
+    vocab_size = architecture.config.vocab_size
     for arm in recipe.pretrain.arms:
         if arm.kd and arm.kd.top_k >= vocab_size:
             raise UserError(
@@ -158,10 +163,10 @@ def _checked(
         if arm.kd and arm.kd.cache:
             check_begun(arm.kd.cache)
     if student_folder:
-        student = _given_student(Path(student_folder), recipe, teacher.architecture)
+        student = _given_student(Path(student_folder), recipe, architecture)
         return teacher, student, revisions
     for of_bin in bin_recipes(pinned):
-        space_of(teacher.architecture, of_bin.search, recipe.data.block_length)
+        space_of(architecture, of_bin.search, recipe.data.block_length)
     return teacher, None, revisions
 
 

@@ -29,6 +29,7 @@ from headstart.runs.extraction import extract_found
 from headstart.runs.result import result_of
 from headstart.runs.revisions import at_commits, find_revisions
 from headstart.runs.run import Run, checked_teacher, open_run
+from headstart.runs.vocabulary import check_trims, trimmed_teacher
 from headstart.searching.fitness import fitting_batch_size
 from headstart.searching.run import search
 from headstart.system.device import default_device, load_frozen
@@ -218,6 +219,8 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
     def hashed_teacher() -> tuple[Checkpoint, Recipe]:
         pinned = at_commits(recipe, find_revisions(recipe))
         checkpoint = checked_teacher(pinned)
+        check_trims(checkpoint, pinned.vocabulary)
+        checkpoint = trimmed_teacher(checkpoint, pinned.vocabulary, pinned.data)
         assert checkpoint.hash
         return checkpoint, pinned
 

@@ -65,7 +65,7 @@ def check_source(settings: DataSettings) -> None:
             an empty one, or its first document does not read. A dataset at a commit is read by
             `prepare`, which may find its text in the cache.
     """
-    for part in _parts(settings):
+    for part in parts_of(settings):
         _check_settings(part)
         if part.source != DEMO and not _is_pinned(part):  # the demo's is downloaded later
             _check_text(find_corpus(part.source), part)
@@ -96,8 +96,8 @@ def prepare(
     """
     cache_folder = cache_folder or cache_root() / "data"
     from_main(lambda: remove_abandoned(cache_folder))
-    loaded = _load_tokenizer(tokenizer)
-    parts = [_prepare_one(part, loaded, cache_folder) for part in _parts(settings)]
+    loaded = load_tokenizer(tokenizer)
+    parts = [_prepare_one(part, loaded, cache_folder) for part in parts_of(settings)]
     blocks = parts[0]
     if settings.mixture:
         blocks = _mixed(parts, [part.weight for part in settings.mixture], cache_folder)
@@ -130,7 +130,7 @@ def check_vocabulary(blocks: TokenBlocks, num_rows: int) -> None:
                 )
 
 
-def _parts(settings: DataSettings) -> list[DataSettings]:
+def parts_of(settings: DataSettings) -> list[DataSettings]:
     """The settings of each corpus on its own."""
     if not settings.mixture:
         return [settings]
@@ -319,7 +319,8 @@ def _check_text(corpus: Corpus, settings: DataSettings) -> None:
         raise UserError(f"{settings.source} holds no text: every document is empty")
 
 
-def _load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer that can end documents; a UserError if there is none."""
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(tokenizer))
     except (OSError, ValueError) as error:
@@ -337,7 +338,7 @@ def _load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
 
 def tokenizer_hash(tokenizer: str | Path) -> str:
     """What the manifest of prepared text says of its tokenizer; errors as in `prepare`."""
-    return _tokenizer_hash(_load_tokenizer(tokenizer))
+    return _tokenizer_hash(load_tokenizer(tokenizer))
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headstart.system.errors import UserError
+from headstart.system.settings import check_least
 
 SplitName = Literal["train", "search", "validation"]
 
@@ -78,3 +79,21 @@ class DataSettings:
     def is_validation_only(self) -> bool:
         """Whether the whole text is for validation, so that nothing can be trained on it."""
         return (self.validation_fraction, self.search_fraction) == (1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class VocabularySettings:
+    """Which tokens are left of a teacher's vocabulary.
+
+    Attributes:
+        size: Rows of the embedding that are left; 0 for the whole vocabulary.
+        keep: Texts whose tokens stay, beside bytes, special tokens and those of the chat template.
+        sample_characters: Of the training split, in which tokens are counted.
+    """
+
+    size: int = 0
+    keep: tuple[str, ...] = ()
+    sample_characters: int = 16_000_000
+
+    def __post_init__(self) -> None:
+        check_least(self, "vocabulary.", size=0, sample_characters=1)

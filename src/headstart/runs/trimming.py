@@ -1,0 +1,150 @@
+"""Trims a teacher's vocabulary on its own, and shows what each size would cost and give."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from headstart.evaluation.scores import BLOCKS_PER_BATCH, bits_per_byte
+from headstart.losses.next_token import mean_loss
+from headstart.model.checkpoint import Checkpoint
+from headstart.model.trim import read_tokenizer, write_trimmed, write_trimmed_tokenizer
+from headstart.runs.vocabulary import (
+    check_trims,
+    rows_to_keep,
+    samples_of,
+    token_counts,
+)
+from headstart.system.device import default_device, load_frozen
+from headstart.system.errors import UserError
+from headstart.system.files import finished_folder, refuse_taken
+from headstart.system.formats import count_text, flops_text
+from headstart.system.progress import progress
+from headstart.text.prepare import check_source, load_tokenizer
+from headstart.text.settings import DataSettings, VocabularySettings
+from headstart.text.vocabulary import check_kind
+
+LEAST_ROWS = 4096
+"""The smallest size that the table shows."""
+EVALUATED_CHARACTERS = 400_000
+"""Of the validation split, on which the table's losses are measured."""
+
+
+def trim(
+    teacher: str | Path, settings: VocabularySettings, data: DataSettings, out_folder: Path
+) -> Path:
+    """Write a model with a smaller vocabulary, as an ordinary Hugging Face folder.
+
+    Args:
+        teacher: a folder or a hub id.
+        settings: how many rows are left, and which in any case.
+        data: the text whose tokens are counted.
+        out_folder: must not exist yet.
+
+    Raises:
+        UserError: the folder exists, the text or the model does not read, or the vocabulary cannot
+            be trimmed so.
+    """
+    refuse_taken(out_folder)
+    if not settings.size:
+        raise UserError("--vocabulary says how many tokens are left; give a number above 0")
+    check_source(data)
+    checkpoint = Checkpoint.open_whole(teacher)
+    check_trims(checkpoint, settings)
+    counts = token_counts(checkpoint, data, settings.sample_characters)
+    kept = rows_to_keep(checkpoint, settings, counts)
+    with finished_folder(out_folder) as folder:
+        write_trimmed(checkpoint, kept, folder)
+    return out_folder
+
+
+def vocabulary_sizes(
+    teacher: str | Path, settings: VocabularySettings, data: DataSettings
+) -> list[dict[str, Any]]:
+    """What the teacher would be with the whole vocabulary, with half of it, and so on.
+
+    Returns:
+        For each size "rows", "bytes_per_token" and "bits_per_byte" of the untrained teacher on
+        documents of the validation split.
+
+    Raises:
+        UserError: the text or the model does not read, or the vocabulary cannot be trimmed.
+    """
+    check_source(data)
+    checkpoint = Checkpoint.open_whole(teacher)
+    checkpoint.architecture.check_context(data.block_length)
+    check_kind(read_tokenizer(checkpoint))
+    counts = token_counts(checkpoint, data, settings.sample_characters)
+    texts = [text for of in samples_of(data, EVALUATED_CHARACTERS, "validation") for text in of]
+    model = load_frozen(checkpoint.folder, default_device())
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    whole = [module.weight.detach() for module in (embedding, output)]
+    sizes, num_bytes = list(_halved(len(counts))), sum(len(text.encode()) for text in texts)
+    found = []
+    with progress("sizes", len(sizes), "sizes") as advance, tempfile.TemporaryDirectory() as place:
+        for size in sizes:
+            kept = rows_to_keep(checkpoint, VocabularySettings(size, settings.keep), counts)
+            folder = Path(place) / str(size)
+            folder.mkdir()
+            write_trimmed_tokenizer(checkpoint, kept, folder)
+            rows = torch.tensor(kept, device=model.device)
+            for module, weight in zip((embedding, output), whole, strict=True):
+                module.weight = torch.nn.Parameter(weight[rows], requires_grad=False)
+            tokens = _tokens(texts, folder)
+            num_blocks = len(tokens) // data.block_length
+            blocks = tokens[: num_blocks * data.block_length].view(num_blocks, -1)
+            loss = mean_loss(model, blocks, BLOCKS_PER_BATCH)
+            found.append(
+                {
+                    "rows": size,
+                    "bytes_per_token": num_bytes / len(tokens),
+                    "bits_per_byte": bits_per_byte(loss, len(tokens), num_bytes),
+                }
+            )
+            advance(1)
+    return found
+
+
+def _halved(rows: int) -> Iterator[int]:
+    while rows >= LEAST_ROWS:
+        yield rows
+        rows //= 2
+
+
+def _tokens(texts: Sequence[str], tokenizer_folder: Path) -> Int[Tensor, " tokens"]:
+    """The texts one after another, each with the token that ends it."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor([id for ids in encoded for id in (*ids, tokenizer.eos_token_id)])
+
+
+def sizes_table(found: Sequence[Mapping[str, Any]], width: int, parameters: int) -> Table:
+    """A table of vocabulary sizes, for a student of some width and size with a tied embedding.
+
+    Args:
+        found: from `vocabulary_sizes`.
+        width: channels of the student's residual stream.
+        parameters: of the student, each of which costs two FLOPs a token.
+    """
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("rows", "bytes/token", "bits/byte", "embedding", "rest", "FLOPs/byte"):
+        table.add_column(name, justify="right")
+    for entry in found:
+        embedding = entry["rows"] * width
+        table.add_row(
+            f"{entry['rows']:,}",
+            f"{entry['bytes_per_token']:.3f}",
+            f"{entry['bits_per_byte']:.4f}",
+            count_text(embedding),
+            count_text(parameters - embedding) if parameters > embedding else "none",
+            flops_text(2 * parameters / entry["bytes_per_token"]),
+        )
+    return table
