@@ -71,5 +71,5 @@ def test_a_whole_text_is_the_models_own_loss_on_its_bytes(
 
 def test_bits_per_byte_does_not_depend_on_the_tokenizer() -> None:
     """A uniform guess over 256 bytes, or over 65536 pairs of them, is 8 bits a byte."""
-    assert bits_per_byte(math.log(256), num_tokens=10, num_bytes=10) == pytest.approx(8)
-    assert bits_per_byte(math.log(65536), num_tokens=5, num_bytes=10) == pytest.approx(8)
+    assert bits_per_byte(math.log(256), bytes_per_token=1) == pytest.approx(8)
+    assert bits_per_byte(math.log(65536), bytes_per_token=2) == pytest.approx(8)

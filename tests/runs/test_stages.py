@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,7 +31,9 @@ from headstart.recipe import recipe_from_dict
 from headstart.runs.extraction import extract_found
 from headstart.runs.plan import print_search_plans
 from headstart.runs.stages import run_cache_teacher, run_pretrain, run_recipe, run_search
+from headstart.runs.trimming import trim
 from headstart.text.prepare import check_source, prepare
+from headstart.text.settings import DataSettings, VocabularySettings
 
 BLOCK_LENGTH = 32
 CLI = str(Path(__file__).parents[1] / "float32_cli.py")
@@ -370,7 +373,7 @@ def test_a_cache_that_no_arm_asks_for_is_refused(recipe: dict[str, Any]) -> None
 
 
 def test_a_baseline_is_measured_and_matched(recipe, tmp_path):
-    """The teacher, as a baseline, has the teacher's loss; another tokenizer is refused."""
+    """The teacher, as a baseline, has the teacher's loss."""
     copy = tmp_path / "copy"
     shutil.copytree(recipe["teacher"], copy)
     recipe["pretrain"] |= {"baselines": [str(copy)], "seeds": [0, 1], "tokens": 600}
@@ -388,14 +391,40 @@ def test_a_baseline_is_measured_and_matched(recipe, tmp_path):
         assert paid == pytest.approx(arm["curve"][-1]["flops"])
         assert ledger["evaluation"] > 0
     page = (Path(recipe["output"]) / "report.html").read_text()
-    assert "which is reached by" in page and "±" in page
+    assert "which is reached by" in page and "±" in page and "In bits per byte of text" in page
 
-    tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    tokenizer["normalizer"] = {"type": "Lowercase"}
-    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    recipe["output"] = str(tmp_path / "other")
-    with pytest.raises(ValueError, match="has another tokenizer than the teacher"):
-        run_recipe(recipe_from_dict(recipe))
+
+def test_a_baseline_with_another_tokenizer_is_compared_by_bytes(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Against the scoreboard, which reads the text in the baseline's own tokens."""
+    source, block_length = recipe["data"]["source"], recipe["data"]["block_length"]
+    data = DataSettings(source=source, block_length=block_length)
+    other = trim(recipe["teacher"], VocabularySettings(90), data, tmp_path / "other")
+    recipe["pretrain"] |= {"baselines": [str(other)], "validation_tokens": 10**6, "tokens": 200}
+    (result,) = run_recipe(recipe_from_dict(recipe))
+    (baseline,) = result["baselines"]
+    scores = run_evaluate([str(other)], EvaluationSettings(data, 10**6))[str(other)]
+    assert baseline["bits_per_byte"] == pytest.approx(scores["bits_per_byte"])
+    assert baseline["loss"] > scores["loss"]  # its tokens are shorter
+    teacher, scratch = result["teacher"], result["arms"][0]
+    for model, loss in ((baseline, "loss"), (teacher, "loss"), (scratch, "loss_final")):
+        bits = model["bits_per_byte" if loss == "loss" else "bits_per_byte_final"]
+        nats = bits * math.log(2) * result["budget"]["bytes_per_token"]
+        assert model[loss] == pytest.approx(nats)
+    assert result["target_bits_per_byte"] == scratch["curve"][-1]["bits_per_byte"]
+
+
+def test_a_budget_in_bytes_is_as_many_tokens_of_the_text(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["pretrain"] |= {"bytes": 3000, "arms": [{"name": "scratch", "init": "random"}]}
+    read = recipe_from_dict(recipe)
+    counts = prepare(read.data, recipe["teacher"]).manifest["splits"]["train"]
+    (result,) = run_recipe(read)
+    exact = 3000 * counts["tokens"] / counts["text_bytes"]
+    assert exact <= result["budget"]["tokens"] < exact + result["budget"]["tokens_per_step"]
+    assert run_recipe(read) == [result]  # and goes on, as the recipe is the same
 
 
 def test_tokens_beyond_the_teachers_rows_are_named_before_it_runs(

@@ -66,23 +66,16 @@ def text_scores(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> Scor
     """
     key = [model.hash, blocks.fingerprint, num_tokens, default_device().type]
     found = remembered_scores("losses", key, lambda: validation_loss(model, blocks, num_tokens))
-    split = blocks.manifest["splits"]["validation"]
     loss: float = found["loss"]
     return {
         "parameters": found["parameters"],
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": bits_per_byte(loss, split["tokens"], split["text_bytes"]),
+        "bits_per_byte": bits_per_byte(loss, blocks.bytes_per_token("validation")),
         "tokens": found["tokens"],
     }
 
 
-def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
-    """Loss in bits per byte of text, which does not depend on the tokenizer.
-
-    Args:
-        loss: mean nats per token.
-        num_tokens: tokens of the text.
-        num_bytes: UTF-8 bytes of the same text.
-    """
-    return loss * num_tokens / num_bytes / math.log(2)
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token in bits per byte of text, which does not depend on the tokenizer."""
+    return loss / bytes_per_token / math.log(2)

@@ -12,6 +12,7 @@ from headstart.reports.table import (
     COLUMNS,
     Result,
     baseline_sentences,
+    bits_sentences,
     cost_sentence,
     match_sentence,
     result_rows,
@@ -61,7 +62,11 @@ def _results(result: Result) -> dict[str, Any]:
         "rows": [Row(name, cells, colours[name]) for name, *cells in result_rows(result)],
         "compared": result["target_loss"] is not None,
         "seeds": any(arm.get("loss_spread") is not None for arm in result["arms"]),
-        "sentences": [*baseline_sentences(result), *_sweep_sentences(result)],
+        "sentences": [
+            *bits_sentences(result),
+            *baseline_sentences(result),
+            *_sweep_sentences(result),
+        ],
     }
 
 

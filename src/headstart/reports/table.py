@@ -221,9 +221,23 @@ def baseline_sentences(result: Result) -> list[str]:
         ]
         sentences.append(
             f"{baseline['name']} ({count_text(baseline['parameters'])} parameters) has "
-            f"{baseline['loss']:.3f} nats, which is reached by: {', '.join(reached)}."
+            f"{baseline['loss']:.3f} nats for each of the teacher's tokens, which is reached by: "
+            f"{', '.join(reached)}."
         )
     return sentences
+
+
+def bits_sentences(result: Result) -> list[str]:
+    """The last losses in bits per byte, which compare with models of other tokenizers."""
+    ended = [
+        f"{arm['name']} {arm['bits_per_byte_final']:.3f}"
+        for arm in result["arms"]
+        if "bits_per_byte_final" in arm
+    ]
+    if not ended:  # an older file
+        return []
+    teacher = result["teacher"]["bits_per_byte"]
+    return [f"In bits per byte of text: teacher {teacher:.3f}, {', '.join(ended)}."]
 
 
 def cost_sentence(result: Result) -> str:

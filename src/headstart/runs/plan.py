@@ -11,7 +11,7 @@ from headstart.calibration.start import cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
 from headstart.recipe import Recipe
-from headstart.runs.run import bin_recipes
+from headstart.runs.run import bin_recipes, in_tokens
 from headstart.runs.vocabulary import planned_architecture
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
@@ -19,6 +19,9 @@ from headstart.training.arguments import tokens_per_step, training_arguments
 from headstart.training.plan import ArmPlan, Batch, Hardware, arms_table, plan_arm
 from headstart.training.settings import Arm
 from headstart.training.variants import variants_of
+
+BYTES_PER_TOKEN = 4.0
+"""Of a text that no plan reads, for a budget in bytes; English has about so many."""
 
 
 def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
@@ -51,7 +54,8 @@ def _plan_of(
     # Later versions call it activation_checkpointing, and let the older name mirror it.
     batch = Batch(arguments.train_batch_size, block_length, arguments.gradient_checkpointing)
     step_tokens = tokens_per_step(arguments, block_length) * hardware.gpus
-    tokens = math.ceil(recipe.pretrain.tokens / step_tokens) * step_tokens
+    budget = in_tokens(recipe.pretrain, BYTES_PER_TOKEN).tokens
+    tokens = math.ceil(budget / step_tokens) * step_tokens
     runs = len(variants_of(arm, recipe.pretrain.seeds))
     return plan_arm(arm, tokens, teacher, sizes, batch, hardware, runs)
 

@@ -18,6 +18,7 @@ import torch
 
 import headstart
 from headstart.demo import DEMO, TEACHER, teacher_name
+from headstart.evaluation.scores import bits_per_byte
 from headstart.model.spec import SEARCH_COSTS, load_spec
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.reports.table import FORMAT, SCRATCH
@@ -54,10 +55,11 @@ def result_of(
         folder: the run folder, with `search.json` if there was a search.
         inputs: student, teacher and text of the arms.
         teacher_loss: on the validation split, in nats per token.
-        baselines: name, parameters and loss of each.
+        baselines: name, parameters, bits per byte and loss of each, in nats per teacher's token.
         trained: what `run_variants` returned for each arm.
     """
     teacher, student = inputs.teacher.architecture, inputs.student.architecture
+    bytes_per_token = inputs.blocks.bytes_per_token("validation")
     block_length = recipe.data.block_length
     teacher_count, student_count = teacher.count(block_length), student.count(block_length)
     subnet_file = inputs.student.folder / "subnet.json"
@@ -67,6 +69,8 @@ def result_of(
     arms = []
     for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True):
         curve, ledger = charged(arm, run_result, inputs, costs)
+        for point in curve:
+            point["bits_per_byte"] = bits_per_byte(point["loss"], bytes_per_token)
         arms.append(
             {
                 **asdict(arm),
@@ -77,6 +81,7 @@ def result_of(
                 "seconds": run_result["seconds"],
                 "loss_before": curve[0]["loss"],
                 "loss_final": curve[-1]["loss"],
+                "bits_per_byte_final": curve[-1]["bits_per_byte"],
                 "curve": curve,
             }
         )
@@ -102,6 +107,7 @@ def result_of(
             "parameters": teacher_count.parameters,
             "non_embedding_parameters": teacher_count.non_embedding_parameters,
             "loss": teacher_loss,
+            "bits_per_byte": bits_per_byte(teacher_loss, bytes_per_token),
             "sizes": teacher.sizes,
         },
         "student": {
@@ -117,13 +123,15 @@ def result_of(
             "tokens_per_step": trained[0]["tokens_per_step"],
             "block_length": block_length,
             "validation_tokens": trained[0]["validation_tokens"],
+            "bytes_per_token": bytes_per_token,
         },
         "costs": {
             **costs,
             "teacher_flops_per_token": teacher_count.inference_flops_per_token,
         },
         "baselines": baselines,
-        "target_loss": scratch["loss_final"] if scratch else None,
+        "target_loss": target,
+        "target_bits_per_byte": scratch and scratch["bits_per_byte_final"],
         "arms": arms,
         "search": outcome and {key: outcome[key] for key in SEARCH_KEYS},
         "recipe": recipe_to_dict(recipe),

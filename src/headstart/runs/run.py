@@ -19,6 +19,7 @@ A run over several bins holds one such folder for each, beside its own recipe.ya
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ from headstart.training.arguments import (
     training_arguments,
 )
 from headstart.training.cache import check_begun
+from headstart.training.settings import PretrainSettings
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Run:
     """What every stage is given.
 
     Attributes:
-        recipe: of a single bin, unless the run has several; as the user wrote it.
+        recipe: of a single bin, unless the run has several; with the budget in tokens.
         folder: of the run, to which this process has the lock.
         teacher: its checkpoint with the vocabulary that is left, already hashed.
         text: in tokens.
@@ -128,7 +130,15 @@ def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
             return teacher  # which has its hash by now
 
         teacher = from_main(check_and_pin)
+        recipe = replace(recipe, pretrain=in_tokens(recipe.pretrain, text.bytes_per_token("train")))
         yield Run(recipe, Path(recipe.output), teacher, text, given, revisions)
+
+
+def in_tokens(settings: PretrainSettings, bytes_per_token: float) -> PretrainSettings:
+    """The settings with a budget in tokens, if theirs is in bytes."""
+    if not settings.bytes:
+        return settings
+    return replace(settings, tokens=math.ceil(settings.bytes / bytes_per_token))
 
 
 def _checked(

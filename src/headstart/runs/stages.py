@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ from torch import Tensor
 
 from headstart.calibration.start import Calibration, calibrate
 from headstart.demo import teacher_name
-from headstart.evaluation.scores import validation_loss
+from headstart.evaluation.scores import bits_per_byte, validation_loss
 from headstart.model.card import CARD, training_note, write_card
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.spec import SubnetSpec
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.reports.page import write_html
 from headstart.reports.search import write_search_html
-from headstart.reports.table import baseline_sentences, headline, load_result, result_table
+from headstart.reports.table import (
+    baseline_sentences,
+    bits_sentences,
+    headline,
+    load_result,
+    result_table,
+)
 from headstart.runs.extraction import extract_found
 from headstart.runs.result import result_of
 from headstart.runs.revisions import at_commits, find_revisions
@@ -37,7 +44,8 @@ from headstart.system.distributed import from_main, is_main, process_group, worl
 from headstart.system.errors import UserError
 from headstart.system.files import write_json
 from headstart.system.progress import progress
-from headstart.text.prepare import prepare, tokenizer_hash
+from headstart.text.blocks import TokenBlocks
+from headstart.text.prepare import check_vocabulary, prepare
 from headstart.training.arms import ArmInputs
 from headstart.training.cache import CacheIdentity, TeacherCache, write_cache
 from headstart.training.teacher import Teacher
@@ -95,12 +103,13 @@ def pretrain_stage(run: Run, student: Checkpoint) -> dict[str, Any]:
     """Train every arm and write `result.json` and `report.html`."""
     recipe = run.recipe
     inputs = ArmInputs(student, run.teacher, run.text, recipe.pretrain, recipe.train)
+    texts = _texts_of_baselines(run)
     trained = [
         run_variants(arm, inputs, run.folder / "arms" / arm.name) for arm in recipe.pretrain.arms
     ]
 
     def report() -> dict[str, Any]:
-        teacher, *baselines = _compared(run)
+        teacher, *baselines = _compared(run, texts)
         result = result_of(recipe, run.folder, inputs, teacher["loss"], baselines, trained)
         write_json(run.folder / "result.json", result | {"revisions": dict(run.revisions)})
         for entry in result["arms"]:
@@ -112,16 +121,23 @@ def pretrain_stage(run: Run, student: Checkpoint) -> dict[str, Any]:
     return from_main(report)
 
 
-def _compared(run: Run) -> list[dict[str, Any]]:
-    """Losses of the teacher, then of the baselines, measured once."""
+def _compared(run: Run, texts: Mapping[str, TokenBlocks]) -> list[dict[str, Any]]:
+    """Losses of the teacher, then of the baselines, measured once.
+
+    A baseline may have another tokenizer: its loss is turned into nats for each of the teacher's
+    tokens by the bits per byte of text, which is the same.
+    """
     kept = run.folder / "compared.json"
     if not kept.is_file():
         compared = {"teacher": run.teacher, **_baselines(run)}
         num_tokens = run.recipe.pretrain.validation_tokens
-        losses = [
-            {"name": name, **validation_loss(checkpoint, run.text, num_tokens)}
-            for name, checkpoint in compared.items()
-        ]
+        ours, losses = run.text.bytes_per_token("validation"), []
+        for name, checkpoint in compared.items():
+            text = texts.get(name, run.text)
+            theirs = text.bytes_per_token("validation")
+            found = validation_loss(checkpoint, text, round(num_tokens * ours / theirs))
+            found["bits_per_byte"] = bits_per_byte(found["loss"], theirs)
+            losses.append({"name": name, **found, "loss": found["loss"] * ours / theirs})
         write_json(kept, losses)
     read: list[dict[str, Any]] = json.loads(kept.read_text())
     return read
@@ -140,20 +156,27 @@ def _baselines(run: Run) -> dict[str, Checkpoint]:
     return {name: Checkpoint.open(model) for name, model in zip(names, pinned, strict=True)}
 
 
-def check_comparisons(run: Run) -> None:
-    """Find out, before arms are trained, whether they can be: against baselines, from caches.
+def _texts_of_baselines(run: Run) -> dict[str, TokenBlocks]:
+    """The run's text in the tokens of each baseline; every process must call it.
 
     Raises:
-        UserError: a baseline is of a family that cannot be read, or has another tokenizer; or a
-            teacher cache is missing, unfinished, or of another teacher, text or setting.
+        UserError: a baseline is of a family that cannot be read, has no tokenizer, no row for a
+            token, or too short a context.
     """
+    texts = {}
     for name, baseline in _baselines(run).items():
-        if tokenizer_hash(baseline.folder) != run.text.manifest["tokenizer"]:
-            raise UserError(
-                f"the baseline {name} has another tokenizer than the teacher, so their losses "
-                "per token do not compare; choose one with the teacher's, or compare bits per "
-                "byte with `headstart evaluate`"
-            )
+        baseline.architecture.check_context(run.recipe.data.block_length)
+        texts[name] = prepare(run.pinned.data, baseline.folder)
+        check_vocabulary(texts[name], baseline.architecture.config.vocab_size)
+    return texts
+
+
+def check_caches(run: Run) -> None:
+    """Find out, before arms are trained, whether teacher caches are those of this run.
+
+    Raises:
+        UserError: one is missing, unfinished, or of another teacher, text or setting.
+    """
     for arm in run.recipe.pretrain.arms:
         if arm.kd and arm.kd.cache:
             identity = CacheIdentity.of(arm.kd, run.teacher.hash, run.text.fingerprint)
@@ -169,7 +192,8 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         The result of each bin, in the recipe's order.
     """
     with open_run(recipe) as run:
-        from_main(lambda: check_comparisons(run))
+        _texts_of_baselines(run)
+        from_main(lambda: check_caches(run))
         if run.student is None:
             for of_bin in run.bins():
                 search_stage(of_bin)
@@ -195,7 +219,8 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
     """
     student = recipe.student or str(Path(recipe.output) / "student")
     with open_run(recipe, student) as run:
-        from_main(lambda: check_comparisons(run))
+        _texts_of_baselines(run)
+        from_main(lambda: check_caches(run))
         assert run.student is not None
         return pretrain_stage(run, run.student)
 
@@ -256,7 +281,7 @@ def run_report(folder: Path) -> dict[str, Any]:
     output = Console()
     output.print(result_table(result))
     output.print(headline(result))
-    for sentence in baseline_sentences(result):
+    for sentence in [*bits_sentences(result), *baseline_sentences(result)]:
         output.print(sentence)
     output.print(f"report: {folder / 'report.html'}")
     return result

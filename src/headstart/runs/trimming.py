@@ -106,7 +106,7 @@ def vocabulary_sizes(
                 {
                     "rows": size,
                     "bytes_per_token": num_bytes / len(tokens),
-                    "bits_per_byte": bits_per_byte(loss, len(tokens), num_bytes),
+                    "bits_per_byte": bits_per_byte(loss, num_bytes / len(tokens)),
                 }
             )
             advance(1)

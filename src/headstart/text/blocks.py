@@ -37,6 +37,11 @@ class TokenBlocks:
         seen = "-separate" if self.separate_documents else ""
         return f"{self.manifest['fingerprint']}{seen}"
 
+    def bytes_per_token(self, name: SplitName) -> float:
+        """UTF-8 bytes of a split's text for each of its tokens, ends of documents included."""
+        counts = self.manifest["splits"][name]
+        return float(counts["text_bytes"] / counts["tokens"])
+
     @property
     def separator(self) -> int | None:
         """The token after which attention begins anew; None where it does not."""

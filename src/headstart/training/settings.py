@@ -57,19 +57,21 @@ class PretrainSettings:
 
     Attributes:
         tokens: budget of every arm, rounded up to whole steps.
+        bytes: the budget in bytes of training text, whatever the tokenizer; 0 for `tokens`.
         validation_tokens: of the validation split, used by every evaluation; all that it holds if
             that is less.
         evaluations: how many, denser at the start, besides the one before training.
         seeds: of weights and of the order of the text; with several, each arm is trained with each
             and their mean is reported. `train.seed` alone when empty.
-        baselines: models, as folders or hub ids, with the teacher's tokenizer, whose loss on the
-            validation split the arms are measured against.
+        baselines: models, as folders or hub ids, whose loss on the validation split the arms are
+            measured against; by its bytes, where their tokenizer is another.
         peak_tflops: of one device in the precision of training, for the share that is reached; 0
             for what its maker says, where known.
         arms: in the order in which they run.
     """
 
     tokens: int = 10_000_000
+    bytes: int = 0
     validation_tokens: int = 65_536
     evaluations: int = 20
     seeds: tuple[int, ...] = ()
@@ -82,7 +84,7 @@ class PretrainSettings:
     )
 
     def __post_init__(self) -> None:
-        check_least(self, "pretrain.", tokens=1, validation_tokens=1, evaluations=1)
+        check_least(self, "pretrain.", tokens=1, bytes=0, validation_tokens=1, evaluations=1)
         if self.peak_tflops < 0:
             raise UserError(f"pretrain.peak_tflops is {self.peak_tflops}; it may not be negative")
         if len(set(self.seeds)) < len(self.seeds):
