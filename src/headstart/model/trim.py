@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from headstart.text.vocabulary import trimmed
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+WHOLE_TOKENIZER = "tokenizer_whole.json"
+"""The teacher's tokenizer.json, by which llama.cpp's converter knows how texts are cut to words."""
 KEPT = "vocabulary.json"
 """The teacher's ids of the rows that are left, in a trimmed folder."""
 COPIED = (CARD, "chat_template*", "special_tokens_map.json")
@@ -92,7 +95,7 @@ def write_trimmed(teacher: Checkpoint, kept: Sequence[int], folder: Path) -> Non
 
     Weights keep their precision, configs and tokenizer get the new ids. `tokenizer.model`,
     `vocab.json` and `merges.txt` are left out, since they say what tokenizer.json says; the ids
-    that were kept are in `vocabulary.json`.
+    that were kept are in `vocabulary.json`, and the whole tokenizer in `tokenizer_whole.json`.
 
     Args:
         teacher: its weights are read once, tensor by tensor.
@@ -117,6 +120,9 @@ def write_trimmed(teacher: Checkpoint, kept: Sequence[int], folder: Path) -> Non
 def write_trimmed_tokenizer(teacher: Checkpoint, kept: Sequence[int], folder: Path) -> None:
     """Write the tokenizer that knows the kept ids alone; arguments as for `write_trimmed`."""
     copy_files(teacher.folder, folder, COPIED)
+    trimmed_before = teacher.folder / WHOLE_TOKENIZER
+    whole = trimmed_before if trimmed_before.is_file() else teacher.folder / TOKENIZER
+    shutil.copyfile(whole, folder / WHOLE_TOKENIZER)
     write_json(folder / TOKENIZER, trimmed(read_tokenizer(teacher), kept))
     settings = _json_of(teacher.folder / TOKENIZER_CONFIG)
     if decoder := settings.get("added_tokens_decoder"):
