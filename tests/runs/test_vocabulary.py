@@ -68,6 +68,8 @@ def test_every_stage_follows(recipe: dict[str, Any], tmp_path: Path) -> None:
         student = AutoModelForCausalLM.from_pretrained(folder)
         assert student.get_input_embeddings().weight.shape[0] == ROWS
         text = (tmp_path / "text").as_posix()
+        for name in ("tokenizer_whole.json", "vocabulary.json"):
+            assert (folder / name).read_bytes() == (trimmed / name).read_bytes()
         ids = [AutoTokenizer.from_pretrained(place)(text).input_ids for place in (folder, trimmed)]
         assert ids[0] == ids[1]
     assert 30_000 <= result["student"]["parameters"] <= 43_000

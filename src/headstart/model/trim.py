@@ -27,6 +27,7 @@ WHOLE_TOKENIZER = "tokenizer_whole.json"
 """The teacher's tokenizer.json, by which llama.cpp's converter knows how texts are cut to words."""
 KEPT = "vocabulary.json"
 """The teacher's ids of the rows that are left, in a trimmed folder."""
+BESIDE_TOKENIZER = (WHOLE_TOKENIZER, KEPT)
 COPIED = (CARD, "chat_template*", "special_tokens_map.json")
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 """Keys of configs that hold ids, beside those that end with _token_id or _token_ids."""

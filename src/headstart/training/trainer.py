@@ -21,6 +21,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from headstart.losses.chunked import chunked_sum
 from headstart.losses.distillation import DistillationSettings, Samples, TopK, distillation_loss
 from headstart.losses.next_token import next_token_loss
+from headstart.model.checkpoint import copy_files
+from headstart.model.trim import BESIDE_TOKENIZER
 from headstart.system.distributed import barrier
 from headstart.system.files import UNFINISHED
 from headstart.training.cache import outputs_of_batch
@@ -160,11 +162,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save without the second copy of a tied matrix that FSDP's gathered weights have."""
+        """Save without the second copy of a tied matrix that FSDP's gathered weights have, and with
+        what is left beside a trimmed tokenizer, which transformers does not know."""
         if state_dict is not None and self.model.config.tie_word_embeddings:
             tied = self.accelerator.unwrap_model(self.model)._tied_weights_keys or {}
             state_dict = {name: state_dict[name] for name in state_dict if name not in tied}
         super()._save(output_dir, state_dict)
+        if self.processing_class is not None:
+            teacher = Path(self.processing_class.name_or_path)
+            copy_files(teacher, Path(output_dir or self.args.output_dir), BESIDE_TOKENIZER)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save, and wait for the others: what is written next says that the checkpoint is whole."""
