@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.conftest import extract as extract_to_disk
 from tests.conftest import random_teacher
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import headstart
 from headstart.calibration.start import calibrate
@@ -180,6 +180,28 @@ def test_the_python_path_charges_what_the_command_charges(
     assert costs[0]["calibration_flops"] >= found.outcome["calibration_flops"]
     first = [result["arms"][0]["curve"][0]["flops"] for result in charged]
     assert first[0] == first[1] == costs[0]["search_flops"] + costs[0]["calibration_flops"]
+
+
+def test_a_trimmed_teacher_is_one_to_search(
+    texts: list[str], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    teacher, data = random_teacher("llama-tied-gqa"), headstart.DataSettings(block_length=32)
+    wanted = headstart.VocabularySettings(96, keep=(texts[0],))
+    folder = headstart.trim(teacher, texts, wanted, tmp_path / "trimmed", tokenizer, data)
+    small = AutoTokenizer.from_pretrained(folder)
+    plain = AutoTokenizer.from_pretrained(
+        headstart.trim(teacher, texts, 96, tmp_path / "plain", tokenizer, data)
+    )
+    theirs = tokenizer(texts[0])["input_ids"]
+    assert len(small) == len(plain) == 96
+    assert len(small(texts[0])["input_ids"]) == len(theirs) <= len(plain(texts[0])["input_ids"])
+    bin = headstart.Bin(30_000, 43_000)
+    found = headstart.search(folder, texts, bin, tmp_path / "run", SETTINGS, data=data)
+    student = headstart.extract(folder, found.spec, found.calibration)
+    assert student.get_output_embeddings().weight.shape[0] == 96
+    with pytest.raises(headstart.UserError, match=r"has no tokenizer\.json"):
+        headstart.trim(teacher, texts, 96, tmp_path / "c")
 
 
 def test_a_narrower_head_can_be_saved(tmp_path: Path) -> None:

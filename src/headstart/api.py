@@ -32,7 +32,7 @@ from headstart.model.count import Count
 from headstart.model.cut import assemble, place_buffers, slice_tensors
 from headstart.model.spec import SubnetSpec, spec_of
 from headstart.recipe import Recipe
-from headstart.runs import stages
+from headstart.runs import stages, trimming
 from headstart.runs.extraction import origin_of, refuse_another_teacher
 from headstart.runs.run import open_run
 from headstart.searching.bins import Bin, BinSettings
@@ -40,7 +40,7 @@ from headstart.searching.settings import SearchSettings
 from headstart.system.distributed import from_main
 from headstart.system.errors import UserError
 from headstart.system.files import remove_abandoned, scratch_prefix, write_json, write_whole
-from headstart.text.settings import DataSettings
+from headstart.text.settings import DataSettings, VocabularySettings
 from headstart.training.settings import Arm, PretrainSettings
 
 if TYPE_CHECKING:
@@ -142,6 +142,33 @@ def search(
         spec = spec_of(outcome)
         calibration = from_main(lambda: stages.calibration_of(run, spec))
     return Found(spec, outcome["loss"], outcome["parameters"], outcome, calibration)
+
+
+def trim(
+    teacher: Model,
+    text: Text,
+    vocabulary: int | VocabularySettings,
+    output: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: DataSettings | None = None,
+) -> Path:
+    """Write a model that has only those tokens which a text needs most.
+
+    The folder is an ordinary checkpoint with its tokenizer: a teacher for `search`, for one.
+
+    Args:
+        teacher: of a family that headstart knows.
+        text: in whose training split tokens are counted.
+        vocabulary: how many rows are left, or settings that say which stay in any case too.
+        output: folder to write; must not exist yet.
+
+    Raises:
+        UserError: something does not fit, with the mend.
+    """
+    settings = VocabularySettings(vocabulary) if isinstance(vocabulary, int) else vocabulary
+    with tempfile.TemporaryDirectory() as folder:
+        path = _folder(teacher, tokenizer, Path(folder) / "model")
+        return trimming.trim(path, settings, _data(text, Path(folder), data), Path(output))
 
 
 def pretrain(
@@ -300,5 +327,6 @@ def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
 
 __all__ = [
     "Arm", "Bin", "Count", "DataSettings", "Found", "PretrainSettings", "SearchSettings",
-    "SubnetSpec", "UserError", "count", "evaluate", "extract", "pretrain", "search",
+    "SubnetSpec", "UserError", "VocabularySettings", "count", "evaluate", "extract", "pretrain",
+    "search", "trim",
 ]  # fmt: skip

@@ -187,7 +187,7 @@ def test_trim_writes_a_folder(
     for wrong, sentence in (
         (["--vocabulary", "96"], "trim writes a folder; give --out, or --table"),
         (["--out", str(out), "--vocabulary", "96"], "exists already"),
-        (["--out", str(tmp_path / "x")], "--vocabulary says how many tokens are left"),
+        (["--out", str(tmp_path / "x")], "needs a size; give --vocabulary a number above 0"),
         (["--out", str(tmp_path / "x"), "--vocabulary", "3"], "vocabulary.size is 3, and"),
     ):
         assert main([*command, *wrong]) == 2

@@ -55,7 +55,7 @@ def trim(
     """
     refuse_taken(out_folder)
     if not settings.size:
-        raise UserError("--vocabulary says how many tokens are left; give a number above 0")
+        raise UserError("a trimmed vocabulary needs a size; give --vocabulary a number above 0")
     check_source(data)
     checkpoint = Checkpoint.open_whole(teacher)
     check_trims(checkpoint, settings)
