@@ -72,6 +72,7 @@ def arguments(world: World) -> Iterator[Case]:
     evaluate = ["evaluate", teacher]
     extract = ["extract", "--teacher", teacher, "--spec", str(world.student / "subnet.json")]
     extract += ["--out", str(world.folder / "cut")]
+    trim, new = ["trim", teacher, "--data", text], str(world.folder / "trimmed")
     commands = [
         [], ["unheard-of"], ["run", "--unheard-of", "1"], ["run", good, "--pretrain.tokens"],
         ["run", good, "stray"], ["run", good, "--search.bin", "{low: 1M"],
@@ -103,7 +104,15 @@ def arguments(world: World) -> Iterator[Case]:
         ["plan", good, "--gpus", "x"], ["plan", good, "--mfu", "inf"],
         ["plan", "--teacher", teacher], ["run", good, "--student", "2024-13-45"],
         ["run", good, "--", "x"], ["run", good, "--a..b", "3"], ["cache-teacher"],
-        ["report"],
+        ["report"], ["trim"], ["trim", teacher], trim, [*trim, "--vocabulary", "200"],
+        [*trim, "--vocabulary", "96"], ["trim", teacher, "--data", text, "--out", new],
+        [*trim, "--out", new, "--vocabulary", "-1"], [*trim, "--out", new, "--vocabulary", "9999"],
+        [*trim, "--out", new, "--vocabulary", "3"], [*trim, "--out", new, "--vocabulary", "many"],
+        [*trim, "--out", text, "--vocabulary", "96"], [*trim, "--table", "--width", "0"],
+        [*trim, "--table", "--parameters", "many"], [*trim, "--table", "--block-length", "9999"],
+        [*trim, "--out", new, "--vocabulary", "96", "--sample-characters", "0"],
+        ["trim", "nowhere/at-all-xyz", "--data", text, "--table"],
+        ["trim", teacher, "--data", str(world.folder / "nowhere"), "--table"],
     ]  # fmt: skip
     for command in commands:
         name = " ".join(Path(part).name if "/" in part else part for part in command)

@@ -358,6 +358,8 @@ def _trim(options: argparse.Namespace, overrides: list[str]) -> None:
     settings = VocabularySettings(
         options.vocabulary, tuple(options.keep), options.sample_characters
     )
+    if options.width is not None and options.width < 1:
+        raise UserError(f"--width is {options.width}; use at least 1")
     if not options.table:
         if options.out is None:
             raise UserError("trim writes a folder; give --out, or --table to see sizes")

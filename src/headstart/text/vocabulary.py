@@ -39,19 +39,15 @@ def kept_tokens(
     Args:
         tokenizer: what its tokenizer.json holds.
         counts: how often each row is used in some text.
-        size: how many ids to keep.
+        size: how many ids to keep; at most as many as there are rows.
         always: ids that stay, beside special tokens, bytes and their like.
 
     Returns:
         Ids in ascending order; their places are the new ids.
 
     Raises:
-        UserError: the tokenizer is of another kind, or fewer or more ids must stay than `size`.
+        UserError: the tokenizer is of another kind, or more ids must stay than `size`.
     """
-    if size > len(counts):
-        raise UserError(
-            f"vocabulary.size is {size} and the teacher has {len(counts)} rows; use fewer"
-        )
     ids = _ids(tokenizer)
     parents = {ids[token]: [ids[part] for part in parts] for token, parts in _merged(tokenizer)}
     stays = always_kept(tokenizer) | set(always)
