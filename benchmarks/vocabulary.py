@@ -79,9 +79,8 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="the best is shown")
     options = parser.parse_args()
     found = [measured(size, list(options.rates), options.output) for size in options.sizes]
-    print(
-        "| rows | bytes a token | teacher | shape | parameters |\n| --: | --: | --: | :-- | --: |"
-    )
+    print("| rows | bytes a token | teacher | shape | parameters |")
+    print("| --: | --: | --: | :-- | --: |")
     for run in found:
         shape = "{layers} x {embed}, {mlp} neurons, {kv_groups} groups".format(**run["sizes"])
         print(
@@ -101,9 +100,8 @@ def main() -> None:
             losses = arm["bits_per_byte"]
             equal = [float(np.interp(least[spent], arm[spent], losses)) for spent in least]
             cells = (losses[0], *equal, losses[-1], arm["spread"])
-            print(
-                f"| {run['size']:,} | {arm['rate']:g} | {' | '.join(f'{cell:.3f}' for cell in cells)} |"
-            )
+            columns = [f"{run['size']:,}", f"{arm['rate']:g}", *(f"{cell:.3f}" for cell in cells)]
+            print(f"| {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":

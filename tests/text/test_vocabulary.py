@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.text.vocabularies import KINDS, SPECIAL, sentences
 from tokenizers import Tokenizer, models
@@ -41,6 +41,7 @@ ANY_TEXT = st.text(max_size=60) | st.lists(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, derandomize=True)
 @given(text=ANY_TEXT, share=st.sampled_from([0.0, 0.3, 0.7]))
 def test_any_text_decodes_as_before(kind: str, text: str, share: float) -> None:
     whole, small, kept = whole_and_trimmed(kind, size_of(kind, share))
@@ -53,6 +54,7 @@ def test_any_text_decodes_as_before(kind: str, text: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, derandomize=True)
 @given(data=st.data(), share=st.sampled_from([0.3, 0.7]))
 def test_text_of_kept_tokens_has_the_same_tokens(
     kind: str, data: st.DataObject, share: float
