@@ -68,7 +68,7 @@ def run(teacher: Path, size: int, options: argparse.Namespace) -> dict[str, Any]
             "bytes": options.bytes,
             "validation_tokens": 8192,
             "evaluations": 2,
-            "arms": [{"name": "subnet", "learning_rate": 1e-3}],
+            "arms": [{"name": "subnet", "learning_rate": 2e-4}],
         },
         "train": {"per_device_train_batch_size": 2},
     }
@@ -106,19 +106,20 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     teacher = teacher_of(options.pieces, options.output / "teacher")
-    print("| rows | parameters | shape | teacher | before | trained | bytes a token |")
-    print("| --: | --: | :-- | --: | --: | --: | --: |")
+    rows = []
     for size in (WHOLE, TRIMMED):
         result = run(teacher, size, options)
         (arm,), student = result["arms"], result["student"]
         shape = "{layers} x {embed}, {mlp} neurons, {kv_groups} groups".format(**student["sizes"])
         bits = [result["teacher"]["bits_per_byte"], arm["curve"][0]["bits_per_byte"]]
         cells = [f"{value:.3f}" for value in (*bits, arm["bits_per_byte_final"])]
-        print(
+        rows.append(
             f"| {student['sizes']['vocab']:,} | {student['parameters']:,} | {shape} "
-            f"| {' | '.join(cells)} | {result['budget']['bytes_per_token']:.3f} |",
-            flush=True,
+            f"| {result['budget']['bytes_per_token']:.3f} | {' | '.join(cells)} |"
         )
+    print("\nBits per byte of the teacher, and of its student before and after training:\n")
+    print("| rows | parameters | shape | bytes a token | teacher | before | after |")
+    print("| --: | --: | :-- | --: | --: | --: | --: |", *rows, "", sep="\n")
     student = options.output / f"rows-{TRIMMED}" / "arms" / "subnet" / "model"
     same = continued_alike(student, options.output / "student.gguf")
     print(f"ratio: {same / len(PROMPTS):.2f}x (goal {GOAL:.2f}x)")
