@@ -6,8 +6,9 @@
 The six wheels hold the pieces of a 4-bit GGUF file of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0),
 which is dequantised once. The teacher is searched in the same bin with its whole vocabulary and
 with 32,768 rows, and both winners are started and trained alike, for as many bytes of text. The
-trimmed student is exported to GGUF, and llama.cpp, which gets texts and cuts them into tokens
-itself, continues them; the ratio is the share of texts that it continues as transformers does. A
+trimmed teacher is exported to GGUF, and llama.cpp, which gets texts and cuts them into tokens
+itself, continues them; the ratio is the share of texts that it continues as transformers does.
+(llama.cpp loads no Qwen2 model that is narrower than its heads together, as the student is.) A
 killed run goes on.
 """
 
@@ -120,8 +121,9 @@ def main() -> None:
     print("\nBits per byte of the teacher, and of its student before and after training:\n")
     print("| rows | parameters | shape | bytes a token | teacher | before | after |")
     print("| --: | --: | :-- | --: | --: | --: | --: |", *rows, "", sep="\n")
-    student = options.output / f"rows-{TRIMMED}" / "arms" / "subnet" / "model"
-    same = continued_alike(student, options.output / "student.gguf")
+    student = options.output / f"rows-{TRIMMED}" / "student"
+    trimmed = Path(json.loads((student / "subnet.json").read_text())["teacher"])
+    same = continued_alike(trimmed, options.output / "trimmed.gguf")
     print(f"ratio: {same / len(PROMPTS):.2f}x (goal {GOAL:.2f}x)")
 
 

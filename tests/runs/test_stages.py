@@ -420,7 +420,7 @@ def test_a_budget_in_bytes_is_as_many_tokens_of_the_text(
 ) -> None:
     recipe["pretrain"] |= {"bytes": 3000, "arms": [{"name": "scratch", "init": "random"}]}
     read = recipe_from_dict(recipe)
-    counts = prepare(read.data, recipe["teacher"]).manifest["splits"]["train"]
+    counts = prepare(read.data, recipe["teacher"]).manifest["splits"]["validation"]
     (result,) = run_recipe(read)
     exact = 3000 * counts["tokens"] / counts["text_bytes"]
     assert exact <= result["budget"]["tokens"] < exact + result["budget"]["tokens_per_step"]

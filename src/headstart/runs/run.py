@@ -130,7 +130,9 @@ def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
             return teacher  # which has its hash by now
 
         teacher = from_main(check_and_pin)
-        recipe = replace(recipe, pretrain=in_tokens(recipe.pretrain, text.bytes_per_token("train")))
+        # Of the training split, `max_tokens` may have cut the tokens and not the bytes.
+        bytes_per_token = text.bytes_per_token("validation")
+        recipe = replace(recipe, pretrain=in_tokens(recipe.pretrain, bytes_per_token))
         yield Run(recipe, Path(recipe.output), teacher, text, given, revisions)
 
 
@@ -165,7 +167,7 @@ def _checked(
     architecture = left_of(teacher.architecture, recipe.vocabulary)
     vocab_size = architecture.config.vocab_size
     for arm in recipe.pretrain.arms:
-        if arm.kd and arm.kd.top_k >= vocab_size:
+        if arm.kd and arm.kd.top_k > vocab_size:
             raise UserError(
                 f"kd.top_k is {arm.kd.top_k} and the teacher has {vocab_size:,} tokens; use fewer, "
                 "or 0 for all"

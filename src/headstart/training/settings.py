@@ -57,7 +57,8 @@ class PretrainSettings:
 
     Attributes:
         tokens: budget of every arm, rounded up to whole steps.
-        bytes: the budget in bytes of training text, whatever the tokenizer; 0 for `tokens`.
+        bytes: the budget in bytes of text, whatever the tokenizer, by the bytes of a token in the
+            validation split; 0 for `tokens`.
         validation_tokens: of the validation split, used by every evaluation; all that it holds if
             that is less.
         evaluations: how many, denser at the start, besides the one before training.
