@@ -81,6 +81,8 @@ def _report_failure(error: Exception, run_folder: Path | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from headstart.text.settings import DataSettings, VocabularySettings
+
     parser = argparse.ArgumentParser(
         prog="headstart",
         description="Find the sub-network of a pretrained LLM that is the best place to begin, "
@@ -108,8 +110,10 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_text(command: argparse.ArgumentParser, purpose: str) -> None:
         command.add_argument("--data", help=f"{purpose}a file, a folder or a datasets id")
-        command.add_argument("--text-column", default="text")
-        command.add_argument("--block-length", type=int, default=512, help="tokens")
+        command.add_argument("--text-column", default=DataSettings.text_column)
+        command.add_argument(
+            "--block-length", type=int, default=DataSettings.block_length, help="tokens"
+        )
 
     add(
         _run,
@@ -160,7 +164,12 @@ def _parser() -> argparse.ArgumentParser:
     trimming.add_argument("--vocabulary", type=int, default=0, help="how many tokens are left")
     trimming.add_argument("--out", type=Path, help="folder to write")
     trimming.add_argument("--keep", nargs="+", default=[], help="texts whose tokens stay")
-    trimming.add_argument("--sample-characters", type=int, default=16_000_000, help="to count in")
+    trimming.add_argument(
+        "--sample-characters",
+        type=int,
+        default=VocabularySettings.sample_characters,
+        help="to count in",
+    )
     add_text(trimming, "text whose tokens are counted: ")
     trimming.add_argument(
         "--table", action="store_true", help="show what the teacher loses at each size"

@@ -29,21 +29,16 @@ KEPT = "vocabulary.json"
 """The teacher's ids of the rows that are left, in a trimmed folder."""
 BESIDE_TOKENIZER = (WHOLE_TOKENIZER, KEPT)
 COPIED = (CARD, "chat_template*", "special_tokens_map.json")
-ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
-"""Keys of configs that hold ids, beside those that end with _token_id or _token_ids."""
+NEEDED_ID_KEYS = ("_token_id", "_token_ids")
+"""How keys of configs end that hold ids without which a model means something else."""
+ID_KEYS = (*NEEDED_ID_KEYS, "suppress_tokens")
+"""How all keys end that hold ids."""
 
 
-def trimmed_architecture(architecture: Architecture, kept: int | Sequence[int]) -> Architecture:
-    """The architecture with only some rows of the vocabulary.
-
-    Args:
-        kept: their ids, by which the config's ids are numbered anew; or how many there are.
-    """
+def trimmed_architecture(architecture: Architecture, num_rows: int) -> Architecture:
+    """The architecture with so many rows of the vocabulary; its config's ids are the old ones."""
     config = copy.deepcopy(architecture.config)
-    if not isinstance(kept, int):
-        for key, value in renumbered(config.to_dict(), kept).items():
-            setattr(config, key, value)
-    config.vocab_size = kept if isinstance(kept, int) else len(kept)
+    config.vocab_size = num_rows
     return Architecture.of(config)
 
 
@@ -55,8 +50,7 @@ def renumbered(entries: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any
     places: dict[Any, int] = {id: place for place, id in enumerate(kept)}
     result: dict[str, Any] = {}
     for key, value in entries.items():
-        is_ids = key.endswith(("_token_id", "_token_ids")) or key in ID_LISTS
-        if not is_ids or value is None:
+        if not key.endswith(ID_KEYS) or value is None:
             continue
         if isinstance(value, list):
             result[key] = [places[id] for id in value if id in places]
@@ -71,7 +65,7 @@ def config_ids(teacher: Checkpoint) -> set[int]:
     found = set[int]()
     for entries in (config.to_dict(), _json_of(teacher.folder / GENERATION_CONFIG)):
         for key, value in entries.items():
-            if key.endswith(("_token_id", "_token_ids")):
+            if key.endswith(NEEDED_ID_KEYS):
                 found |= set(value if isinstance(value, list) else [value])
     return {id for id in found if isinstance(id, int) and 0 <= id < config.vocab_size}
 
@@ -103,7 +97,6 @@ def write_trimmed(teacher: Checkpoint, kept: Sequence[int], folder: Path) -> Non
         kept: ids in ascending order, from `kept_tokens`.
     """
     rows = torch.tensor(kept)
-
     tensors: dict[str, Tensor] = {}
     for name, tensor in teacher.tensors():
         layout = teacher.architecture.match(name)[0].layout
@@ -111,7 +104,10 @@ def write_trimmed(teacher: Checkpoint, kept: Sequence[int], folder: Path) -> Non
             continue
         is_cut = [axes == ("vocab",) for axes in dimensions_of(layout)]
         tensors[name] = tensor.index_select(is_cut.index(True), rows) if any(is_cut) else tensor
-    write_checkpoint(folder, tensors, trimmed_architecture(teacher.architecture, kept).config)
+    config = trimmed_architecture(teacher.architecture, len(kept)).config
+    for key, value in renumbered(config.to_dict(), kept).items():
+        setattr(config, key, value)
+    write_checkpoint(folder, tensors, config)
     write_trimmed_tokenizer(teacher, kept, folder)
     write_json(folder / KEPT, list(kept))
     if generation := _json_of(teacher.folder / GENERATION_CONFIG):

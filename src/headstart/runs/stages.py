@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,9 @@ from headstart.training.arms import ArmInputs
 from headstart.training.cache import CacheIdentity, TeacherCache, write_cache
 from headstart.training.teacher import Teacher
 from headstart.training.variants import run_variants
+
+Baselines = Sequence[tuple[str, Checkpoint, TokenBlocks]]
+"""Models that arms are compared with: name in the recipe, checkpoint, and text in its tokens."""
 
 
 def search_stage(run: Run) -> dict[str, Any]:
@@ -99,18 +102,17 @@ def extract_stage(run: Run) -> Checkpoint:
     return from_main(extract)
 
 
-def pretrain_stage(run: Run, student: Checkpoint) -> dict[str, Any]:
-    """Train every arm and write `result.json` and `report.html`."""
+def pretrain_stage(run: Run, student: Checkpoint, baselines: Baselines) -> dict[str, Any]:
+    """Train every arm, compare, and write `result.json` and `report.html`."""
     recipe = run.recipe
     inputs = ArmInputs(student, run.teacher, run.text, recipe.pretrain, recipe.train)
-    texts = _texts_of_baselines(run)
     trained = [
         run_variants(arm, inputs, run.folder / "arms" / arm.name) for arm in recipe.pretrain.arms
     ]
 
     def report() -> dict[str, Any]:
-        teacher, *baselines = _compared(run, texts)
-        result = result_of(recipe, run.folder, inputs, teacher["loss"], baselines, trained)
+        teacher, *others = _compared(run, baselines)
+        result = result_of(recipe, run.folder, inputs, teacher["loss"], others, trained)
         write_json(run.folder / "result.json", result | {"revisions": dict(run.revisions)})
         for entry in result["arms"]:
             model = run.folder / "arms" / entry["name"] / entry["folder"] / "model"
@@ -121,7 +123,7 @@ def pretrain_stage(run: Run, student: Checkpoint) -> dict[str, Any]:
     return from_main(report)
 
 
-def _compared(run: Run, texts: Mapping[str, TokenBlocks]) -> list[dict[str, Any]]:
+def _compared(run: Run, baselines: Baselines) -> list[dict[str, Any]]:
     """Losses of the teacher, then of the baselines, measured once.
 
     A baseline may have another tokenizer: its loss is turned into nats for each of the teacher's
@@ -129,11 +131,10 @@ def _compared(run: Run, texts: Mapping[str, TokenBlocks]) -> list[dict[str, Any]
     """
     kept = run.folder / "compared.json"
     if not kept.is_file():
-        compared = {"teacher": run.teacher, **_baselines(run)}
+        compared = [("teacher", run.teacher, run.text), *baselines]
         num_tokens = run.recipe.pretrain.validation_tokens
         ours, losses = run.text.bytes_per_token("validation"), []
-        for name, checkpoint in compared.items():
-            text = texts.get(name, run.text)
+        for name, checkpoint, text in compared:
             theirs = text.bytes_per_token("validation")
             found = validation_loss(checkpoint, text, round(num_tokens * ours / theirs))
             found["bits_per_byte"] = bits_per_byte(found["loss"], theirs)
@@ -150,25 +151,22 @@ def _describe(model: Path, student: Path, arm: dict[str, Any], result: dict[str,
         write_card(model, {"Training": training_note(arm, result)})
 
 
-def _baselines(run: Run) -> dict[str, Checkpoint]:
-    """The baselines by their names in the recipe."""
-    names, pinned = run.recipe.pretrain.baselines, run.pinned.pretrain.baselines
-    return {name: Checkpoint.open(model) for name, model in zip(names, pinned, strict=True)}
-
-
-def _texts_of_baselines(run: Run) -> dict[str, TokenBlocks]:
-    """The run's text in the tokens of each baseline; every process must call it.
+def baselines_of(run: Run) -> Baselines:
+    """The baselines, each with the run's text in its own tokens; every process must call it.
 
     Raises:
         UserError: a baseline is of a family that cannot be read, has no tokenizer, no row for a
             token, or too short a context.
     """
-    texts = {}
-    for name, baseline in _baselines(run).items():
-        baseline.architecture.check_context(run.recipe.data.block_length)
-        texts[name] = prepare(run.pinned.data, baseline.folder)
-        check_vocabulary(texts[name], baseline.architecture.config.vocab_size)
-    return texts
+    names, pinned = run.recipe.pretrain.baselines, run.pinned
+    found = []
+    for name, model in zip(names, pinned.pretrain.baselines, strict=True):
+        baseline = Checkpoint.open(model)
+        baseline.architecture.check_context(pinned.data.block_length)
+        text = prepare(pinned.data, baseline.folder)
+        check_vocabulary(text, baseline.architecture.config.vocab_size)
+        found.append((name, baseline, text))
+    return found
 
 
 def check_caches(run: Run) -> None:
@@ -192,13 +190,14 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         The result of each bin, in the recipe's order.
     """
     with open_run(recipe) as run:
-        _texts_of_baselines(run)
+        baselines = baselines_of(run)
         from_main(lambda: check_caches(run))
         if run.student is None:
             for of_bin in run.bins():
                 search_stage(of_bin)
         return [
-            pretrain_stage(of_bin, run.student or extract_stage(of_bin)) for of_bin in run.bins()
+            pretrain_stage(of_bin, run.student or extract_stage(of_bin), baselines)
+            for of_bin in run.bins()
         ]
 
 
@@ -219,10 +218,10 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
     """
     student = recipe.student or str(Path(recipe.output) / "student")
     with open_run(recipe, student) as run:
-        _texts_of_baselines(run)
+        baselines = baselines_of(run)
         from_main(lambda: check_caches(run))
         assert run.student is not None
-        return pretrain_stage(run, run.student)
+        return pretrain_stage(run, run.student, baselines)
 
 
 def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def vocabulary_sizes(
     checkpoint.architecture.check_context(data.block_length)
     check_kind(read_tokenizer(checkpoint))
     counts = token_counts(checkpoint, data, settings.sample_characters)
-    texts = [text for of in samples_of(data, EVALUATED_CHARACTERS, "validation") for text in of]
+    texts = samples_of(data, EVALUATED_CHARACTERS, "validation")
     model = load_frozen(checkpoint.folder, default_device())
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     whole = [module.weight.detach() for module in (embedding, output)]
@@ -91,7 +92,7 @@ def vocabulary_sizes(
     found = []
     with progress("sizes", len(sizes), "sizes") as advance, tempfile.TemporaryDirectory() as place:
         for size in sizes:
-            kept = rows_to_keep(checkpoint, VocabularySettings(size, settings.keep), counts)
+            kept = rows_to_keep(checkpoint, replace(settings, size=size), counts)
             folder = Path(place) / str(size)
             folder.mkdir()
             write_trimmed_tokenizer(checkpoint, kept, folder)

@@ -139,7 +139,7 @@ def token_counts(
     """
     tokenizer = load_tokenizer(teacher.folder)
     counts = np.zeros(teacher.architecture.config.vocab_size, np.int64)
-    texts = [text for texts in samples_of(data, num_characters) for text in texts]
+    texts = samples_of(data, num_characters)
     with progress("count tokens", len(texts), "documents") as advance:
         for first in range(0, len(texts), BATCH_TEXTS):
             batch = texts[first : first + BATCH_TEXTS]
@@ -150,15 +150,14 @@ def token_counts(
     return counts
 
 
-def samples_of(
-    data: DataSettings, num_characters: int, split: SplitName = "train"
-) -> Iterator[list[str]]:
+def samples_of(data: DataSettings, num_characters: int, split: SplitName = "train") -> list[str]:
     """Documents from all over each corpus of a text, of about so many characters together."""
-    parts = parts_of(data)
+    parts, sampled = parts_of(data), list[str]()
     weights = [part.weight for part in data.mixture] or [1.0]
     for part, weight in zip(parts, weights, strict=True):
         share = max(round(num_characters * weight / sum(weights)), 1)
-        yield sampled_texts(find_corpus(part.source), part, share, split)
+        sampled += sampled_texts(find_corpus(part.source), part, share, split)
+    return sampled
 
 
 def _needed(teacher: Checkpoint, settings: VocabularySettings) -> set[int]:

@@ -9,11 +9,9 @@ from headstart.system.errors import UserError
 from headstart.system.settings import check_least
 
 SplitName = Literal["train", "search", "validation"]
-
-
+SPLITS: tuple[SplitName, ...] = ("train", "search", "validation")
 MAX_WEIGHT = 1e9
 """Of a mixture's part, so that sums and shares of weights are numbers."""
-SPLITS: tuple[SplitName, ...] = ("train", "search", "validation")
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,11 @@ def kept_tokens(
     stays = always_kept(tokenizer) | set(always)
     used_by = Counter(part for parts in parents.values() for part in parts)
     uses = np.where(np.isin(np.arange(len(counts)), list(ids.values())), counts, PADDING_COUNT)
-    removable = [(uses[row], -row) for row in range(len(counts)) if row not in stays]
-    heap = [(count, row) for count, row in removable if not used_by[-row]]
+    heap = [
+        (uses[row], -row)  # of equally rare ones the last goes first
+        for row in range(len(counts))
+        if row not in stays and not used_by[row]
+    ]
     heapq.heapify(heap)
     removed = set[int]()
     while len(counts) - len(removed) > size:
@@ -67,7 +70,7 @@ def kept_tokens(
         row = -heapq.heappop(heap)[1]
         removed.add(row)
         for part in parents.get(row, ()):
-            uses[part] += max(int(uses[row]), 0)
+            uses[part] += uses[row]
             used_by[part] -= 1
             if not used_by[part] and part not in stays:
                 heapq.heappush(heap, (uses[part], -part))
@@ -78,7 +81,9 @@ def always_kept(tokenizer: Mapping[str, Any]) -> set[int]:
     """The ids without which a text could not be encoded, or would lose its special tokens."""
     model, ids = tokenizer["model"], _ids(tokenizer)
     kept = {entry["id"] for entry in tokenizer.get("added_tokens") or ()}
-    kept |= {id for ids_of in _special_ids(tokenizer.get("post_processor")) for id in ids_of}
+    processor = tokenizer.get("post_processor")
+    kept |= {id for listed in _special_ids(processor) for id in listed}
+    kept |= {id for _, id in _special_pairs(processor)}
     if model.get("byte_fallback"):
         needed = (SPACE, *(f"<0x{number:02X}>" for number in range(256)))
         kept |= {ids[token] for token in needed if token in ids}
@@ -209,7 +214,6 @@ def _special_ids(processor: Any) -> Iterator[list[int]]:
     for part in _processors(processor):
         for special in (part.get("special_tokens") or {}).values():
             yield special["ids"]
-    yield from ([pair[1]] for pair in _special_pairs(processor))
 
 
 def _special_pairs(processor: Any) -> Iterator[list[Any]]:
