@@ -358,7 +358,7 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _trim(options: argparse.Namespace, overrides: list[str]) -> None:
     """Take a model's rarest tokens away, for a smaller embedding."""
-    from headstart.runs.trimming import sizes_table, trim, vocabulary_sizes
+    from headstart.runs.trimming import trim, vocabulary_sizes
     from headstart.text.settings import VocabularySettings
 
     data = _text_settings(options)
@@ -376,14 +376,18 @@ def _trim(options: argparse.Namespace, overrides: list[str]) -> None:
         return
     from rich.console import Console
 
-    from headstart.model.checkpoint import read_architecture
+    from headstart.model.checkpoint import Checkpoint
+    from headstart.reports.vocabulary import sizes_table
     from headstart.searching.bins import parse_count
+    from headstart.text.prepare import check_source
 
-    architecture = read_architecture(options.teacher)
-    width = options.width or architecture.sizes["embed"]
-    parameters = options.parameters or architecture.count(data.block_length).parameters
-    student = width, parse_count(parameters)
-    Console().print(sizes_table(vocabulary_sizes(options.teacher, settings, data), *student))
+    check_source(data)
+    teacher = Checkpoint.open_whole(options.teacher)
+    width = options.width or teacher.architecture.sizes["embed"]
+    whole = teacher.architecture.count(data.block_length).parameters
+    parameters = parse_count(options.parameters or whole)
+    sizes = vocabulary_sizes(teacher, replace(settings, size=0), data)
+    Console().print(sizes_table(sizes, width, parameters))
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:

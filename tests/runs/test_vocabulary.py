@@ -18,7 +18,12 @@ from headstart.recipe import recipe_from_dict
 from headstart.runs.plan import print_search_plans
 from headstart.runs.stages import run_cache_teacher, run_recipe
 from headstart.runs.trimming import vocabulary_sizes
-from headstart.runs.vocabulary import planned_architecture, token_counts, trimmed_teacher
+from headstart.runs.vocabulary import (
+    needed_rows,
+    planned_architecture,
+    token_counts,
+    trimmed_teacher,
+)
 from headstart.system.errors import UserError
 from headstart.text import sample
 from headstart.text.corpus import find_corpus
@@ -73,6 +78,8 @@ def test_every_stage_follows(recipe: dict[str, Any], tmp_path: Path) -> None:
         ids = [AutoTokenizer.from_pretrained(place)(text).input_ids for place in (folder, trimmed)]
         assert ids[0] == ids[1]
     assert 30_000 <= result["student"]["parameters"] <= 43_000
+    assert [entry["rows"] for entry in result["vocabulary_sizes"]] == [128]
+    assert f"This run keeps\n{ROWS} rows" in (run / "report.html").read_text()
     assert planned_architecture(recipe_from_dict(recipe)).sizes == teacher.architecture.sizes
 
 
@@ -176,6 +183,22 @@ def test_a_tokenizer_of_another_kind_is_refused(recipe: dict[str, Any], tmp_path
         run_recipe(recipe_from_dict({**recipe, "teacher": str(tmp_path / "words")}))
 
 
+def test_the_table_ends_where_tokens_must_stay(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.runs.trimming.LEAST_ROWS", 1)
+    teacher = Checkpoint.open(recipe["teacher"])
+    data = DataSettings(source=recipe["data"]["source"], block_length=32)
+    everything = AutoTokenizer.from_pretrained(teacher.folder).decode(range(128))
+    for settings, expected in (
+        (VocabularySettings(), [128, 64, 32, 16]),
+        (VocabularySettings(keep=(everything,)), [128]),
+    ):
+        rows = [entry["rows"] for entry in vocabulary_sizes(teacher, settings, data)]
+        assert rows == expected
+        assert expected[-1] // 2 < len(needed_rows(teacher, settings)) <= expected[-1]
+
+
 def test_trim_writes_a_folder(
     recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,7 +229,8 @@ def test_the_table_shows_what_a_trimmed_teacher_scores(
     """Against `evaluate` of the folder that `trim` writes, on the same text."""
     monkeypatch.setattr("headstart.runs.trimming.LEAST_ROWS", 64)
     data = DataSettings(source=recipe["data"]["source"], block_length=32)
-    whole, half = vocabulary_sizes(recipe["teacher"], VocabularySettings(), data)
+    teacher = Checkpoint.open(recipe["teacher"])
+    whole, half = vocabulary_sizes(teacher, VocabularySettings(), data)
     assert (whole["rows"], half["rows"]) == (128, 64)
     assert whole["bytes_per_token"] > half["bytes_per_token"] > 1
     out = str(tmp_path / "half")

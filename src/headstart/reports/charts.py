@@ -32,7 +32,7 @@ Figure = dict[str, Any]
 GREY = "#858d9a"
 _COLOURS = ("#3f86e0", "#e5732e", "#22a06b", "#b067d9", "#d6506e", "#1f9eb5", "#b08a1e")
 _GENERATIONS = [[0, "#7f93b5"], [0.5, "#a873b8"], [1, "#e5732e"]]
-_WINNER = "#22a06b"
+ACCENT = "#22a06b"
 
 
 def arm_colours(result: Result) -> dict[str, str]:
@@ -169,7 +169,7 @@ def _order_chart(search: Search) -> Figure:
         for candidate, out in zip(candidates, dropped, strict=True)
     ]
     best = _finite(list(accumulate(losses, min)))
-    best_line = _step_line(order, best, {"color": _WINNER, "width": 2})
+    best_line = _step_line(order, best, {"color": ACCENT, "width": 2})
     title = "candidates scored"
     figure: Figure = {
         "data": [points, best_line, _winner_ring(search, order)],
@@ -223,7 +223,7 @@ def _step_line(x: Sequence[float], y: Sequence[float | None], line: Figure) -> F
 
 def _winner_ring(search: Search, x: Sequence[float]) -> Figure:
     winner = search["winner"]
-    ring = {"symbol": "circle-open", "size": 15, "color": _WINNER, "line": {"width": 2.5}}
+    ring = {"symbol": "circle-open", "size": 15, "color": ACCENT, "line": {"width": 2.5}}
     loss = search["candidates"][winner]["loss"]
     return _trace("markers", [x[winner]], [loss], marker=ring, hoverinfo="skip")
 

@@ -18,6 +18,8 @@ from headstart.reports.table import (
     result_rows,
     size_text,
 )
+from headstart.reports.vocabulary import COLUMNS as VOCABULARY_COLUMNS
+from headstart.reports.vocabulary import size_rows, sizes_chart
 from headstart.system.formats import count_text, duration_text, flops_text
 
 
@@ -36,6 +38,7 @@ def write_html(result: Result, path: Path) -> None:
         results=_results(result),
         search=section_of(search) if search else None,
         architecture=_architecture(result["teacher"], result["student"]),
+        vocabulary=_vocabulary(result),
         costs=_costs(result),
         recipe=yaml_text(result["recipe"]),
         environment=[Row(key, [str(value)]) for key, value in result["environment"].items()],
@@ -45,7 +48,10 @@ def write_html(result: Result, path: Path) -> None:
 def charts_of(result: Result) -> dict[str, Figure]:
     """Every chart of the page by the id of the element it is drawn in."""
     search = _search_of(result)
-    return loss_charts(result) | (search_charts(search) if search else {})
+    charts = loss_charts(result) | (search_charts(search) if search else {})
+    if sizes := result.get("vocabulary_sizes"):
+        charts["vocabulary"] = sizes_chart(sizes, result["student"]["sizes"]["vocab"])
+    return charts
 
 
 def _search_of(result: Result) -> Result | None:
@@ -100,6 +106,19 @@ def _architecture(teacher: Result, student: Result) -> dict[str, Any]:
         "teacher_loss": f"{teacher['loss']:.3f}",
         "rows": rows,
         "drawing": _drawing(teacher, student),
+    }
+
+
+def _vocabulary(result: Result) -> dict[str, Any] | None:
+    """What the page says of a trimmed vocabulary; None where it is whole."""
+    sizes, student = result.get("vocabulary_sizes"), result["student"]
+    if not sizes:
+        return None
+    rows = size_rows(sizes, student["sizes"]["embed"], student["parameters"])
+    return {
+        "columns": VOCABULARY_COLUMNS,
+        "rows": [Row(heading, cells) for heading, *cells in rows],
+        "chosen": f"{student['sizes']['vocab']:,}",
     }
 
 

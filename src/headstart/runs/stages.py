@@ -36,6 +36,7 @@ from headstart.runs.extraction import extract_found
 from headstart.runs.result import result_of
 from headstart.runs.revisions import at_commits, find_revisions
 from headstart.runs.run import Run, checked_teacher, open_run
+from headstart.runs.trimming import vocabulary_sizes
 from headstart.runs.vocabulary import check_trims, trimmed_teacher
 from headstart.searching.fitness import fitting_batch_size
 from headstart.searching.run import search
@@ -113,7 +114,8 @@ def pretrain_stage(run: Run, student: Checkpoint, baselines: Baselines) -> dict[
     def report() -> dict[str, Any]:
         teacher, *others = _compared(run, baselines)
         result = result_of(recipe, run.folder, inputs, teacher["loss"], others, trained)
-        write_json(run.folder / "result.json", result | {"revisions": dict(run.revisions)})
+        result |= {"revisions": dict(run.revisions), "vocabulary_sizes": _vocabulary_sizes(run)}
+        write_json(run.folder / "result.json", result)
         for entry in result["arms"]:
             model = run.folder / "arms" / entry["name"] / entry["folder"] / "model"
             if entry["init"] == "subnet" and model.is_dir():
@@ -121,6 +123,14 @@ def pretrain_stage(run: Run, student: Checkpoint, baselines: Baselines) -> dict[
         return run_report(run.folder)
 
     return from_main(report)
+
+
+def _vocabulary_sizes(run: Run) -> list[dict[str, Any]] | None:
+    """What the teacher is with smaller vocabularies; None for a run with the whole one."""
+    settings = run.pinned.vocabulary
+    if not settings.size:
+        return None
+    return vocabulary_sizes(Checkpoint.open(run.pinned.teacher), settings, run.pinned.data)
 
 
 def _compared(run: Run, baselines: Baselines) -> list[dict[str, Any]]:

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 
 from headstart.evaluation.scores import BLOCKS_PER_BATCH, bits_per_byte
 from headstart.losses.next_token import mean_loss
 from headstart.model.checkpoint import Checkpoint
-from headstart.model.trim import read_tokenizer, write_trimmed, write_trimmed_tokenizer
+from headstart.model.trim import write_trimmed, write_trimmed_tokenizer
 from headstart.runs.vocabulary import (
     check_trims,
+    counted_text,
+    needed_rows,
     rows_to_keep,
     samples_of,
     token_counts,
 )
 from headstart.system.device import default_device, load_frozen
 from headstart.system.errors import UserError
-from headstart.system.files import finished_folder, refuse_taken
-from headstart.system.formats import count_text, flops_text
+from headstart.system.files import finished_folder, refuse_taken, write_json
+from headstart.system.memo import remembered
 from headstart.system.progress import progress
-from headstart.text.prepare import check_source, load_tokenizer
+from headstart.text.prepare import check_source, load_tokenizer, tokenizer_hash
 from headstart.text.settings import DataSettings, VocabularySettings
-from headstart.text.vocabulary import check_kind
 
+VERSION = 1
+"""Of what the memo keeps; raise it when an equal key would give other figures."""
 LEAST_ROWS = 4096
-"""The smallest size that the table shows."""
+"""The smallest size that is measured, beside the whole."""
 EVALUATED_CHARACTERS = 100_000
 """Of the validation split, on which the table's losses are measured."""
 
@@ -68,28 +70,53 @@ def trim(
 
 
 def vocabulary_sizes(
-    teacher: str | Path, settings: VocabularySettings, data: DataSettings
+    checkpoint: Checkpoint, settings: VocabularySettings, data: DataSettings
 ) -> list[dict[str, Any]]:
-    """What the teacher would be with the whole vocabulary, with half of it, and so on.
+    """What a teacher would be with the whole vocabulary, with half of it, and so on; remembered.
+
+    Args:
+        checkpoint: the teacher's, with its whole vocabulary.
+        settings: of the trimming; its size plays no part.
+        data: the text, in whose training split tokens are counted.
 
     Returns:
         For each size "rows", "bytes_per_token" and "bits_per_byte" of the untrained teacher on
         documents of the validation split.
 
     Raises:
-        UserError: the text or the model does not read, or the vocabulary cannot be trimmed.
+        UserError: the text does not read, or the vocabulary cannot be trimmed.
     """
-    check_source(data)
-    checkpoint = Checkpoint.open_whole(teacher)
     checkpoint.architecture.check_context(data.block_length)
-    check_kind(read_tokenizer(checkpoint))
+    least = len(needed_rows(checkpoint, settings))
+    sizes = list(_halved(checkpoint.architecture.config.vocab_size, max(least, LEAST_ROWS)))
+    key = {
+        "teacher": checkpoint.hash,
+        "tokenizer": tokenizer_hash(checkpoint.folder),
+        "settings": asdict(replace(settings, size=0)),
+        "text": counted_text(data),
+        "block_length": data.block_length,
+        "sizes": sizes,
+    }
+
+    def make(folder: Path) -> None:
+        write_json(folder / "sizes.json", _measured(checkpoint, settings, data, sizes))
+
+    def read(folder: Path) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads((folder / "sizes.json").read_text())
+        return found
+
+    return remembered("vocabulary-sizes", VERSION, key, make, read)
+
+
+def _measured(
+    checkpoint: Checkpoint, settings: VocabularySettings, data: DataSettings, sizes: list[int]
+) -> list[dict[str, Any]]:
     counts = token_counts(checkpoint, data, settings.sample_characters)
     texts = samples_of(data, EVALUATED_CHARACTERS, "validation")
     model = load_frozen(checkpoint.folder, default_device())
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     whole = [module.weight.detach() for module in (embedding, output)]
-    sizes, num_bytes = list(_halved(len(counts))), sum(len(text.encode()) for text in texts)
-    found = []
+    num_bytes, found = sum(len(text.encode()) for text in texts), []
     with progress("sizes", len(sizes), "sizes") as advance, tempfile.TemporaryDirectory() as place:
         for size in sizes:
             kept = rows_to_keep(checkpoint, replace(settings, size=size), counts)
@@ -114,10 +141,11 @@ def vocabulary_sizes(
     return found
 
 
-def _halved(rows: int) -> Iterator[int]:
-    while rows >= LEAST_ROWS:
+def _halved(rows: int, least: int) -> Iterator[int]:
+    """A number of rows, and its halves down to the least."""
+    yield rows
+    while (rows := rows // 2) >= least:
         yield rows
-        rows //= 2
 
 
 def _tokens(texts: Sequence[str], tokenizer_folder: Path) -> Int[Tensor, " tokens"]:
@@ -125,27 +153,3 @@ def _tokens(texts: Sequence[str], tokenizer_folder: Path) -> Int[Tensor, " token
     tokenizer = load_tokenizer(tokenizer_folder)
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([id for ids in encoded for id in (*ids, tokenizer.eos_token_id)])
-
-
-def sizes_table(found: Sequence[Mapping[str, Any]], width: int, parameters: int) -> Table:
-    """A table of vocabulary sizes, for a student of some width and size with a tied embedding.
-
-    Args:
-        found: from `vocabulary_sizes`.
-        width: channels of the student's residual stream.
-        parameters: of the student, each of which costs two FLOPs a token.
-    """
-    table = Table(box=SIMPLE_HEAD)
-    for name in ("rows", "bytes/token", "bits/byte", "embedding", "rest", "FLOPs/byte"):
-        table.add_column(name, justify="right")
-    for entry in found:
-        embedding = entry["rows"] * width
-        table.add_row(
-            f"{entry['rows']:,}",
-            f"{entry['bytes_per_token']:.3f}",
-            f"{entry['bits_per_byte']:.4f}",
-            count_text(embedding),
-            count_text(parameters - embedding) if parameters > embedding else "none",
-            flops_text(2 * parameters / entry["bytes_per_token"]),
-        )
-    return table

@@ -26,7 +26,7 @@ from headstart.text.corpus import find_corpus, inputs_of
 from headstart.text.prepare import load_tokenizer, parts_of, tokenizer_hash
 from headstart.text.sample import sampled_texts
 from headstart.text.settings import DataSettings, SplitName, VocabularySettings
-from headstart.text.vocabulary import kept_tokens
+from headstart.text.vocabulary import check_size, kept_tokens, needed_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,13 @@ def check_trims(teacher: Checkpoint, settings: VocabularySettings) -> None:
     """
     if settings.size:
         check_vocabulary_size(settings, teacher.architecture)
-        rows_to_keep(teacher, settings, np.zeros(teacher.architecture.config.vocab_size, np.int64))
+        check_size(settings.size, needed_rows(teacher, settings))
+
+
+def needed_rows(teacher: Checkpoint, settings: VocabularySettings) -> set[int]:
+    """The ids that must stay, however few shall be left."""
+    num_rows = teacher.architecture.config.vocab_size
+    return needed_tokens(read_tokenizer(teacher), num_rows, _asked(teacher, settings))
 
 
 def trimmed_teacher(
@@ -91,12 +97,11 @@ def trimmed_teacher(
     """
     if settings.size in (0, teacher.architecture.config.vocab_size):
         return teacher
-    parts = parts_of(data)
     key = {
         "teacher": teacher.hash,
         "tokenizer": tokenizer_hash(teacher.folder),
         "settings": asdict(settings),
-        "text": [[inputs_of(find_corpus(part.source)), _of_split(part)] for part in parts],
+        "text": counted_text(data),
     }
 
     def make(folder: Path) -> None:
@@ -119,14 +124,18 @@ def rows_to_keep(
         UserError: as `kept_tokens`.
     """
     tokenizer = read_tokenizer(teacher)
-    return kept_tokens(tokenizer, counts, settings.size, _needed(teacher, settings))
+    return kept_tokens(tokenizer, counts, settings.size, _asked(teacher, settings))
 
 
-def _of_split(data: DataSettings) -> list[Any]:
+def counted_text(data: DataSettings) -> list[Any]:
+    """All that the choice of documents depends on in which tokens are counted."""
+    keys = (
+        "text_column", "document_separator", "validation_fraction", "search_fraction", "seed",
+    )  # fmt: skip
     return [
-        data.text_column, data.document_separator, data.validation_fraction, data.search_fraction,
-        data.seed,
-    ]  # fmt: skip
+        [inputs_of(find_corpus(part.source)), [getattr(part, key) for key in keys]]
+        for part in parts_of(data)
+    ]
 
 
 def token_counts(
@@ -160,7 +169,7 @@ def samples_of(data: DataSettings, num_characters: int, split: SplitName = "trai
     return sampled
 
 
-def _needed(teacher: Checkpoint, settings: VocabularySettings) -> set[int]:
+def _asked(teacher: Checkpoint, settings: VocabularySettings) -> set[int]:
     """The ids of configs, of the chat template and of texts that the user wants kept."""
     tokenizer, needed = load_tokenizer(teacher.folder), config_ids(teacher)
     for text in (*settings.keep, *_chats(tokenizer)):

@@ -48,9 +48,9 @@ def kept_tokens(
     Raises:
         UserError: the tokenizer is of another kind, or more ids must stay than `size`.
     """
-    ids = _ids(tokenizer)
-    parents = {ids[token]: [ids[part] for part in parts] for token, parts in _merged(tokenizer)}
-    stays = always_kept(tokenizer) | set(always)
+    ids, parents = _ids(tokenizer), _parents(tokenizer)
+    stays = needed_tokens(tokenizer, len(counts), always)
+    check_size(size, stays)
     used_by = Counter(part for parts in parents.values() for part in parts)
     uses = np.where(np.isin(np.arange(len(counts)), list(ids.values())), counts, PADDING_COUNT)
     heap = [
@@ -61,12 +61,6 @@ def kept_tokens(
     heapq.heapify(heap)
     removed = set[int]()
     while len(counts) - len(removed) > size:
-        if not heap:
-            raise UserError(
-                f"vocabulary.size is {size}, and {len(counts) - len(removed)} tokens must stay: "
-                "bytes, special tokens, those of the chat template, of vocabulary.keep, and what "
-                "these are merged from; use more"
-            )
         row = -heapq.heappop(heap)[1]
         removed.add(row)
         for part in parents.get(row, ()):
@@ -75,6 +69,28 @@ def kept_tokens(
             if not used_by[part] and part not in stays:
                 heapq.heappush(heap, (uses[part], -part))
     return [row for row in range(len(counts)) if row not in removed]
+
+
+def check_size(size: int, needed: Collection[int]) -> None:
+    """Raise a UserError if more tokens are needed than shall be left."""
+    if size < len(needed):
+        raise UserError(
+            f"vocabulary.size is {size}, and {len(needed)} tokens must stay: bytes, special "
+            "tokens, those of the chat template, of vocabulary.keep, and what these are merged "
+            "from; use more"
+        )
+
+
+def needed_tokens(
+    tokenizer: Mapping[str, Any], num_rows: int, always: Collection[int] = ()
+) -> set[int]:
+    """The ids that must stay, with all that they are merged from; arguments as `kept_tokens`."""
+    parents = _parents(tokenizer)
+    waiting, found = always_kept(tokenizer) | set(always), set[int]()
+    while waiting:
+        found.add(id := waiting.pop())
+        waiting |= set(parents.get(id, ())) - found
+    return {id for id in found if id < num_rows}  # a model may have no row for some
 
 
 def always_kept(tokenizer: Mapping[str, Any]) -> set[int]:
@@ -156,6 +172,12 @@ def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
         vocabulary = {piece: id for id, (piece, _) in enumerate(vocabulary)}
     added = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or ()}
     return {**vocabulary, **added}
+
+
+def _parents(tokenizer: Mapping[str, Any]) -> dict[int, list[int]]:
+    """The id of every token that is merged from two -> the ids of these two."""
+    ids = _ids(tokenizer)
+    return {ids[token]: [ids[part] for part in parts] for token, parts in _merged(tokenizer)}
 
 
 def _merged(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str]]]:

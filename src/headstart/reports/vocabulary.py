@@ -1,0 +1,75 @@
+"""What each size of a vocabulary costs and gives, for the terminal and for a run's page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from headstart.reports.charts import ACCENT, GREY, Figure, chart_layout
+from headstart.system.formats import count_text, flops_text
+
+COLUMNS = ("rows", "bytes/token", "bits/byte", "embedding", "rest", "FLOPs/byte")
+Sizes = Sequence[Mapping[str, Any]]
+"""For each size "rows", and "bytes_per_token" and "bits_per_byte" of the untrained teacher."""
+
+
+def size_rows(sizes: Sizes, width: int, parameters: int) -> list[tuple[str, ...]]:
+    """The cells of a table of sizes, in the order of `COLUMNS`.
+
+    Args:
+        sizes: of the vocabulary.
+        width: channels of the student's residual stream.
+        parameters: of the student, each of which costs two FLOPs a token; its embedding is tied.
+    """
+    rows = []
+    for entry in sizes:
+        embedding = entry["rows"] * width
+        rows.append(
+            (
+                f"{entry['rows']:,}",
+                f"{entry['bytes_per_token']:.3f}",
+                f"{entry['bits_per_byte']:.4f}",
+                count_text(embedding),
+                count_text(parameters - embedding) if parameters > embedding else "none",
+                flops_text(2 * parameters / entry["bytes_per_token"]),
+            )
+        )
+    return rows
+
+
+def sizes_table(sizes: Sizes, width: int, parameters: int) -> Table:
+    """The table for the terminal; arguments as for `size_rows`."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for row in size_rows(sizes, width, parameters):
+        table.add_row(*row)
+    return table
+
+
+def sizes_chart(sizes: Sizes, chosen: int) -> Figure:
+    """The teacher's bits per byte at every size, with a ring around the one that was chosen."""
+    rows, bits = ([entry[key] for entry in sizes] for key in ("rows", "bits_per_byte"))
+    data: list[Figure] = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": rows,
+            "y": bits,
+            "line": {"color": GREY, "width": 2},
+            "customdata": [entry["bytes_per_token"] for entry in sizes],
+            "hovertemplate": "%{x:,} rows<br>%{y:.3f} bits per byte<br>"
+            "%{customdata:.2f} bytes per token<extra></extra>",
+        }
+    ]
+    across = {"yref": "paper", "x0": chosen, "x1": chosen, "y0": 0, "y1": 1}
+    line = {"color": ACCENT, "width": 1.5, "dash": "dash"}
+    shapes = [{"type": "line", "layer": "below", "line": line, **across}]
+    axis = {"type": "log", "tickmode": "array", "tickvals": rows}
+    axis |= {"ticktext": [f"{size:,}" for size in rows]}
+    title = "rows of the vocabulary"
+    layout = chart_layout(title, "bits per byte, untrained teacher", axis, shapes=shapes)
+    return {"data": data, "layout": layout}
