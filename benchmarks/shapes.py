@@ -35,7 +35,6 @@ from headstart.searching.space import Space
 from headstart.system.device import default_device, load_frozen
 from headstart.system.files import write_json
 from headstart.training.arms import ArmInputs, run_arm
-from headstart.training.settings import Arm
 
 SAMPLED = 4_000
 LAST_NORM_STEPS = 50
@@ -78,7 +77,7 @@ def spread_shapes(space: Space, count: int) -> list[Candidate]:
     the sizes, and one that the search's own sampling draws."""
     rng = random.Random(0)
     pool = space.proportional(1) + [space.sample(rng) for _ in range(SAMPLED)]
-    places = np.log([[size for size in candidate.sizes().values()] for candidate in pool])
+    places = np.log([list(candidate.sizes().values()) for candidate in pool])
     chosen, distance, drawn = [0], np.full(len(pool), np.inf), iter(range(1, len(pool)))
     while len(chosen) < count:
         distance = np.minimum(distance, np.linalg.norm(places - places[chosen[-1]], axis=1))
@@ -100,7 +99,9 @@ class Scores:
         identity = {"teacher_hash": run.teacher.hash, "data": run.text.fingerprint}
         self.orders: Orders = measure_orders(self.model, settings, run.text, identity)
         held_out = run.text.sample("search", settings.tokens)
-        state = {name: part for name, part in self.model.state_dict().items() if "lm_head" not in name}
+        state = {
+            name: part for name, part in self.model.state_dict().items() if "lm_head" not in name
+        }
         refitted = HeldOutLoss(state, self.teacher, self.orders, held_out, 8, source.statistics)
         self.refitted = refitted
         self.divergence = DivergenceFromTeacher(**vars(refitted), model=self.model)
@@ -198,8 +199,12 @@ def all_scores(found: Sequence[Mapping[str, Any]], step_tokens: int) -> dict[str
         steps = point["tokens"] // step_tokens
         name = f"after {steps} steps" if steps else "started (layer by layer)"
         table[name] = [shape["curve"][place]["loss"] for shape in found]
-    for pair in (("refitted", "- parameters outside embeddings"), ("refitted", "- width"),
-                 ("refitted", "distance from proportions"), ("slice", "distance from proportions")):
+    for pair in (
+        ("refitted", "- parameters outside embeddings"),
+        ("refitted", "- width"),
+        ("refitted", "distance from proportions"),
+        ("slice", "distance from proportions"),
+    ):
         table[" + ".join(pair) + " (ranks)"] = list(sum(ranks(table[name]) for name in pair))
     return table
 
@@ -210,7 +215,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--rows", type=int, default=8192, help="of the vocabulary")
     parser.add_argument("--bin", nargs=2, default=("6.5M", "7.5M"), metavar=("LOW", "HIGH"))
-    parser.add_argument("--tokens", type=int, default=512_000, help="of training, for each shape")
+    parser.add_argument("--tokens", type=int, default=256_000, help="of training, for each shape")
     parser.add_argument("--rate", type=float, default=1e-3, help="of learning")
     parser.add_argument("--shapes", type=int, default=24)
     options = parser.parse_args()

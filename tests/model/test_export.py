@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from headstart.model.card import write_card
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.export import export_gguf, export_stock
 from headstart.model.trim import read_tokenizer, write_trimmed
+from headstart.system.errors import UserError
 from headstart.text.vocabulary import kept_tokens
 
 TOKENS = [[3, 14, 15, 92, 65, 35, 8, 97, 9]]
@@ -191,3 +193,18 @@ def test_the_converter_knows_a_trimmed_tokenizer_by_its_teachers_ids(
     assert known == tokenizer.encode(texts[0])
     assert others == AutoTokenizer.from_pretrained(trimmed).encode(texts[1])
     assert others != tokenizer.encode(texts[1])
+
+
+def test_llama_cpp_loads_no_qwen2_whose_heads_are_not_as_wide_as_its_stream(
+    saved: Callable[..., Path], converter: Path, tmp_path: Path
+) -> None:
+    config = random_teacher("qwen2-tied").config
+    assert config.num_attention_heads * config.head_dim == 2 * config.hidden_size
+    wide = saved(AutoModelForCausalLM.from_config(config), "wide")
+    config.head_dim //= 2
+    square = saved(AutoModelForCausalLM.from_config(config), "square")
+    with pytest.raises(UserError, match=r"search\.grid\.square_attention, or use --to hf"):
+        export_gguf(wide, tmp_path / "wide.gguf", converter=converter)
+    assert not (tmp_path / "wide.gguf").exists()
+    (square / "tokenizer.json").write_text("{}")
+    assert export_gguf(square, tmp_path / "square.gguf", converter=converter).is_file()

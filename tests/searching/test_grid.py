@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -290,3 +291,20 @@ def test_a_grid_without_a_stock_shape_is_refused():
     with pytest.raises(ValueError, match=r"no shape of search\.grid is a legal gpt_neox model"):
         rows_in_bin(teacher_of("gpt_neox-tied"), grid, Bin(1, 10**9), True)
     assert rows_in_bin(teacher_of("gpt_neox-tied"), grid, Bin(1, 10**9), False).num_shapes()
+
+
+def test_square_attention_keeps_the_shapes_whose_heads_are_as_wide_as_the_stream():
+    teacher, everything = teacher_of("llama-tied-gqa"), Bin(1, 10**9)
+    grid = GridSettings(embed_min=8, embed_step=4, head_dim_min=2)
+    square = replace(grid, square_attention=True)
+    shapes, kept = (
+        set(shapes_of(rows_in_bin(teacher, which, everything, True))) for which in (grid, square)
+    )
+    of_width = {
+        (embed, layers, head_dim, groups, neurons)
+        for embed, layers, head_dim, groups, neurons in shapes
+        if (groups + 1) * teacher.sizes["q_per_kv"] * head_dim == embed
+    }
+    assert kept == of_width and 0 < len(kept) < len(shapes)
+    with pytest.raises(ValueError, match="needs the same groups in all layers; choose a uniform"):
+        rows_in_bin(teacher, square, everything, False)

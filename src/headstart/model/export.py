@@ -17,7 +17,7 @@ from headstart.model.axes import Sizes
 from headstart.model.card import CARD, write_card
 from headstart.model.checkpoint import TOKENIZER_FILES, Checkpoint, copy_files, write_checkpoint
 from headstart.model.count import parameters
-from headstart.model.shapes import stock_obstacle
+from headstart.model.shapes import attention_width, stock_obstacle
 from headstart.model.stock import stock_config, stock_sizes, stock_tensors
 from headstart.model.trim import WHOLE_TOKENIZER
 from headstart.system.errors import UserError
@@ -32,6 +32,8 @@ from headstart.system.files import (
 Precision = Literal["float32", "bfloat16", "float16"]
 OUTTYPES: dict[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "": "auto"}
 """Precision -> what llama.cpp's converter calls it."""
+SQUARE_IN_LLAMA_CPP = ("qwen2", "olmo2")
+"""Families whose heads llama.cpp takes to be as wide together as the residual stream."""
 TRIMMED_CONVERTER = Path(__file__).with_name("trimmed_converter.py")
 """Runs that converter on a model that has lost part of its vocabulary."""
 
@@ -120,11 +122,13 @@ def export_gguf(
         converter: llama.cpp's `convert_hf_to_gguf.py`; None takes the installed package.
 
     Raises:
-        UserError: the file exists, the model has no stock shape, or no converter is installed.
+        UserError: the file exists, the model has no stock shape or none that llama.cpp loads, or
+            no converter is installed.
         RuntimeError: the converter failed.
     """
     refuse_taken(out_file)
     command = _converter_command(converter)
+    _check_loads(Checkpoint.open(model).architecture)
     out_file.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(out_file.parent)
     with tempfile.TemporaryDirectory(
@@ -144,6 +148,18 @@ def export_gguf(
             )
         written.rename(out_file)
     return out_file
+
+
+def _check_loads(architecture: Architecture) -> None:
+    """Raise a UserError if llama.cpp could not load what its converter would write."""
+    sizes, family = stock_sizes(architecture), architecture.family.name
+    width = attention_width(sizes)
+    if family in SQUARE_IN_LLAMA_CPP and width != sizes["embed"]:
+        raise UserError(
+            f"llama.cpp loads a {family} model only where its heads together are as wide as the "
+            f"residual stream, and {width} is not {sizes['embed']}; search with "
+            "search.grid.square_attention, or use --to hf"
+        )
 
 
 def _converter_command(converter: Path | None) -> list[str]:

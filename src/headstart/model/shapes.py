@@ -37,6 +37,11 @@ def sizes_in_layer(sizes: Sizes, layer: int) -> dict[str, Any]:
     return {axis: size[layer] if isinstance(size, tuple) else size for axis, size in sizes.items()}
 
 
+def attention_width(sizes: Sizes) -> Any:
+    """Channels of all heads together; integer arrays give it for many shapes at once."""
+    return sizes["kv_groups"] * sizes["q_per_kv"] * sizes["head_dim"]
+
+
 def stock_constraints(family: Family, sizes: Sizes) -> Iterator[tuple[Any, str]]:
     """What the family's stock code demands of a student's sizes.
 

@@ -24,7 +24,7 @@ def size_rows(sizes: Sizes, width: int, parameters: int) -> list[tuple[str, ...]
         width: channels of the student's residual stream.
         parameters: of the student, each of which costs two FLOPs a token; its embedding is tied.
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for entry in sizes:
         embedding = entry["rows"] * width
         rows.append(

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from headstart.model.architecture import Architecture
 from headstart.model.rotary import head_channels, head_sizes, student_rope
-from headstart.model.shapes import stock_constraints
+from headstart.model.shapes import attention_width, stock_constraints
 from headstart.searching.bins import Bin
 from headstart.system.errors import UserError
 
@@ -35,6 +35,9 @@ class GridSettings:
     residual width, and for the MLP the largest multiple of 8 that divides it into 24 steps or more,
     or else the largest step that does. A minimum of 0 is one step; for heads it keeps them whole,
     and any other value lets them shrink to that many channels.
+
+    `square_attention` keeps only shapes whose heads together are as wide as the residual stream,
+    as llama.cpp needs of Qwen2 and OLMo 2; uniform spaces alone have it.
     """
 
     layers_min: int = 0
@@ -47,6 +50,7 @@ class GridSettings:
     mlp_step: int = 0
     head_dim_min: int = 0
     head_dim_step: int = 0
+    square_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,11 @@ def rows_in_bin(architecture: Architecture, grid: GridSettings, bin: Bin, unifor
     Raises:
         UserError: there is none; the message names the range that can be reached.
     """
+    if grid.square_attention and not uniform:
+        raise UserError(
+            "search.grid.square_attention needs the same groups in all layers; choose a uniform "
+            "search.space, or leave it out"
+        )
     ladders, teacher = ladders_of(architecture, grid), architecture.sizes
     depths, widths = (
         [ladders[axis].size(level) for level in range(ladders[axis].num_levels)]
@@ -191,10 +200,11 @@ def rows_in_bin(architecture: Architecture, grid: GridSettings, bin: Bin, unifor
         legal = np.ones(len(cell), dtype=bool)
         if uniform:
             shape = {"embed": embed[cell], "layers": layers[cell], "head_dim": head_dim[cell]}
-            for holds, _ in stock_constraints(
-                architecture.family, {**teacher, **shape, "kv_groups": kv.low + kv.step * groups}
-            ):
+            sizes = {**teacher, **shape, "kv_groups": kv.low + kv.step * groups}
+            for holds, _ in stock_constraints(architecture.family, sizes):
                 legal &= holds
+            if grid.square_attention:
+                legal &= attention_width(sizes) == sizes["embed"]
         cell, groups = cell[legal], groups[legal]
         base = lowest[cell] + groups * per_group[cell]
         return cell, groups, base, per_neuron[cell], top_neurons[cell]
