@@ -69,7 +69,7 @@ def test_from_a_model_in_memory_to_a_trained_student(
         tmp_path / "trained",
         tokens=500,
         arms=[headstart.Arm("subnet")],
-        settings=headstart.PretrainSettings(validation_tokens=256, evaluations=1),
+        settings=headstart.PretrainSettings(test_tokens=256, evaluations=1),
         train={"per_device_train_batch_size": 4, "use_cpu": True, "bf16": False},
         tokenizer=tokenizer,
         data=data,

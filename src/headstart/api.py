@@ -235,7 +235,7 @@ def evaluate(
     task_data: str | Path | None = None,
     limit: int | None = None,
 ) -> Scores:
-    """Loss of a model on the validation part of a text, and its scores in zero-shot tasks.
+    """Loss of a model on the test part of a text, and its scores in zero-shot tasks.
 
     Args:
         model: a causal language model.

@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add_text(evaluate, "")
     evaluate.add_argument("--tokens", type=int, default=65_536, help="at most so many")
     evaluate.add_argument(
-        "--whole-text", action="store_true", help="read all of it, not its validation split only"
+        "--whole-text", action="store_true", help="read all of it, not its test split only"
     )
     evaluate.add_argument("--tasks", default="", help="names that lm-eval knows, with commas")
     evaluate.add_argument(
@@ -378,7 +378,7 @@ def _trim(options: argparse.Namespace, overrides: list[str]) -> None:
 
     from headstart.model.checkpoint import Checkpoint
     from headstart.reports.vocabulary import sizes_table
-    from headstart.searching.bins import parse_count
+    from headstart.system.formats import parse_count
     from headstart.text.prepare import check_source
 
     check_source(data)
@@ -428,7 +428,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("--task-data and --limit are for --tasks; give some, or leave them out")
     data = _text_settings(options)
     if options.whole_text:
-        data = replace(data, validation_fraction=1.0, search_fraction=0.0)
+        data = data.for_test_alone()
     tasks = tuple(filter(None, options.tasks.split(",")))
     settings = EvaluationSettings(data, options.tokens, tasks, options.task_data, options.limit)
     found = run_evaluate(options.models, settings)

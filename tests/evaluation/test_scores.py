@@ -40,7 +40,7 @@ def test_a_whole_text_is_the_models_own_loss_on_its_bytes(
     text = tmp_path / "text.jsonl"
     documents = ["abc def " * 9, "hah bad " * 12, "cafe " * 20]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    settings = DataSettings(str(text), block_length=8, validation_fraction=1.0, search_fraction=0.0)
+    settings = DataSettings(str(text), block_length=8).for_test_alone()
     teacher = Checkpoint.open(teacher_folder)
     blocks = prepare(settings, teacher_folder)
     found = text_scores(teacher, blocks, 10_000)
@@ -61,7 +61,7 @@ def test_a_whole_text_is_the_models_own_loss_on_its_bytes(
     def fail(*args: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(evaluation, "validation_loss", fail)
+    monkeypatch.setattr(evaluation, "text_loss", fail)
     assert text_scores(teacher, blocks, 10_000) == found
     other = tmp_path / "other"
     random_teacher("llama-tied-gqa", seed=1).save_pretrained(other)

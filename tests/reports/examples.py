@@ -27,6 +27,8 @@ def make_arm(name: str, **changes: Any) -> Result:
         "flops_to_match": 2.0e12,
         "flops_factor": 2.0,
         "loss_difference": -0.71,
+        "is_bound": False,
+        "standard_error": 0.021,
         "tokens_per_step": 512,
         "seconds": 95.0,
         "curve": [
@@ -35,7 +37,9 @@ def make_arm(name: str, **changes: Any) -> Result:
             {"tokens": 50_176, "flops": 5e12, "loss": 6.0},
         ],
     }
-    return arm | changes
+    arm |= changes
+    budget = {"tokens": arm["tokens"], "loss": arm["loss_final"], "spread": None}
+    return {"budgets": [budget], "matches": [{}], **arm}
 
 
 def never_matched(name: str, difference: float) -> Result:
@@ -100,6 +104,7 @@ def make_result(*arms: Result, target_loss: float | None = 6.71) -> Result:
                 "tokens_per_step": 512,
                 "block_length": 128,
                 "validation_tokens": 16_384,
+                "test_tokens": 32_768,
             },
             "costs": {
                 "calibration_flops": 4e11,
@@ -108,6 +113,8 @@ def make_result(*arms: Result, target_loss: float | None = 6.71) -> Result:
                 "search_seconds": 41.2,
                 "teacher_flops_per_token": 2.7e8,
             },
+            "reference": None if target_loss is None else "scratch",
+            "compared_on": "validation",
             "target_loss": target_loss,
             "arms": list(arms),
             "search": {

@@ -104,7 +104,7 @@ def test_page_without_a_search(tmp_path: Path) -> None:
 
 def test_page_without_scratch_draws_no_target(tmp_path: Path) -> None:
     result = make_result(make_arm("subnet"), target_loss=None)
-    assert "no scratch arm was run" in read_page(result, tmp_path).text
+    assert "no arm with random weights was run" in read_page(result, tmp_path).text
     assert "shapes" not in charts_of(result)["loss-tokens"]["layout"]
 
 

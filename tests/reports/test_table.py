@@ -63,16 +63,16 @@ def test_cells_of_an_arm_that_matched_before_training() -> None:
 
 
 def test_an_arm_that_matched_by_its_first_evaluation_gives_lower_bounds() -> None:
-    arm = make_arm("subnet", tokens_to_match=1024, tokens_factor=49.0)
+    arm = make_arm("subnet", tokens_to_match=1024, tokens_factor=49.0, is_bound=True)
     result = make_result(SCRATCH_ARM, arm)
     row = cells(result, "subnet")
     assert row["tokens to match"] == "within the first 1,024"
     assert row["fewer tokens"] == "≥ 49.0x"
     assert (row["FLOPs to match"], row["fewer FLOPs"]) == ("≤ 2.00e12", "≥ 2.00x")
     assert headline(result) == (
-        "subnet reaches scratch's loss of 6.71 nats within the first 2 steps, that is 1,024 of "
-        "50,176 tokens: at least 49.0x fewer. Counting the search, it needs at least 2.00x fewer "
-        "FLOPs."
+        "subnet reaches scratch's validation loss of 6.71 nats within the first 2 steps, that is "
+        "1,024 of 50,176 tokens: at least 49.0x fewer. Counting the search, it needs at least "
+        "2.00x fewer FLOPs."
     )
 
 
@@ -122,8 +122,8 @@ def test_best_arm(arms: tuple[Result, ...], best: str) -> None:
 
 def test_headline_of_a_matched_arm() -> None:
     assert headline(make_result(SCRATCH_ARM, make_arm("subnet+kd"))) == (
-        "subnet+kd reaches scratch's loss of 6.71 nats after 4,300 of 50,176 tokens: 11.7x fewer. "
-        "Counting the search, it needs 2.00x fewer FLOPs."
+        "subnet+kd reaches scratch's validation loss of 6.71 nats after 4,300 of 50,176 tokens: "
+        "11.7x fewer. Counting the search, it needs 2.00x fewer FLOPs."
     )
 
 
@@ -139,19 +139,19 @@ def test_headline_says_plainly_when_it_costs_more() -> None:
     [
         (
             make_result(SCRATCH_ARM, matched_before("subnet")),
-            "subnet is at or below scratch's loss of 6.71 nats before training; "
+            "subnet is at or below scratch's validation loss of 6.71 nats before training; "
             "at equal tokens it ends 0.81 nats lower. "
             "Counting the search, it needs 2.00x fewer FLOPs.",
         ),
         (
             make_result(SCRATCH_ARM, never_matched("subnet", 0.12)),
-            "No arm reaches scratch's loss of 6.71 nats within 50,176 tokens; "
+            "No arm reaches scratch's validation loss of 6.71 nats within 50,176 tokens; "
             "the closest, subnet, ends 0.12 nats higher.",
         ),
         (
             make_result(make_arm("subnet"), target_loss=None),
             "subnet ends at 6.00 nats after 50,176 tokens; "
-            "no scratch arm was run to compare it with.",
+            "no arm with random weights was run to compare it with.",
         ),
         (
             make_result(SCRATCH_ARM),

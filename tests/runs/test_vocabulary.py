@@ -228,6 +228,11 @@ def test_the_table_shows_what_a_trimmed_teacher_scores(
 ) -> None:
     """Against `evaluate` of the folder that `trim` writes, on the same text."""
     monkeypatch.setattr("headstart.runs.trimming.LEAST_ROWS", 64)
+    padded = tmp_path / "padded"  # with a row that half of the vocabulary has not
+    shutil.copytree(recipe["teacher"], padded)
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps({**config, "pad_token_id": 127}))
+    recipe["teacher"] = str(padded)
     data = DataSettings(source=recipe["data"]["source"], block_length=32)
     teacher = Checkpoint.open(recipe["teacher"])
     whole, half = vocabulary_sizes(teacher, VocabularySettings(), data)

@@ -8,7 +8,8 @@ from tests.conftest import random_teacher
 from transformers import AutoModelForCausalLM
 
 from headstart.model.architecture import Architecture
-from headstart.searching.bins import Bin, BinSettings, parse_count
+from headstart.searching.bins import Bin, BinSettings
+from headstart.system.formats import parse_count
 
 MEASURES = ("parameters", "flops_per_token", "kv_cache_bytes_per_token", "weight_bytes")
 

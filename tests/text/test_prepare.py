@@ -148,8 +148,8 @@ def test_the_default_cache_follows_the_environment(
     monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "root"))
     prepared = prepare(replace(SETTINGS, source=str(corpus)), tokenizer)
     assert prepared.folder.parent == tmp_path / "root" / "data"
-    with pytest.raises(ValueError, match="no split 'test': choose one of train, search, validat"):
-        prepared.split("test")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no split 'dev': choose one of train, search, validat"):
+        prepared.split("dev")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_the_default_cache_follows_the_environment(
         ({"validation_fraction": 0.0}, "data.validation_fraction is 0.0: give a number between 0"),
         ({"search_fraction": 1.0}, "data.search_fraction is 1.0: give a number between 0 and 1"),
         (
-            {"search_fraction": 0.5, "validation_fraction": 0.6},
+            {"search_fraction": 0.5, "validation_fraction": 0.5, "test_fraction": 0.1},
             "add up to 1.1, which leaves nothing to train on: make their sum less than 1",
         ),
         ({"max_tokens": -1}, "data.max_tokens is -1: give 0 for all, or more"),

@@ -38,10 +38,10 @@ def teacher_checkpoint(teacher_folder: Path) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> TokenBlocks:
-    """48 training and 7 validation blocks of 16 tokens, each counting in steps of 1 to 5."""
+    """48 training, 7 validation and 5 test blocks of 16 tokens, counting in steps of 1 to 5."""
     folder = tmp_path_factory.mktemp("blocks")
     generator = np.random.default_rng(0)
-    splits = {"train": 48, "search": 4, "validation": 7}
+    splits = {"train": 48, "search": 4, "validation": 7, "test": 5}
     for name, num_blocks in splits.items():
         start, stride = generator.integers(0, 128, num_blocks), generator.integers(1, 6, num_blocks)
         tokens = (start[:, None] + stride[:, None] * np.arange(16)) % 128

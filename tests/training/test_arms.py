@@ -100,6 +100,15 @@ def test_result_of_an_arm(uninterrupted, inputs):
     losses = [mean_loss(model.eval(), validation, 2) for model in (before, after)]
     assert [result["curve"][end]["loss"] for end in (0, -1)] == pytest.approx(losses, rel=1e-5)
     assert losses[1] < losses[0]
+    test = inputs.blocks.sample("test", 80)
+    assert result["test_tokens"] == test.numel()
+    (budget,) = result["budgets"]
+    for model, found in ((before, result["before"]), (after, budget)):
+        of_blocks = torch.tensor([mean_loss(model.eval(), block[None], 1) for block in test])
+        assert found["loss"] == pytest.approx(of_blocks.mean().item(), rel=1e-5)
+        error = of_blocks.std().item() / len(of_blocks) ** 0.5
+        assert found["standard_error"] == pytest.approx(error, rel=1e-4)
+    assert budget["validation_loss"] == result["curve"][-1]["loss"]
     assert len(AutoTokenizer.from_pretrained(folder / "model")) == before.config.vocab_size
 
 
@@ -130,12 +139,13 @@ def test_the_best_weights_are_kept_beside_the_last(inputs, tmp_path):
 
 def test_a_diverged_evaluation_is_not_the_best(inputs, tmp_path, monkeypatch):
     losses = iter([5.0, math.nan, 4.0, math.nan])
-    evaluated = EvalLoopOutput(None, None, {}, 1)
-    monkeypatch.setattr(
-        DistillationTrainer,
-        "evaluation_loop",
-        lambda *args, **kwargs: evaluated._replace(metrics={"eval_loss": next(losses)}),
-    )
+    tested = {"test_loss": 9.0, "test_standard_error": 0.1}
+
+    def evaluation_loop(*args: Any, metric_key_prefix: str, **kwargs: Any) -> EvalLoopOutput:
+        metrics = tested if metric_key_prefix == "test" else {"eval_loss": next(losses)}
+        return EvalLoopOutput(None, None, metrics, 1)
+
+    monkeypatch.setattr(DistillationTrainer, "evaluation_loop", evaluation_loop)
     result = run_arm(SUBNET, inputs, tmp_path)
     assert result["best"] == {"tokens": result["curve"][2]["tokens"], "loss": 4.0}
     assert [path.name for path in tmp_path.glob("best-*")] == ["best-4"]
@@ -555,7 +565,7 @@ def test_arms_see_the_same_text_in_the_same_order(inputs, tmp_path, seen):
 def test_random_init_is_its_own_and_repeats_by_seed(inputs, tmp_path):
     folder = inputs.student.folder
     student = load_file(folder / "model.safetensors")
-    initial = [arms._initial_model(SCRATCH, folder, seed).state_dict() for seed in (42, 42, 7)]
+    initial = [arms._initial_model(SCRATCH, inputs, seed).state_dict() for seed in (42, 42, 7)]
     assert initial[0].keys() >= student.keys()
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(initial[0][name], initial[1][name])
@@ -573,8 +583,8 @@ def test_a_padding_token_that_ends_documents_is_trained_as_any_other(inputs, tmp
     config = AutoConfig.from_pretrained(student)
     config.pad_token_id = separator = int(inputs.blocks.split("train")[0, 0])
     config.save_pretrained(student)
-    before = arms._initial_model(Arm("a", init=init), student, 42).get_input_embeddings()
     inputs = replace(inputs, student=Checkpoint.open(student))
+    before = arms._initial_model(Arm("a", init=init), inputs, 42).get_input_embeddings()
     run_arm(Arm("a", init=init), inputs, tmp_path / "arm")
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "arm" / "model")
     assert trained.config.pad_token_id == separator

@@ -69,7 +69,8 @@ def test_an_arm(arm: Arm, asked_blocks: int, inputs: ArmInputs, tmp_path: Path) 
         write_teacher_cache(arm.kd, inputs)  # type: ignore[arg-type]
     trained = dict[str, Any]()
     counted = counted_flops(lambda: trained.update(run_arm(arm, inputs, tmp_path / "arm")))
-    curve, ledger = charged(arm, trained, inputs, COSTS)
+    curve, (budget,), ledger = charged(arm, trained, inputs, COSTS)
+    assert budget["flops"] == curve[-1]["flops"] and budget["tokens"] == curve[-1]["tokens"]
     if arm.kd and arm.kd.cache:
         ledger["teacher"] = 0  # it was asked before
     # The last token of a block has no target. The teacher spares its logits, and the student the
@@ -88,7 +89,9 @@ def test_a_teacher_cache(inputs: ArmInputs, tmp_path: Path) -> None:
     counted = counted_flops(lambda: write_teacher_cache(kd, inputs))
     split, teacher = inputs.blocks.split("train"), inputs.teacher.architecture
     settings = replace(inputs.settings, tokens=split.size)
-    trained = {"curve": [{"tokens": settings.tokens, "loss": 1.0}], "tokens": settings.tokens}
-    _, ledger = charged(Arm("cached", kd=kd), {**trained, "validation_tokens": 0}, inputs, COSTS)
+    points = [{"tokens": settings.tokens, "loss": 1.0}]
+    trained = {"curve": points, "budgets": points, "tokens": settings.tokens}
+    trained |= {"validation_tokens": 0, "test_tokens": 0}
+    *_, ledger = charged(Arm("cached", kd=kd), trained, inputs, COSTS)
     spared = 2 * len(split) * teacher.sizes["vocab"] * teacher.sizes["embed"]
     assert ledger["teacher"] - spared == counted

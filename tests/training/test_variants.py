@@ -30,11 +30,13 @@ def test_the_best_rate_is_reported_as_the_mean_over_its_seeds(inputs, tmp_path):
             Arm("scratch", init="random", learning_rate=rate),
             replace(inputs, train={**inputs.train, "seed": seed}),
             tmp_path / f"{rate}-{seed}",
-        )["curve"]
+        )
         for rate in arm.learning_rates
         for seed in inputs.settings.seeds
     }
+    runs, single = single, {key: run["curve"] for key, run in single.items()}
     last = {key: curve[-1]["loss"] for key, curve in single.items()}
+    tested = [runs[1e-2, seed]["budgets"][0]["loss"] for seed in inputs.settings.seeds]
     assert len(set(last.values())) == 4
     assert result["learning_rate"] == 1e-2
     assert result["sweep"] == [
@@ -42,9 +44,12 @@ def test_the_best_rate_is_reported_as_the_mean_over_its_seeds(inputs, tmp_path):
         for rate in arm.learning_rates
     ]
     assert [seed["curve"] for seed in result["seeds"]] == [single[1e-2, 3], single[1e-2, 5]]
-    assert result["loss_spread"] == pytest.approx(
-        abs(last[1e-2, 3] - last[1e-2, 5]) / 2**0.5, rel=1e-9
-    )
+    assert result["loss_spread"] == pytest.approx(abs(tested[0] - tested[1]) / 2**0.5, rel=1e-9)
+    (budget,) = result["budgets"]
+    assert budget["losses"] == tested
+    assert budget["loss"] == pytest.approx(sum(tested) / 2)
+    before = [runs[1e-2, seed]["before"]["loss"] for seed in inputs.settings.seeds]
+    assert result["before"]["loss"] == pytest.approx(sum(before) / 2)
     for point, one, other in zip(result["curve"], single[1e-2, 3], single[1e-2, 5], strict=True):
         assert point["tokens"] == one["tokens"]
         assert point["loss"] == pytest.approx((one["loss"] + other["loss"]) / 2)
@@ -65,8 +70,12 @@ def test_a_rate_that_diverges_is_not_the_best(inputs, tmp_path, monkeypatch):
 
     def run_arm(arm, inputs, folder):
         trained.append(arm.learning_rate)
-        curve = [{"tokens": 0, "loss": 6.0}, {"tokens": 64, "loss": losses[arm.learning_rate]}]
-        return {"curve": curve, "seconds": 1.0}
+        loss = losses[arm.learning_rate]
+        curve = [{"tokens": 0, "loss": 6.0}, {"tokens": 64, "loss": loss}]
+        budget = {"tokens": 64, "loss": loss, "standard_error": 0.1, "validation_loss": loss}
+        before = {"loss": 6.0, "standard_error": 0.1}
+        budgets = [{**budget, "seconds": 1.0}]
+        return {"curve": curve, "seconds": 1.0, "before": before, "budgets": budgets}
 
     monkeypatch.setattr(variants, "run_arm", run_arm)
     result = run_variants(Arm("subnet", learning_rates=tuple(losses)), inputs, tmp_path)

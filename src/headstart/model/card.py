@@ -109,7 +109,7 @@ def training_note(arm: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         f"- text: {', '.join(f'`{source}`' for source in sources)}\n"
         f"- tokens: {arm['tokens']:,}, begun from {start}\n"
         f"- loss trained on: {distilled}; learning rate {arm['learning_rate']:g}\n"
-        f"- validation loss: {arm['loss_before']:.4f} before, {arm['loss_final']:.4f} after "
+        f"- test loss: {arm['loss_before']:.4f} before, {arm['loss_final']:.4f} after "
         f"(teacher {result['teacher']['loss']:.4f}), in nats per token\n"
     )
 

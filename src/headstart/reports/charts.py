@@ -24,7 +24,7 @@ from headstart.reports.candidates import (
     measure_text,
     raced_out,
 )
-from headstart.reports.table import SCRATCH, Result, size_text
+from headstart.reports.table import Result, size_text
 
 Figure = dict[str, Any]
 
@@ -36,9 +36,9 @@ ACCENT = "#22a06b"
 
 
 def arm_colours(result: Result) -> dict[str, str]:
-    """One colour per arm, the same in every table and chart; scratch is grey."""
+    """One colour per arm, the same in every table and chart; the reference is grey."""
     names = [arm["name"] for arm in result["arms"]]
-    others = [name for name in names if name != SCRATCH]
+    others = [name for name in names if name != result["reference"]]
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(others)}
     return {name: colours.get(name, GREY) for name in names}
 
@@ -67,8 +67,10 @@ def chart_layout(x_title: str, y_title: str, x_axis: Figure, **more: Any) -> Fig
 
 
 def loss_charts(result: Result) -> dict[str, Figure]:
-    """Each arm's loss against what it cost."""
-    return {
+    """Each arm's loss against what it cost, and with several budgets what was saved at each."""
+    several = len(result["arms"][0]["budgets"]) > 1
+    factors = {"factor-budget": _factor_chart(result)} if several else {}
+    return factors | {
         "loss-tokens": _loss_chart(result, "tokens", "training tokens", "B"),
         "loss-flops": _loss_chart(result, "flops", "FLOPs spent, all costs counted", "power"),
     }
@@ -82,8 +84,8 @@ def _loss_chart(result: Result, key: str, title: str, exponent: str) -> Figure:
             "type": "scatter",
             "mode": "lines+markers",
             "name": plotly_text(arm["name"]),
-            "x": [point[key] for point in arm["curve"]],
-            "y": [point["loss"] for point in arm["curve"]],
+            "x": [point[key] for point in _compared_points(arm)],
+            "y": [point["loss"] for point in _compared_points(arm)],
             "line": {"color": colours[arm["name"]], "width": 2},
             "marker": {"size": 5},
             "hovertemplate": f"%{{fullData.name}}<br>{unit}<br>%{{y:.3f}} nats<extra></extra>",
@@ -97,14 +99,55 @@ def _loss_chart(result: Result, key: str, title: str, exponent: str) -> Figure:
         line = {"color": GREY, "width": 1.5, "dash": "dash"}
         more["shapes"] = [{"type": "line", "layer": "below", "line": line, **across}]
         place = {"xref": "paper", "x": 1, "xanchor": "right", "y": target, "yanchor": "top"}
-        label = {"text": f"scratch’s final loss {target:.3f}", "font": {"size": 12}}
+        name = plotly_text(result["reference"])
+        label = {"text": f"{name}’s final loss {target:.3f}", "font": {"size": 12}}
         more["annotations"] = [{**label, **place, "showarrow": False}]
     x_axis = {"exponentformat": exponent, "rangemode": "tozero"}
     return {
         "data": data,
-        "layout": chart_layout(title, "validation loss (nats per token)", x_axis, **more),
+        "layout": chart_layout(
+            title, f"{result['compared_on']} loss (nats per token)", x_axis, **more
+        ),
         "views": _scales([trace["x"] for trace in data]),
     }
+
+
+def _compared_points(arm: Result) -> list[Result]:
+    """The points of an arm's own curve, or what its budgets end with if there are several."""
+    budgets: list[Result] = arm["budgets"]
+    curve: list[Result] = arm["curve"]
+    return budgets if len(budgets) > 1 else curve
+
+
+def _factor_chart(result: Result) -> Figure:
+    """How many times fewer tokens, and FLOPs, each arm needs than the reference at every budget."""
+    colours, data = arm_colours(result), list[Figure]()
+    for arm in result["arms"]:
+        if arm["init"] == "random":
+            continue
+        for unit, dash in (("tokens", "solid"), ("flops", "dot")):
+            name = "tokens" if unit == "tokens" else "FLOPs"
+            symbols = ["circle-open" if match["is_bound"] else "circle" for match in arm["matches"]]
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers",
+                    "name": f"{plotly_text(arm['name'])}, {name}",
+                    "x": [match["tokens"] for match in arm["matches"]],
+                    "y": [match[f"{unit}_factor"] for match in arm["matches"]],
+                    "line": {"color": colours[arm["name"]], "width": 2, "dash": dash},
+                    "marker": {"size": 7, "symbol": symbols},
+                    "hovertemplate": "%{fullData.name}<br>%{x:,} tokens<br>"
+                    "%{y:.2f}x fewer<extra></extra>",
+                }
+            )
+    axis = {"type": "log", "exponentformat": "SI", "dtick": "D2"}
+    across = {"xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1}
+    line = {"color": GREY, "width": 1.5, "dash": "dash"}
+    shapes = [{"type": "line", "layer": "below", "line": line, **across}]
+    layout = chart_layout("training tokens of the budget", "times fewer", axis, shapes=shapes)
+    layout["yaxis"] |= {"type": "log"}
+    return {"data": data, "layout": layout}
 
 
 def _scales(columns: list[list[float]]) -> Figure:

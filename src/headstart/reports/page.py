@@ -9,11 +9,14 @@ from headstart.reports.charts import Figure, arm_colours, loss_charts, search_ch
 from headstart.reports.render import Row, write_page, yaml_text
 from headstart.reports.search import section_of
 from headstart.reports.table import (
+    BUDGET_COLUMNS,
     COLUMNS,
     Result,
     baseline_sentences,
     bits_sentences,
+    budget_rows,
     cost_sentence,
+    error_sentences,
     match_sentence,
     result_rows,
     size_text,
@@ -39,6 +42,8 @@ def write_html(result: Result, path: Path) -> None:
         search=section_of(search) if search else None,
         architecture=_architecture(result["teacher"], result["student"]),
         vocabulary=_vocabulary(result),
+        budgets=[Row(name, cells) for name, *cells in budget_rows(result)],
+        budget_columns=BUDGET_COLUMNS,
         costs=_costs(result),
         recipe=yaml_text(result["recipe"]),
         environment=[Row(key, [str(value)]) for key, value in result["environment"].items()],
@@ -66,9 +71,11 @@ def _results(result: Result) -> dict[str, Any]:
     return {
         "columns": COLUMNS,
         "rows": [Row(name, cells, colours[name]) for name, *cells in result_rows(result)],
-        "compared": result["target_loss"] is not None,
+        "reference": result["reference"],
+        "split": result["compared_on"],
         "seeds": any(arm.get("loss_spread") is not None for arm in result["arms"]),
         "sentences": [
+            *error_sentences(result),
             *bits_sentences(result),
             *baseline_sentences(result),
             *_sweep_sentences(result),
@@ -189,6 +196,7 @@ def _costs(result: Result) -> dict[str, Any]:
         "tokens per step": f"{budget['tokens_per_step']:,}",
         "block length": f"{budget['block_length']:,} tokens",
         "validation split": f"{budget['validation_tokens']:,} tokens",
+        "test split": f"{budget['test_tokens']:,} tokens",
     }
     totals = [
         Row(arm["name"], [f"{flops_text(arm['curve'][-1]['flops'])} FLOPs"], colours[arm["name"]])

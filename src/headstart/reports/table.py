@@ -20,8 +20,7 @@ from headstart.system.formats import NOTHING, count_text, duration_text, flops_t
 
 Result = dict[str, Any]
 
-FORMAT = "headstart-result/2"
-SCRATCH = "scratch"
+FORMAT = "headstart-result/3"
 COLUMNS = (
     "arm",
     "parameters",
@@ -34,11 +33,13 @@ COLUMNS = (
     "time",
 )
 _RESULT_KEYS = (
-    "name created command teacher student budget costs target_loss arms search recipe environment"
+    "name created command teacher student budget costs reference compared_on target_loss arms "
+    "search recipe environment"
 )
 _ARM_KEYS = (
     "name init kd learning_rate parameters tokens loss_before loss_final tokens_to_match "
-    "tokens_factor flops_to_match flops_factor loss_difference tokens_per_step seconds curve"
+    "tokens_factor flops_to_match flops_factor is_bound loss_difference tokens_per_step seconds "
+    "curve budgets matches"
 )
 
 
@@ -99,25 +100,25 @@ def _nats(loss: float) -> str:
 
 def result_rows(result: Result) -> list[tuple[str, ...]]:
     """The cells of every table of results, one row per arm, in the order of `COLUMNS`."""
-    return [_row(arm, compared=result["target_loss"] is not None) for arm in result["arms"]]
+    return [_row(arm, result["reference"]) for arm in result["arms"]]
 
 
-def _row(arm: Result, compared: bool) -> tuple[str, ...]:
+def _row(arm: Result, reference: str | None) -> tuple[str, ...]:
     loss_final = f"{arm['loss_final']:.3f}"
     if arm.get("loss_spread") is not None:
         loss_final += f" ± {arm['loss_spread']:.3f}"
     comparison = [NOTHING] * 4
-    if compared and arm["name"] != SCRATCH:
+    if reference not in (None, arm["name"]):
         loss_final += f" ({arm['loss_difference']:+.3f})".replace("-", "−")
         if arm["tokens_to_match"] is None:
             tokens = f"not within {arm['tokens']:,} tokens"
         elif arm["tokens_to_match"] == 0:
             tokens = "before training"
-        elif is_lower_bound(arm):
+        elif arm["is_bound"]:
             tokens = f"within the first {round(arm['tokens_to_match']):,}"
         else:
             tokens = f"{round(arm['tokens_to_match']):,}"
-        at_least, at_most = ("≥ ", "≤ ") if is_lower_bound(arm) else ("", "")
+        at_least, at_most = ("≥ ", "≤ ") if arm["is_bound"] else ("", "")
         comparison = [
             tokens,
             _text(arm["tokens_factor"], factor_text, at_least),
@@ -136,12 +137,6 @@ def _row(arm: Result, compared: bool) -> tuple[str, ...]:
 
 def _text(value: float | None, as_text: Callable[[float], str], bound: str = "") -> str:
     return NOTHING if value is None else bound + as_text(value)
-
-
-def is_lower_bound(arm: Result) -> bool:
-    """Whether an arm matched scratch by its first evaluation after a step, and nothing more is
-    known, so that its factors are the least that they can be."""
-    return bool(0 < (arm["tokens_to_match"] or 0) <= arm["curve"][1]["tokens"])
 
 
 def result_table(result: Result) -> Table:
@@ -166,8 +161,15 @@ def result_table(result: Result) -> Table:
 
 
 def best_arm(result: Result) -> Result:
-    """The arm which matched scratch's loss earliest, else the one that ended lowest."""
-    others = [arm for arm in result["arms"] if arm["name"] != SCRATCH] or result["arms"]
+    """The arm which matched the reference's loss earliest, else the one that ended lowest.
+
+    Arms with random weights are only looked at where there are no others.
+    """
+    others = (
+        [arm for arm in result["arms"] if arm["init"] != "random"]
+        or [arm for arm in result["arms"] if arm["name"] != result["reference"]]
+        or result["arms"]
+    )
     matched = [arm for arm in others if arm["tokens_to_match"] is not None]
     if result["target_loss"] is not None and matched:
         return min(matched, key=lambda arm: (arm["tokens_to_match"], arm["loss_final"]))
@@ -180,14 +182,14 @@ def headline(result: Result) -> str:
 
 
 def match_sentence(result: Result) -> str:
-    """Where the best arm stands against scratch."""
-    best, target = best_arm(result), result["target_loss"]
+    """Where the best arm stands against the reference."""
+    best, target, reference = best_arm(result), result["target_loss"], result["reference"]
     name, ends = best["name"], f"{_nats(best['loss_final'])} nats after {best['tokens']:,} tokens"
     if target is None:
-        return f"{name} ends at {ends}; no scratch arm was run to compare it with."
-    if name == SCRATCH:
+        return f"{name} ends at {ends}; no arm with random weights was run to compare it with."
+    if name == reference:
         return f"{name} ends at {ends}; no other arm was run to compare it with."
-    loss = f"scratch's loss of {_nats(target)} nats"
+    loss = f"{reference}'s {result['compared_on']} loss of {_nats(target)} nats"
     difference = best["loss_difference"]
     side = f"{_nats(abs(difference))} nats {'lower' if difference <= 0 else 'higher'}"
     if best["tokens_to_match"] is None:
@@ -197,7 +199,13 @@ def match_sentence(result: Result) -> str:
         )
     if best["tokens_to_match"] == 0:
         return f"{name} is at or below {loss} before training; at equal tokens it ends {side}."
-    if is_lower_bound(best):
+    if best["is_bound"] and len(best["budgets"]) > 1:
+        return (
+            f"{name} is below {loss} at its smallest budget already, "
+            f"{round(best['tokens_to_match']):,} of {best['tokens']:,} tokens: at least "
+            f"{factor_text(best['tokens_factor'])} fewer."
+        )
+    if best["is_bound"]:
         steps = round(best["tokens_to_match"] / best["tokens_per_step"])
         return (
             f"{name} reaches {loss} within the first {'step' if steps == 1 else f'{steps} steps'}, "
@@ -207,6 +215,68 @@ def match_sentence(result: Result) -> str:
     matching = f"{round(best['tokens_to_match']):,} of {best['tokens']:,} tokens"
     factor = best["tokens_factor"]
     return f"{name} reaches {loss} after {matching}: {factor_text(factor)} fewer."
+
+
+def error_sentences(result: Result) -> list[str]:
+    """How far each last loss may be off because the test split is no larger."""
+    errors = [
+        f"{arm['name']} {arm['standard_error']:.3f}"
+        for arm in result["arms"]
+        if arm.get("standard_error") is not None
+    ]
+    sentence = f"Standard error of the last losses over test blocks: {', '.join(errors)}."
+    return [sentence] if errors else []
+
+
+BUDGET_COLUMNS = (
+    "arm",
+    "budget",
+    "learning rate",
+    "loss",
+    "reference",
+    "fewer tokens",
+    "fewer FLOPs",
+)
+
+
+def budget_rows(result: Result) -> list[tuple[str, ...]]:
+    """What every arm ends with at every budget, in the order of `BUDGET_COLUMNS`.
+
+    Empty where there is only one budget.
+    """
+    rows = []
+    for arm in result["arms"]:
+        if len(arm["budgets"]) == 1:
+            return []
+        for budget, match in zip(arm["budgets"], arm["matches"], strict=True):
+            loss = f"{budget['loss']:.3f}"
+            if budget["spread"] is not None:
+                loss += f" ± {budget['spread']:.3f}"
+            at_least = "≥ " if match["is_bound"] else ""
+            factors = [NOTHING] * 2
+            if match["reference"] not in (None, arm["name"]):
+                factors = [
+                    "before training"
+                    if unit == "tokens" and match["tokens_to_match"] == 0
+                    else "not reached"
+                    if match["tokens_to_match"] is None
+                    else _text(match[f"{unit}_factor"], factor_text, at_least)
+                    for unit in ("tokens", "flops")
+                ]
+            rate = f"{budget['learning_rate']:g}"
+            reference = match["reference"] or NOTHING
+            rows.append((arm["name"], f"{budget['tokens']:,}", rate, loss, reference, *factors))
+    return rows
+
+
+def budget_table(result: Result) -> Table:
+    """The table of budgets for the terminal."""
+    table = Table(title="what runs of each budget end with, test loss", box=SIMPLE_HEAD)
+    for column in BUDGET_COLUMNS:
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for row in budget_rows(result):
+        table.add_row(*map(Text, row))
+    return table
 
 
 def baseline_sentences(result: Result) -> list[str]:
@@ -241,15 +311,15 @@ def bits_sentences(result: Result) -> list[str]:
 
 
 def cost_sentence(result: Result) -> str:
-    """How the FLOPs of the best arm compare with scratch's; empty if they do not."""
+    """How the FLOPs of the best arm compare with the reference's; empty if they do not."""
     best = best_arm(result)
     factor = best["flops_factor"]
-    if result["target_loss"] is None or best["name"] == SCRATCH or not factor:
+    if result["reference"] in (None, best["name"]) or not factor:
         return ""
     counted = (
         "Counting the search" if result["costs"]["search_flops"] else "With no search to count"
     )
     if factor >= 1:
-        bound = "at least " if is_lower_bound(best) else ""
+        bound = "at least " if best["is_bound"] else ""
         return f"{counted}, it needs {bound}{factor_text(factor)} fewer FLOPs."
     return f"{counted}, it costs {factor_text(1 / factor)} more FLOPs at this budget."

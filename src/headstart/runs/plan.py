@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from headstart.runs.vocabulary import planned_architecture
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
 from headstart.training.arguments import tokens_per_step, training_arguments
+from headstart.training.budgets import budgets_of
 from headstart.training.plan import ArmPlan, Batch, Hardware, arms_table, plan_arm
 from headstart.training.settings import Arm
 from headstart.training.variants import variants_of
@@ -54,8 +54,10 @@ def _plan_of(
     # Later versions call it activation_checkpointing, and let the older name mirror it.
     batch = Batch(arguments.train_batch_size, block_length, arguments.gradient_checkpointing)
     step_tokens = tokens_per_step(arguments, block_length) * hardware.gpus
-    budget = in_tokens(recipe.pretrain, BYTES_PER_TOKEN).tokens
-    tokens = math.ceil(budget / step_tokens) * step_tokens
+    settings = in_tokens(recipe.pretrain, BYTES_PER_TOKEN)
+    train = {**recipe.train, **arm.train}
+    *smaller, largest = budgets_of(settings, step_tokens, arguments.warmup_steps, train)
+    tokens = step_tokens * (largest.num_steps + sum(budget.decay_steps for budget in smaller))
     runs = len(variants_of(arm, recipe.pretrain.seeds))
     return plan_arm(arm, tokens, teacher, sizes, batch, hardware, runs)
 

@@ -11,8 +11,9 @@ from headstart.demo import DEMO
 from headstart.model.checkpoint import model_commit
 from headstart.recipe import Recipe
 from headstart.runs.folder import kept_revisions
-from headstart.searching.bins import COUNT_PATTERN, BinSettings
+from headstart.searching.bins import BinSettings
 from headstart.system.errors import UserError
+from headstart.system.formats import COUNT_PATTERN
 from headstart.system.hub import HubName
 from headstart.text.corpus import dataset_commit
 from headstart.text.prepare import check_source

@@ -30,6 +30,7 @@ from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import Recipe
 from headstart.runs.folder import REVISIONS, check_run_folder, locked, pin_inputs, pin_recipe
 from headstart.runs.revisions import at_commits, find_revisions
+from headstart.runs.shapes import arm_shapes
 from headstart.runs.vocabulary import check_trims, left_of, trimmed_teacher
 from headstart.searching.run import space_of
 from headstart.system.distributed import from_main, process_group
@@ -43,8 +44,9 @@ from headstart.training.arguments import (
     tokens_per_step,
     training_arguments,
 )
+from headstart.training.budgets import budgets_of
 from headstart.training.cache import check_begun
-from headstart.training.settings import PretrainSettings
+from headstart.training.settings import PROPORTIONAL, PretrainSettings
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,10 @@ def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
 
 
 def in_tokens(settings: PretrainSettings, bytes_per_token: float) -> PretrainSettings:
-    """The settings with a budget in tokens, if theirs is in bytes."""
-    if not settings.bytes:
-        return settings
-    return replace(settings, tokens=math.ceil(settings.bytes / bytes_per_token))
+    """The settings with the largest budget in tokens, however it is given."""
+    if settings.bytes:
+        return replace(settings, tokens=math.ceil(settings.bytes / bytes_per_token))
+    return replace(settings, tokens=settings.budget_tokens[-1])
 
 
 def _checked(
@@ -154,9 +156,9 @@ def _checked(
     settings_from_tree(tree_of(recipe), Recipe)  # one made in Python may hold NaN or infinity
     for arm in recipe.pretrain.arms:
         check_arguments(arm, training_arguments(recipe.train, arm, Path(recipe.output)))
-    if recipe.data.is_validation_only:
+    if recipe.data.is_test_only:
         raise UserError(
-            "data.validation_fraction is 1 and leaves nothing to search and train on; lower it"
+            "data.test_fraction is 1 and leaves nothing to search and train on; lower it"
         )
     revisions = find_revisions(recipe)
     pinned = at_commits(recipe, revisions)
@@ -166,6 +168,7 @@ def _checked(
     check_trims(teacher, recipe.vocabulary)
     architecture = left_of(teacher.architecture, recipe.vocabulary)
     vocab_size = architecture.config.vocab_size
+    shapes = {arm.shape for arm in recipe.pretrain.arms}
     for arm in recipe.pretrain.arms:
         if arm.kd and arm.kd.top_k > vocab_size:
             raise UserError(
@@ -176,9 +179,11 @@ def _checked(
             check_begun(arm.kd.cache)
     if student_folder:
         student = _given_student(Path(student_folder), recipe, architecture)
+        arm_shapes(shapes - {PROPORTIONAL}, architecture, recipe.search, recipe.data.block_length)
         return teacher, student, revisions
     for of_bin in bin_recipes(pinned):
         space_of(architecture, of_bin.search, recipe.data.block_length)
+        arm_shapes(shapes, architecture, of_bin.search, recipe.data.block_length)
     return teacher, None, revisions
 
 
@@ -217,7 +222,10 @@ def _inputs(
     check_vocabulary(text, teacher.architecture.config.vocab_size)
     for arm in recipe.pretrain.arms:
         arguments = training_arguments(recipe.train, arm, Path(recipe.output))
-        check_step(tokens_per_step(arguments, recipe.data.block_length), text)
+        step_tokens = tokens_per_step(arguments, recipe.data.block_length)
+        check_step(step_tokens, text)
+        train = {**recipe.train, **arm.train}
+        budgets_of(recipe.pretrain, step_tokens, arguments.warmup_steps, train)
     inputs = {"data": text.fingerprint, "teacher": teacher.hash, "choice of blocks": "spread"}
     if recipe.student and student is not None:
         inputs["student"] = student.hash

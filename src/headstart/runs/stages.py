@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from headstart.calibration.start import Calibration, calibrate
 from headstart.demo import teacher_name
-from headstart.evaluation.scores import bits_per_byte, validation_loss
+from headstart.evaluation.scores import bits_per_byte, text_loss
+from headstart.model.architecture import Architecture
 from headstart.model.card import CARD, training_note, write_card
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.spec import SubnetSpec
@@ -28,6 +30,9 @@ from headstart.reports.search import write_search_html
 from headstart.reports.table import (
     baseline_sentences,
     bits_sentences,
+    budget_rows,
+    budget_table,
+    error_sentences,
     headline,
     load_result,
     result_table,
@@ -36,8 +41,10 @@ from headstart.runs.extraction import extract_found
 from headstart.runs.result import result_of
 from headstart.runs.revisions import at_commits, find_revisions
 from headstart.runs.run import Run, checked_teacher, open_run
+from headstart.runs.shapes import arm_shapes
 from headstart.runs.trimming import vocabulary_sizes
 from headstart.runs.vocabulary import check_trims, trimmed_teacher
+from headstart.searching.bins import BinSettings
 from headstart.searching.fitness import fitting_batch_size
 from headstart.searching.run import search
 from headstart.system.device import default_device, load_frozen
@@ -47,6 +54,7 @@ from headstart.system.files import write_json
 from headstart.system.progress import progress
 from headstart.text.blocks import TokenBlocks
 from headstart.text.prepare import check_vocabulary, prepare
+from headstart.text.settings import SplitName
 from headstart.training.arms import ArmInputs
 from headstart.training.cache import CacheIdentity, TeacherCache, write_cache
 from headstart.training.teacher import Teacher
@@ -106,7 +114,8 @@ def extract_stage(run: Run) -> Checkpoint:
 def pretrain_stage(run: Run, student: Checkpoint, baselines: Baselines) -> dict[str, Any]:
     """Train every arm, compare, and write `result.json` and `report.html`."""
     recipe = run.recipe
-    inputs = ArmInputs(student, run.teacher, run.text, recipe.pretrain, recipe.train)
+    shapes = from_main(lambda: _shapes(run, student))
+    inputs = ArmInputs(student, run.teacher, run.text, recipe.pretrain, recipe.train, shapes)
     trained = [
         run_variants(arm, inputs, run.folder / "arms" / arm.name) for arm in recipe.pretrain.arms
     ]
@@ -125,6 +134,16 @@ def pretrain_stage(run: Run, student: Checkpoint, baselines: Baselines) -> dict[
     return from_main(report)
 
 
+def _shapes(run: Run, student: Checkpoint) -> dict[str, Architecture]:
+    """The architectures of arms that are not shaped like the student."""
+    recipe, search_settings = run.recipe, run.recipe.search
+    if not (run.folder / "search.json").is_file():  # a given student, of which no bin is known
+        size = student.architecture.count(recipe.data.block_length).parameters
+        search_settings = replace(search_settings, bin=BinSettings(around=size), bins=())
+    names = [arm.shape for arm in recipe.pretrain.arms]
+    return arm_shapes(names, run.teacher.architecture, search_settings, recipe.data.block_length)
+
+
 def _vocabulary_sizes(run: Run) -> list[dict[str, Any]] | None:
     """What the teacher is with smaller vocabularies; None for a run with the whole one."""
     settings = run.pinned.vocabulary
@@ -136,22 +155,36 @@ def _vocabulary_sizes(run: Run) -> list[dict[str, Any]] | None:
 def _compared(run: Run, baselines: Baselines) -> list[dict[str, Any]]:
     """Losses of the teacher, then of the baselines, measured once.
 
-    A baseline may have another tokenizer: its loss is turned into nats for each of the teacher's
+    A baseline may have another tokenizer: its losses are turned into nats for each of the teacher's
     tokens by the bits per byte of text, which is the same.
     """
     kept = run.folder / "compared.json"
     if not kept.is_file():
         compared = [("teacher", run.teacher, run.text), *baselines]
-        num_tokens = run.recipe.pretrain.validation_tokens
-        ours, losses = run.text.bytes_per_token("validation"), []
-        for name, checkpoint, text in compared:
-            theirs = text.bytes_per_token("validation")
-            found = validation_loss(checkpoint, text, round(num_tokens * ours / theirs))
-            found["bits_per_byte"] = bits_per_byte(found["loss"], theirs)
-            losses.append({"name": name, **found, "loss": found["loss"] * ours / theirs})
-        write_json(kept, losses)
+        write_json(kept, [_losses(name, model, text, run) for name, model, text in compared])
     read: list[dict[str, Any]] = json.loads(kept.read_text())
     return read
+
+
+def _losses(name: str, model: Checkpoint, text: TokenBlocks, run: Run) -> dict[str, Any]:
+    """A model's losses on the run's text, which is given in the model's own tokens."""
+    settings = run.recipe.pretrain
+    num_tokens: dict[SplitName, int] = {
+        "validation": settings.validation_tokens, "test": settings.test_tokens,
+    }  # fmt: skip
+    losses, found = {}, {}
+    for split, wanted in num_tokens.items():
+        ours, theirs = run.text.bytes_per_token(split), text.bytes_per_token(split)
+        found = text_loss(model, text, round(wanted * ours / theirs), split)
+        losses[split] = found["loss"] * ours / theirs
+    return {
+        "name": name,
+        "parameters": found["parameters"],
+        "tokens": found["tokens"],
+        "bits_per_byte": bits_per_byte(found["loss"], text.bytes_per_token("test")),
+        "loss": losses["test"],
+        "losses": losses,
+    }
 
 
 def _describe(model: Path, student: Path, arm: dict[str, Any], result: dict[str, Any]) -> None:
@@ -289,8 +322,11 @@ def run_report(folder: Path) -> dict[str, Any]:
     write_html(result, folder / "report.html")
     output = Console()
     output.print(result_table(result))
+    if budget_rows(result):
+        output.print(budget_table(result))
     output.print(headline(result))
-    for sentence in [*bits_sentences(result), *baseline_sentences(result)]:
-        output.print(sentence)
+    for sentences in (error_sentences, bits_sentences, baseline_sentences):
+        for sentence in sentences(result):
+            output.print(sentence)
     output.print(f"report: {folder / 'report.html'}")
     return result

@@ -38,7 +38,7 @@ VERSION = 1
 LEAST_ROWS = 4096
 """The smallest size that is measured, beside the whole."""
 EVALUATED_CHARACTERS = 100_000
-"""Of the validation split, on which the table's losses are measured."""
+"""Of the test split, on which the table's losses are measured."""
 
 
 def trim(
@@ -81,7 +81,7 @@ def vocabulary_sizes(
 
     Returns:
         For each size "rows", "bytes_per_token" and "bits_per_byte" of the untrained teacher on
-        documents of the validation split.
+        documents of the test split.
 
     Raises:
         UserError: the text does not read, or the vocabulary cannot be trimmed.
@@ -112,10 +112,11 @@ def _measured(
     checkpoint: Checkpoint, settings: VocabularySettings, data: DataSettings, sizes: list[int]
 ) -> list[dict[str, Any]]:
     counts = token_counts(checkpoint, data, settings.sample_characters)
-    texts = samples_of(data, EVALUATED_CHARACTERS, "validation")
+    texts = samples_of(data, EVALUATED_CHARACTERS, "test")
     model = load_frozen(checkpoint.folder, default_device())
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     whole = [module.weight.detach() for module in (embedding, output)]
+    embedding.padding_idx = None  # which may lie beyond the rows that are left
     num_bytes, found = sum(len(text.encode()) for text in texts), []
     with progress("sizes", len(sizes), "sizes") as advance, tempfile.TemporaryDirectory() as place:
         for size in sizes:

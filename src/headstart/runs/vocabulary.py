@@ -25,7 +25,7 @@ from headstart.system.progress import progress
 from headstart.text.corpus import find_corpus, inputs_of
 from headstart.text.prepare import load_tokenizer, parts_of, tokenizer_hash
 from headstart.text.sample import sampled_texts
-from headstart.text.settings import DataSettings, SplitName, VocabularySettings
+from headstart.text.settings import FRACTIONS, DataSettings, SplitName, VocabularySettings
 from headstart.text.vocabulary import check_size, kept_tokens, needed_tokens
 
 if TYPE_CHECKING:
@@ -129,9 +129,7 @@ def rows_to_keep(
 
 def counted_text(data: DataSettings) -> list[Any]:
     """All that the choice of documents depends on in which tokens are counted."""
-    keys = (
-        "text_column", "document_separator", "validation_fraction", "search_fraction", "seed",
-    )  # fmt: skip
+    keys = ("text_column", "document_separator", *FRACTIONS, "seed")
     return [
         [inputs_of(find_corpus(part.source)), [getattr(part, key) for key in keys]]
         for part in parts_of(data)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from headstart.model.checkpoint import read_architecture
 from headstart.model.count import Measure
 from headstart.system.errors import UserError
+from headstart.system.formats import COUNT_PATTERN, parse_count
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,3 @@ class BinSettings:
         """A folder's name for this bin: its own, or made of what was given."""
         text = self.name or (str(self.around) if self.around else f"{self.low}-{self.high}")
         return re.sub(r"[^\w.-]+", "-", text).strip("-.")
-
-
-COUNT_PATTERN = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?)([KMGBT]?)", re.IGNORECASE)
-
-
-def parse_count(text: int | str) -> int:
-    """Read an amount with an optional K, M, B or G (both 1e9), or T.
-
-    >>> parse_count("1.5M")
-    1500000
-    """
-    found = COUNT_PATTERN.fullmatch(str(text))
-    if not found:
-        raise UserError(f"{text!r} is not a count; write a number, or one with K, M, B, G or T")
-    scale = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}[found[2].upper()]
-    return round(float(found[1]) * scale)

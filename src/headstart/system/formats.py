@@ -1,6 +1,10 @@
-"""How numbers are written for people, in the terminal and on pages."""
+"""How numbers are written by people and for them, in recipes, in the terminal and on pages."""
 
 from __future__ import annotations
+
+import re
+
+from headstart.system.errors import UserError
 
 NOTHING = "–"
 """Stands where there is no number."""
@@ -57,3 +61,19 @@ def duration_text(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}m{rest:02d}s"
     return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+COUNT_PATTERN = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?)([KMGBT]?)", re.IGNORECASE)
+
+
+def parse_count(text: int | str) -> int:
+    """Read an amount with an optional K, M, B or G (both 1e9), or T.
+
+    >>> parse_count("1.5M")
+    1500000
+    """
+    found = COUNT_PATTERN.fullmatch(str(text))
+    if not found:
+        raise UserError(f"{text!r} is not a count; write a number, or one with K, M, B, G or T")
+    scale = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}[found[2].upper()]
+    return round(float(found[1]) * scale)

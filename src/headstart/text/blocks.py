@@ -20,8 +20,8 @@ class TokenBlocks:
     """A prepared corpus on disk, or a mixture of several.
 
     Attributes:
-        folder: Holds manifest.json and train.bin, search.bin and validation.bin; a mixture has
-            .npy files of the order instead.
+        folder: Holds manifest.json and, for each split, train.bin and so on; a mixture has .npy
+            files of the order instead.
         manifest: The content of manifest.json. `manifest["splits"][name]` counts documents,
             text_bytes and tokens (both before the ragged tail was dropped) and blocks.
         separate_documents: As in the settings.

@@ -43,14 +43,13 @@ from headstart.text.corpus import (
     units_of,
 )
 from headstart.text.mixture import mixed_order
-from headstart.text.settings import SPLITS, DataSettings
+from headstart.text.settings import FRACTIONS, SPLITS, DataSettings
 from headstart.text.tokenise import Tokenisation, remove_parts
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 """Part of the fingerprint: raise it when the same inputs give other bytes."""
 FINGERPRINTED = (
-    "text_column", "block_length", "validation_fraction", "search_fraction", "seed", "max_tokens",
-    "strict", "document_separator",
+    "text_column", "block_length", *FRACTIONS, "seed", "max_tokens", "strict", "document_separator",
 )  # fmt: skip
 """The settings that decide the bytes. Where the same content lies is not among them."""
 BLOCKS_PER_CHECK = 4096
@@ -225,7 +224,7 @@ def _count_blocks(
         counts["train"]["tokens"] = min(counts["train"]["tokens"], settings.max_tokens)
     for name, count in counts.items():
         count["blocks"] = count["tokens"] // settings.block_length
-        if count["blocks"] == 0 and (name == "validation" or not settings.is_validation_only):
+        if count["blocks"] == 0 and (name == "test" or not settings.is_test_only):
             mend = "" if name == "train" else f", a larger data.{name}_fraction"
             if is_plain and not settings.document_separator:
                 mend += ", data.document_separator (a .txt file is one document without it)"
@@ -279,15 +278,14 @@ def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -
 
 
 def _check_settings(settings: DataSettings) -> None:
-    for name in ("validation_fraction", "search_fraction"):
-        fraction = getattr(settings, name)
-        if not 0 < fraction < 1 and not settings.is_validation_only:
+    for name, fraction in settings.fractions.items():
+        if not 0 < fraction < 1 and not settings.is_test_only:
             raise UserError(f"data.{name} is {fraction}: give a number between 0 and 1")
-    held_out = settings.validation_fraction + settings.search_fraction
-    if held_out >= 1 and not settings.is_validation_only:
+    held_out = sum(settings.fractions.values())
+    if held_out >= 1 and not settings.is_test_only:
         raise UserError(
-            f"data.validation_fraction and data.search_fraction add up to {held_out:g}, which "
-            "leaves nothing to train on: make their sum less than 1"
+            f"data.{', data.'.join(FRACTIONS)} add up to {held_out:g}, which leaves nothing to "
+            "train on: make their sum less than 1"
         )
     if settings.block_length < MIN_BLOCK_LENGTH:
         raise UserError(

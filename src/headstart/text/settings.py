@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from headstart.system.errors import UserError
 from headstart.system.settings import check_least
 
-SplitName = Literal["train", "search", "validation"]
-SPLITS: tuple[SplitName, ...] = ("train", "search", "validation")
+SplitName = Literal["train", "search", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "search", "validation", "test")
+FRACTIONS = ("validation_fraction", "search_fraction", "test_fraction")
+"""The settings that give a split its share; training has the rest."""
 MAX_WEIGHT = 1e9
 """Of a mixture's part, so that sums and shares of weights are numbers."""
 
@@ -48,9 +50,11 @@ class DataSettings:
             a document), or a text such as "<|endoftext|>". A file is one document when empty.
         text_column: The column that holds the text; a .txt file has no columns and ignores it.
         block_length: Tokens per block.
-        validation_fraction: Share of the documents that results are reported on.
+        validation_fraction: Share of the documents that training is watched on, and that learning
+            rates and checkpoints are chosen by.
         search_fraction: Share of the documents that the search measures fitness on: never
             trained on, never reported on.
+        test_fraction: Share of the documents that results are reported on. Nothing is chosen by it.
         seed: Changes which documents fall into which split.
         mixture: Several corpora instead of `source`. Smaller ones are repeated until the largest,
             by its weight, has been read once.
@@ -67,6 +71,7 @@ class DataSettings:
     block_length: int = 512
     validation_fraction: float = 0.05
     search_fraction: float = 0.05
+    test_fraction: float = 0.05
     seed: int = 0
     mixture: tuple[MixtureSource, ...] = ()
     max_tokens: int = 0
@@ -74,9 +79,18 @@ class DataSettings:
     separate_documents: bool = False
 
     @property
-    def is_validation_only(self) -> bool:
-        """Whether the whole text is for validation, so that nothing can be trained on it."""
-        return (self.validation_fraction, self.search_fraction) == (1.0, 0.0)
+    def is_test_only(self) -> bool:
+        """Whether the whole text is for the test, so that nothing can be trained on it."""
+        return self.fractions == {**dict.fromkeys(FRACTIONS, 0.0), "test_fraction": 1.0}
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """The share of each split but the training's, by its setting."""
+        return {name: getattr(self, name) for name in FRACTIONS}
+
+    def for_test_alone(self) -> DataSettings:
+        """The same text, all of it in the test split."""
+        return replace(self, validation_fraction=0.0, search_fraction=0.0, test_fraction=1.0)
 
 
 @dataclass(frozen=True)

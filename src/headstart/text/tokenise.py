@@ -38,6 +38,7 @@ BATCHES_PER_RECORD = 16
 """How often a unit's state is recorded, after which a killed process goes on."""
 
 NO_COUNTS = {"documents": 0, "text_bytes": 0, "tokens": 0}
+HELD_OUT: tuple[SplitName, ...] = ("validation", "search", "test")
 Counts = dict[str, dict[str, int]]
 """Of each split, what `NO_COUNTS` has."""
 
@@ -236,10 +237,10 @@ def split_of(text: str, settings: DataSettings) -> SplitName:
     """
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(settings.seed).encode())
     place = int.from_bytes(digest.digest(), "big") / 2**64
-    if place < settings.validation_fraction:
-        return "validation"
-    if place < settings.validation_fraction + settings.search_fraction:
-        return "search"
+    for name in HELD_OUT:
+        place -= getattr(settings, f"{name}_fraction")
+        if place < 0:
+            return name
     return "train"
 
 

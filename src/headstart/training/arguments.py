@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,22 @@ def save_minutes(train: dict[str, Any], arm: Arm) -> float:
     return float(minutes)
 
 
-def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps: int = 1) -> Any:
+def training_arguments(
+    train: dict[str, Any],
+    arm: Arm,
+    folder: Path,
+    max_steps: int = 1,
+    schedule: Mapping[str, Any] | None = None,
+) -> Any:
     """TrainingArguments of one arm: the recipe's `train:` block and the arm's own over it,
     verbatim, over our defaults.
+
+    Args:
+        train: the recipe's block.
+        arm: with more of them.
+        folder: of the arm.
+        max_steps: to train.
+        schedule: arguments that a budget sets, over all others.
 
     Raises:
         UserError: a key is one that headstart sets, or TrainingArguments refuses it.
@@ -139,6 +153,7 @@ def training_arguments(train: dict[str, Any], arm: Arm, folder: Path, max_steps:
         "disable_tqdm": True,
         "log_level": "error",
         **train,
+        **(schedule or {}),
         "output_dir": str(folder),
         "learning_rate": arm.learning_rate,
         "max_steps": max_steps,

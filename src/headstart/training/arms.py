@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.system.device import peak_flops
 from headstart.system.distributed import from_main, is_main
@@ -26,8 +28,9 @@ from headstart.training.arguments import (
     tokens_per_step,
     training_arguments,
 )
+from headstart.training.budgets import Budget, KeepBranches, begin_branch, budgets_of
 from headstart.training.cache import CachedBlocks, CacheIdentity, TeacherCache
-from headstart.training.settings import Arm, PretrainSettings
+from headstart.training.settings import STUDENT, Arm, PretrainSettings
 from headstart.training.teacher import Teacher, load_teacher
 
 if TYPE_CHECKING:
@@ -39,11 +42,12 @@ class ArmInputs:
     """What an arm needs besides its own settings.
 
     Attributes:
-        student: the extracted sub-network; its config serves random arms too.
+        student: the extracted sub-network.
         teacher: for arms that distil.
-        blocks: training and validation tokens.
+        blocks: training, validation and test tokens.
         settings: shared by all arms.
         train: the recipe's `train:` block.
+        shapes: architectures of arms with a shape of their own, by its name.
     """
 
     student: Checkpoint
@@ -51,14 +55,20 @@ class ArmInputs:
     blocks: TokenBlocks
     settings: PretrainSettings
     train: dict[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, Architecture] = field(default_factory=dict)
+
+    def architecture(self, arm: Arm) -> Architecture:
+        """Of the model that an arm trains."""
+        return self.student.architecture if arm.shape == STUDENT else self.shapes[arm.shape]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long an arm trains, and from where it goes on.
+    """How long a training goes on, and from where.
 
     An optimizer step sees `step_tokens` over all processes, and `steps_done` are those until the
-    newest whole checkpoint, if there is one.
+    newest whole checkpoint, if there is one. `branches` are the shorter budgets that go on from
+    this one, each with its folder.
     """
 
     arguments: Any
@@ -66,59 +76,105 @@ class Schedule:
     num_steps: int
     checkpoint: Path | None
     steps_done: int
+    branches: Mapping[Path, Budget]
 
 
 def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
     """Train one arm, or go on from its last checkpoint, or read its result if it is done.
 
+    With several budgets, the largest is trained first, and the others branch off it.
+
     Under torchrun it works inside `headstart.system.distributed.process_group`.
 
     Args:
-        folder: of this arm; holds checkpoints, TensorBoard logs, then `model/` and `arm.json`.
+        folder: of this arm; holds checkpoints, TensorBoard logs, then `model/` and `arm.json`;
+            smaller budgets have a folder `budget-TOKENS` in it.
 
     Returns:
-        The content of `arm.json`: tokens, tokens_per_step, validation_tokens (those used),
-        seconds, the curve, a list of {"tokens", "loss"}, from before training to the end, and its
-        best point, whose weights are in `best-STEP/` unless it is the last.
+        The content of `arm.json`: tokens, tokens_per_step, validation_tokens, test_tokens (those
+        used), seconds, the curve on the validation split, a list of {"tokens", "loss"}, from before
+        training to the end, and its best point, whose weights are in `best-STEP/` unless it is the
+        last; `before`, the loss on the test split before training; and `budgets`, ascending, the
+        tokens and both losses at the end of each.
 
     Raises:
         UserError: the run was begun with another number of processes; the arm distils from a
-            teacher of another vocabulary or from a cache of another teacher or text; or there is
-            less text than one step takes.
+            teacher of another vocabulary or from a cache of another teacher or text; there is
+            less text than one step takes; or the budgets do not fit, see `budgets_of`.
     """
-    finished = folder / "arm.json"
-    result: dict[str, Any] | None = from_main(lambda: read_json(finished))
-    if result is not None:
-        return result
-    schedule = _schedule(arm, inputs, folder)
-    trainer, validation_tokens = _trained(arm, inputs, schedule)
-    trainer.save_model(str(folder / "model"))
-    result = {
-        "tokens": schedule.num_steps * schedule.step_tokens,
-        "tokens_per_step": schedule.step_tokens,
-        "validation_tokens": validation_tokens,
-        "seconds": trainer.seconds,
-        **_curve(trainer.state.log_history, schedule.step_tokens),
-    }
-    if is_main():
-        _keep_best(folder, result["best"]["tokens"] // schedule.step_tokens, schedule.num_steps)
-        write_json(finished, result)
+    file, budgets = folder / "arm.json", arm_budgets(arm, inputs, folder)
+    folders = [folder / f"budget-{tokens}" for tokens in inputs.settings.budget_tokens[:-1]]
+    branches = dict(zip(folders, budgets[:-1], strict=True))
+    result: dict[str, Any] | None = from_main(lambda: read_json(file))
+    # The largest comes first, and the others after it, so that a count says which are done.
+    for number, (place, budget) in enumerate(reversed([*branches.items(), (folder, budgets[-1])])):
+        if result is not None and number < len(result["budgets"]):
+            continue
+        found, reached = _run_budget(arm, inputs, place, budget, {} if result else branches)
+        result = result or {**found, "budgets": []}
+        result["budgets"].insert(0, reached)
+        if is_main():
+            write_json(file, result)
+            for checkpoint in place.glob("checkpoint-*") if number else ():
+                shutil.rmtree(checkpoint)
+    assert result is not None
     return result
 
 
-def _schedule(arm: Arm, inputs: ArmInputs, folder: Path) -> Schedule:
-    """Plan an arm's steps, and find the checkpoint that it goes on from."""
+def _run_budget(
+    arm: Arm, inputs: ArmInputs, folder: Path, budget: Budget, branches: Mapping[Path, Budget]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train to one budget; what `run_arm` returns but `budgets`, and this one's entry there."""
+    schedule = _schedule(arm, inputs, folder, budget, branches)
+    trainer = _trained(arm, inputs, schedule)
+    trainer.save_model(str(folder / "model"))
+    history = trainer.state.log_history
+    tested = {entry["step"]: entry for entry in history if "test_loss" in entry}
+    before, after = (
+        {"loss": tested[step]["test_loss"], "standard_error": tested[step]["test_standard_error"]}
+        for step in (0, budget.num_steps)
+    )
+    curve = _curve(history, schedule.step_tokens)
+    if is_main():
+        _keep_best(folder, curve["best"]["tokens"] // schedule.step_tokens, budget.num_steps)
+    result = {
+        "tokens": budget.num_steps * schedule.step_tokens,
+        "tokens_per_step": schedule.step_tokens,
+        "validation_tokens": inputs.blocks.spread(
+            "validation", inputs.settings.validation_tokens
+        ).size,
+        "test_tokens": inputs.blocks.spread("test", inputs.settings.test_tokens).size,
+        "seconds": trainer.seconds,
+        **curve,
+        "before": before,
+    }
+    reached = {key: result[key] for key in ("tokens", "seconds")}
+    return result, {**reached, "validation_loss": curve["curve"][-1]["loss"], **after}
+
+
+def arm_budgets(arm: Arm, inputs: ArmInputs, folder: Path) -> list[Budget]:
+    """Every budget of an arm in its own steps, ascending; errors as `budgets_of`."""
+    arguments = training_arguments(inputs.train, arm, folder)
+    block_length = inputs.blocks.split("train").shape[1]
+    step_tokens = tokens_per_step(arguments, block_length)
+    train = {**inputs.train, **arm.train}
+    return budgets_of(inputs.settings, step_tokens, arguments.warmup_steps, train)
+
+
+def _schedule(
+    arm: Arm, inputs: ArmInputs, folder: Path, budget: Budget, branches: Mapping[Path, Budget]
+) -> Schedule:
+    """Plan a training's steps, and find the checkpoint that it goes on from."""
     from headstart.training.trainer import (
         evaluation_steps,
         is_evaluated,
         last_whole_checkpoint,
     )
 
-    block_length = inputs.blocks.split("train").shape[1]
-    step_tokens = tokens_per_step(training_arguments(inputs.train, arm, folder), block_length)
+    num_steps = budget.num_steps
+    arguments = training_arguments(inputs.train, arm, folder, num_steps, budget.schedule())
+    step_tokens = tokens_per_step(arguments, inputs.blocks.split("train").shape[1])
     check_step(step_tokens, inputs.blocks)
-    num_steps = math.ceil(inputs.settings.tokens / step_tokens)
-    arguments = training_arguments(inputs.train, arm, folder, num_steps)
 
     def newest() -> Path | None:
         checkpoint = last_whole_checkpoint(folder)
@@ -129,6 +185,9 @@ def _schedule(arm: Arm, inputs: ArmInputs, folder: Path) -> Schedule:
                     f"{folder} was begun with {before} steps and would go on with {num_steps}: "
                     "start as many processes as before, or choose another --output"
                 )
+            for branch, of_branch in branches.items():  # one whose copy was cut short
+                if checkpoint.name == f"checkpoint-{of_branch.branch_step}":
+                    begin_branch(checkpoint, branch, of_branch)
         return checkpoint
 
     checkpoint = from_main(newest)
@@ -137,11 +196,11 @@ def _schedule(arm: Arm, inputs: ArmInputs, folder: Path) -> Schedule:
     arguments.eval_on_start = steps_done in due and not from_main(
         lambda: is_evaluated(checkpoint, steps_done)
     )
-    return Schedule(arguments, step_tokens, num_steps, checkpoint, steps_done)
+    return Schedule(arguments, step_tokens, num_steps, checkpoint, steps_done, branches)
 
 
-def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[DistillationTrainer, int]:
-    """The trainer of an arm after its last step, and the number of validation tokens it used."""
+def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> DistillationTrainer:
+    """The trainer of an arm after its last step."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
     from transformers.data import default_data_collator
 
@@ -150,12 +209,14 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[Distillat
 
     settings, arguments = inputs.settings, schedule.arguments
     if schedule.steps_done < schedule.num_steps:  # the Trainer loads a checkpoint into it
-        model = _initial_model(arm, inputs.student.folder, arguments.seed)
+        model = _initial_model(arm, inputs, arguments.seed)
     else:
         model = AutoModelForCausalLM.from_pretrained(schedule.checkpoint, dtype=torch.float32)
     train_dataset = _train_dataset(arm, inputs, schedule)
     teacher = _teacher(arm, inputs, model, arguments)
-    validation_blocks = inputs.blocks.spread("validation", settings.validation_tokens)
+    blocks, separator = inputs.blocks, inputs.blocks.separator
+    validation_blocks = blocks.spread("validation", settings.validation_tokens)
+    test_blocks = blocks.spread("test", settings.test_tokens)
     num_tokens = schedule.num_steps * schedule.step_tokens
     with progress(f"pretrain {arm.name}", num_tokens, "tokens") as advance:
         on_step = _step_reporter(advance, schedule.step_tokens)
@@ -167,7 +228,8 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[Distillat
             processing_class=AutoTokenizer.from_pretrained(inputs.teacher.folder),
             data_collator=default_data_collator,
             train_dataset=train_dataset,
-            eval_dataset=BlockDataset(validation_blocks, separator=inputs.blocks.separator),
+            eval_dataset=BlockDataset(validation_blocks, separator=separator),
+            test_dataset=BlockDataset(test_blocks, separator=separator),
             teacher=teacher,
             distillation=arm.kd,
             tokens_per_step=schedule.step_tokens,
@@ -185,9 +247,10 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> tuple[Distillat
         else:
             stopper = SaveAndStop(save_minutes(inputs.train, arm))
             trainer.add_callback(stopper)
+            trainer.add_callback(KeepBranches(schedule.branches))
             with stopper.watching():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer, validation_blocks.size
+    return trainer
 
 
 def _step_reporter(advance: Callable[..., None], step_tokens: int) -> Callable[[int, str], None]:
@@ -250,27 +313,43 @@ def _keep_best(folder: Path, best_step: int, num_steps: int) -> None:
 def _flops_per_token(arm: Arm, inputs: ArmInputs) -> float:
     """Of a training step: the student's, and the teacher's if it is asked."""
     block_length = inputs.blocks.split("train").shape[1]
-    flops = inputs.student.architecture.count(block_length).training_flops_per_token
+    flops = inputs.architecture(arm).count(block_length).training_flops_per_token
     if arm.kd and not arm.kd.cache:
         flops += inputs.teacher.architecture.count(block_length).inference_flops_per_token
     return flops
 
 
-def _initial_model(arm: Arm, student: Path, seed: int) -> Any:
+def _initial_model(arm: Arm, inputs: ArmInputs, seed: int) -> Any:
     """The model that an arm begins with.
 
     Blocks have no padding, but the padding token is often the one that ends documents, whose
     embedding torch would keep at zero: a block that begins with it then stays at zero through all
     layers, and every norm multiplies its gradient by up to the root of 1 / epsilon.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
-    config = AutoConfig.from_pretrained(student)
+    architecture = inputs.architecture(arm)
+    config = copy.deepcopy(architecture.config)
     padding, config.pad_token_id = config.pad_token_id, None
     if arm.init == "subnet":
-        model = AutoModelForCausalLM.from_pretrained(student, config=config, dtype=torch.float32)
+        folder = inputs.student.folder
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     else:
         set_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _scale_residual_projections(model, architecture)
     model.config.pad_token_id = padding
     return model
+
+
+@torch.no_grad()
+def _scale_residual_projections(model: Any, architecture: Architecture) -> None:
+    """Make what writes into the residual stream smaller the more of it there are.
+
+    Source: GPT-2 (Radford et al., 2019), which divides by the root of the number of such matrices.
+    """
+    num_layers = architecture.sizes["layers"]
+    for pattern, layout in architecture.layouts.items():
+        if "{i}" in pattern and layout.startswith("embed "):
+            for layer in range(num_layers):
+                model.get_parameter(pattern.format(i=layer)).div_(math.sqrt(2 * num_layers))

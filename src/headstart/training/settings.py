@@ -7,8 +7,12 @@ from typing import Any, Literal
 
 from headstart.losses.distillation import DistillationSettings
 from headstart.system.errors import UserError
+from headstart.system.formats import parse_count
 from headstart.system.settings import check_least
 
+STUDENT, PROPORTIONAL = "student", "proportional"
+"""Shapes that no file describes."""
+BEST = "best"
 MAX_SEED = 2**32 - 1
 """NumPy, which the Trainer seeds too, takes no larger one."""
 MAX_NAME_BYTES = 200
@@ -20,8 +24,11 @@ class Arm:
     """One training run.
 
     Attributes:
-        name: in the report, and of its folder; "scratch" is what the others are compared with.
+        name: in the report, and of its folder.
         init: "random" weights, or those of the extracted "subnet".
+        shape: of a model with random weights: that of the "student"; "proportional", the shape in
+            the bin that is nearest to the teacher's proportions; or that of a config file, a folder
+            or a hub id, with the teacher's vocabulary.
         learning_rate: the peak of the schedule.
         learning_rates: several to train with, each in a run of its own; the one that ends lowest
             is compared with the other arms.
@@ -32,6 +39,7 @@ class Arm:
 
     name: str
     init: Literal["random", "subnet"] = "subnet"
+    shape: str = STUDENT
     learning_rate: float = 1e-3
     learning_rates: tuple[float, ...] = ()
     optimizer: Literal["", "muon"] = ""
@@ -47,6 +55,11 @@ class Arm:
         for rate in (self.learning_rate, *self.learning_rates):
             if rate <= 0:
                 raise UserError(f"arm {self.name} has learning_rate {rate}; it must be above 0")
+        if self.init != "random" and self.shape != STUDENT:
+            raise UserError(
+                f"arm {name} has the shape {self.shape} and weights of the student; set its init "
+                "to random, or leave out shape"
+            )
         if len(set(self.learning_rates)) < len(self.learning_rates):
             raise UserError(f"arm {self.name} has one of its learning_rates twice; remove it")
 
@@ -57,13 +70,21 @@ class PretrainSettings:
 
     Attributes:
         tokens: budget of every arm, rounded up to whole steps.
+        budgets: several of them instead, such as 2M. Each arm trains at a constant rate to the
+            largest, and from that run each budget branches off with a rate that falls to zero, so
+            that it ends as a run of its own would.
+        decay: share of every budget over which the rate falls, where there are several.
         bytes: the budget in bytes of text, whatever the tokenizer, by the bytes of a token in the
             validation split; 0 for `tokens`.
         validation_tokens: of the validation split, used by every evaluation; all that it holds if
             that is less.
+        test_tokens: of the test split, on which final losses are measured; all that it holds if
+            that is less.
         evaluations: how many, denser at the start, besides the one before training.
         seeds: of weights and of the order of the text; with several, each arm is trained with each
             and their mean is reported. `train.seed` alone when empty.
+        target: the arm whose loss the others are to reach, by its name; "best" for whichever arm
+            with random weights ends lowest.
         baselines: models, as folders or hub ids, whose loss on the validation split the arms are
             measured against; by its bytes, where their tokenizer is another.
         peak_tflops: of one device in the precision of training, for the share that is reached; 0
@@ -73,19 +94,31 @@ class PretrainSettings:
 
     tokens: int = 10_000_000
     bytes: int = 0
+    budgets: tuple[int | str, ...] = ()
+    decay: float = 0.2
     validation_tokens: int = 65_536
+    test_tokens: int = 262_144
     evaluations: int = 20
     seeds: tuple[int, ...] = ()
+    target: str = BEST
     baselines: tuple[str, ...] = ()
     peak_tflops: float = 0.0
     arms: tuple[Arm, ...] = (
         Arm("scratch", init="random"),
+        Arm("scratch-proportional", init="random", shape=PROPORTIONAL),
         Arm("subnet"),
         Arm("subnet+kd", kd=DistillationSettings()),
     )
 
     def __post_init__(self) -> None:
-        check_least(self, "pretrain.", tokens=1, bytes=0, validation_tokens=1, evaluations=1)
+        least = {"tokens": 1, "bytes": 0, "validation_tokens": 1, "test_tokens": 1}
+        check_least(self, "pretrain.", **least, evaluations=1)
+        if self.bytes and self.budgets:
+            raise UserError("pretrain.bytes and pretrain.budgets are both set; keep one of them")
+        if 0 in self.budget_tokens or len(set(self.budget_tokens)) < len(self.budget_tokens):
+            raise UserError(f"pretrain.budgets {list(self.budgets)} has one twice, or 0; remove it")
+        if not 0 < self.decay < 1:
+            raise UserError(f"pretrain.decay is {self.decay}; it must be between 0 and 1")
         if self.peak_tflops < 0:
             raise UserError(f"pretrain.peak_tflops is {self.peak_tflops}; it may not be negative")
         if len(set(self.seeds)) < len(self.seeds):
@@ -99,3 +132,12 @@ class PretrainSettings:
                 f"pretrain.arms are named {', '.join(names) or 'nothing'}; give at least one arm, "
                 "each with a name of its own"
             )
+        if self.target not in (BEST, *names):
+            raise UserError(
+                f"pretrain.target is {self.target!r}; choose {BEST} or an arm: {', '.join(names)}"
+            )
+
+    @property
+    def budget_tokens(self) -> tuple[int, ...]:
+        """Every budget, ascending."""
+        return tuple(sorted(map(parse_count, self.budgets))) or (self.tokens,)

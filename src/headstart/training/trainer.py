@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import zipfile
@@ -25,6 +26,7 @@ from headstart.model.checkpoint import copy_files
 from headstart.model.trim import BESIDE_TOKENIZER
 from headstart.system.distributed import barrier
 from headstart.system.files import UNFINISHED
+from headstart.text.blocks import BlockDataset
 from headstart.training.cache import outputs_of_batch
 from headstart.training.teacher import Teacher
 
@@ -38,6 +40,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     Args:
         teacher: learnt from when `distillation` is set; None where batches hold its outputs.
         distillation: weights and divergence; None trains on text alone.
+        test_dataset: on which the model is measured before the first step and after the last, if
+            it is given.
         tokens_per_step: by which the weights' schedule counts.
         evaluation_steps: the optimizer steps after which to evaluate.
         earlier_seconds: that the run had trained before it was resumed.
@@ -54,6 +58,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         *,
         teacher: Teacher | None,
         distillation: DistillationSettings | None,
+        test_dataset: BlockDataset | None = None,
         tokens_per_step: int,
         evaluation_steps: set[int],
         earlier_seconds: float = 0.0,
@@ -65,6 +70,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         assert teacher is None or distillation is not None
         super().__init__(**arguments)
         self.teacher, self.distillation = teacher, distillation
+        self.test_dataset = test_dataset
         self.tokens_per_step = tokens_per_step
         self.started = time.perf_counter() - earlier_seconds
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
@@ -136,15 +142,22 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             losses.append(self.accelerator.gather_for_metrics(torch.stack(totals)))
         per_block = torch.cat(losses).double() / (blocks.shape[1] - 1)
         metrics = {f"{metric_key_prefix}_loss": per_block.mean().item()}
+        if metric_key_prefix == "test":
+            error = per_block.std(correction=0).item() / math.sqrt(max(1, len(per_block) - 1))
+            metrics["test_standard_error"] = error
         self.pause_seconds += time.perf_counter() - start
         return EvalLoopOutput(None, None, metrics, len(per_block))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, and keep the weights if no evaluation has been better, the first one excepted.
 
-        They are in `best-STEP`, an ordinary checkpoint folder without the optimizer's state.
+        They are in `best-STEP`, an ordinary checkpoint folder without the optimizer's state. Before
+        the first step and after the last, the test split is measured too, and chooses nothing.
         """
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if self.test_dataset and self.state.global_step in (0, self.state.max_steps):
+            loader = self.get_eval_dataloader(self.test_dataset)
+            self.log(self.evaluation_loop(loader, "test", metric_key_prefix="test").metrics)
         history = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
         if self.state.global_step and metrics["eval_loss"] < min(history[:-1], default=0.0):
             start = time.perf_counter()
