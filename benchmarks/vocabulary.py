@@ -53,7 +53,7 @@ def measured(size: int, rates: list[float], output: Path) -> dict[str, Any]:
     return {
         "size": size,
         "bytes_per_token": split["text_bytes"] / split["tokens"],
-        "teacher": bits * result["teacher"]["loss"],
+        "teacher": result["teacher"]["bits_per_byte"],
         "sizes": result["student"]["sizes"],
         "parameters": result["student"]["parameters"],
         "arms": {arm["name"]: _curves(arm, bits) for arm in result["arms"]},
