@@ -6,9 +6,9 @@
 The demo's teacher keeps 8,192 rows, and the student has the shape in the bin that is nearest to
 the teacher's proportions: no search chooses it. For every start the learning rate is first chosen
 on the validation split, at a small budget, and then each budget is trained to its end, with a rate
-that falls to zero. All figures are of the test split. A factor is what scratch had paid for its loss at
-a budget over what the start pays for the same, with everything charged; between two budgets of the
-start, loss falls in a straight line with the logarithm of the tokens. A killed run goes on.
+that falls to zero. All figures are of the test split. A factor is what scratch had paid for its
+loss at a budget over what the start pays for the same, with everything charged; between two budgets
+of the start, loss falls in a straight line with the logarithm of the tokens. A killed run goes on.
 """
 
 from __future__ import annotations

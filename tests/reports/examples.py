@@ -154,3 +154,22 @@ RACED = make_search(
     make_candidate(1, 1_400, 7.0, tokens=512),
     winner=2,
 )
+
+
+def budgeted(name: str, init: str, losses: list[float], *factors: float | None) -> Result:
+    """An arm with budgets of 1,000, 2,000, ... tokens, and how many times fewer tokens it needs;
+    0 for what it had before training."""
+    tokens = [1000 * 2**place for place in range(len(losses))]
+    budgets = [
+        {"tokens": at, "flops": 10.0 * at, "loss": loss, "spread": 0.01, "learning_rate": 2e-3}
+        for at, loss in zip(tokens, losses, strict=True)
+    ]
+    matches = []
+    for at, factor in zip(tokens, factors or [1.0] * len(losses), strict=True):
+        match = {"tokens": at, "reference": "scratch", "target_loss": 5.0, "is_bound": factor == 2}
+        match["tokens_to_match"] = factor and at / factor if factor != 0 else 0
+        match |= {"tokens_factor": factor or None, "flops_factor": factor and factor / 2}
+        matches.append(match)
+    last = {key: matches[-1][key] for key in ("is_bound", "tokens_to_match", "tokens_factor")}
+    more = {"tokens": tokens[-1], "init": init, "loss_final": losses[-1], "flops_factor": 1.5}
+    return make_arm(name, budgets=budgets, matches=matches, **more, **last)

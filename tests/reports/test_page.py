@@ -5,7 +5,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.reports.examples import HOSTILE, SCRATCH_ARM, Result, make_arm, make_result
+from tests.reports.examples import (
+    HOSTILE,
+    SCRATCH_ARM,
+    Result,
+    budgeted,
+    make_arm,
+    make_result,
+)
 
 from headstart.reports.page import charts_of, write_html
 from headstart.reports.table import result_rows
@@ -177,3 +184,17 @@ def test_drawing_highlights_the_kept_layers(tmp_path: Path) -> None:
     widths = [float(attributes["width"] or 0) for tag, attributes in page.tags if tag == "rect"]
     assert widths[-1] / widths[0] == pytest.approx(32 / 64)
     assert [tag for tag, _ in page.tags].count("path") == 2
+
+
+def test_a_page_of_several_budgets_draws_what_each_saves(tmp_path: Path) -> None:
+    scratch = budgeted("scratch", "random", [7.0, 6.0, 5.0])
+    start = budgeted("start", "subnet", [5.5, 5.0, 4.5], 0, 2, 3.5)
+    result = make_result(scratch, start)
+    charts = charts_of(result)
+    tokens, flops = charts["factor-budget"]["data"]
+    assert tokens["y"] == [None, 2, 3.5] and flops["y"] == [0, 1, 1.75]
+    assert tokens["marker"]["symbol"] == ["circle", "circle-open", "circle"]
+    assert charts["loss-tokens"]["data"][0]["y"] == [7.0, 6.0, 5.0]
+    text = read_page(result, tmp_path).text
+    assert "What it saves at every budget" in text and "3.50x" in text
+    assert "What it saves" not in read_page(make_result(SCRATCH_ARM, make_arm("a")), tmp_path).text

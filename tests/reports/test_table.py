@@ -9,6 +9,7 @@ from rich.console import Console
 from tests.reports.examples import (
     SCRATCH_ARM,
     Result,
+    budgeted,
     make_arm,
     make_result,
     matched_before,
@@ -16,10 +17,13 @@ from tests.reports.examples import (
 )
 
 from headstart.reports.table import (
+    BUDGET_COLUMNS,
     COLUMNS,
     FORMAT,
     best_arm,
+    budget_rows,
     factor_text,
+    forecast_sentences,
     headline,
     load_result,
     result_rows,
@@ -208,3 +212,49 @@ def test_load_result_refuses_what_it_cannot_read(tmp_path: Path, text: str, mess
         load_result(tmp_path)
     assert str(path) in str(raised.value)
     assert "run again" in str(raised.value)
+
+
+def with_budgets() -> Result:
+    scratch = budgeted("scratch", "random", [7.0, 6.0, 5.0])
+    start = budgeted("start", "subnet", [5.5, 5.0, 4.5], 0, 2, 3.5)
+    result = make_result(scratch, start)
+    result["compared_on"] = "test"
+    return result
+
+
+def test_every_budget_has_its_row() -> None:
+    result = with_budgets()
+    rows = [dict(zip(BUDGET_COLUMNS, row, strict=True)) for row in budget_rows(result)]
+    assert [row["budget"] for row in rows] == ["1,000", "2,000", "4,000"] * 2
+    assert [row["loss"] for row in rows[:2]] == ["7.000 ± 0.010", "6.000 ± 0.010"]
+    assert {row["fewer tokens"] for row in rows[:3]} == {"–"}  # not compared with itself
+    assert [row["fewer tokens"] for row in rows[3:]] == ["before training", "≥ 2.00x", "3.50x"]
+    assert [row["fewer FLOPs"] for row in rows[4:]] == ["≥ 1.00x", "1.75x"]
+    assert budget_rows(make_result(SCRATCH_ARM, make_arm("subnet"))) == []
+
+
+def test_what_is_forecast_is_said_and_what_is_not_trusted_too() -> None:
+    result = with_budgets()
+    assert forecast_sentences(result) == []
+    checked = [{"tokens": 4_000, "loss": 5.0, "forecast": 5.25}]
+    trusted, missed = ({"is_trusted": trust, "checked": checked} for trust in (True, False))
+    scratch, start = result["arms"]
+    scratch["forecast"], start["forecast"] = trusted, trusted
+    start["catch_up"] = {"tokens": 2.5e6, "horizon_tokens": 4e6}
+    assert forecast_sentences(result) == [
+        "By forecast, scratch catches up with start at a budget of about 2.50M tokens."
+    ]
+    start["catch_up"]["tokens"] = None
+    assert "not within 4.00M tokens" in forecast_sentences(result)[0]
+    scratch["forecast"], start["catch_up"] = missed, None
+    (sentence,) = forecast_sentences(result)
+    assert sentence.endswith("tell the larger one: scratch is 0.25 nats off.")
+
+
+def test_a_start_below_at_its_smallest_budget_gets_a_bound() -> None:
+    result = with_budgets()
+    result["arms"][1] |= {"is_bound": True, "tokens_to_match": 1000, "tokens_factor": 4.0}
+    assert headline(result).startswith(
+        "start is below scratch's test loss of 6.71 nats at its smallest budget already, 1,000 of "
+        "4,000 tokens: at least 4.00x fewer."
+    )

@@ -32,6 +32,7 @@ from headstart.runs.extraction import extract_found
 from headstart.runs.plan import print_search_plans
 from headstart.runs.stages import run_cache_teacher, run_pretrain, run_recipe, run_search
 from headstart.runs.trimming import trim
+from headstart.system.errors import UserError
 from headstart.text.prepare import check_source, prepare
 from headstart.text.settings import DataSettings, VocabularySettings
 
@@ -137,6 +138,64 @@ def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str])
     (found,) = run_evaluate([model], EvaluationSettings(settings)).values()
     assert found["loss"] == pytest.approx(subnet["loss_final"], abs=1e-4)
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+def test_several_budgets_against_several_random_shapes(recipe: dict[str, Any]) -> None:
+    config = json.loads((Path(recipe["teacher"]) / "config.json").read_text())
+    shape = Path(recipe["output"]).parent / "shape" / "config.json"
+    shape.parent.mkdir()
+    shape.write_text(json.dumps({**config, "num_hidden_layers": 1, "vocab_size": 999}))
+    random = {"init": "random", "learning_rate": 1e-2}
+    recipe["pretrain"] |= {
+        "budgets": [640, 1280, "2560"],
+        "test_tokens": 512,
+        "arms": [
+            {**random, "name": "alike"},
+            {**random, "name": "in proportion", "shape": "proportional"},
+            {**random, "name": "shallow", "shape": str(shape), "learning_rates": [1e-3, 1e-2]},
+            {"name": "start", "learning_rate": 1e-3},
+        ],
+    }
+    del recipe["pretrain"]["tokens"]
+    (result,) = run_recipe(recipe_from_dict(recipe))
+    alike, proportional, shallow, start = result["arms"]
+    assert result["compared_on"] == "test"
+    # Of the random arms, the one that ends lowest on the test split.
+    random_arms = [alike, proportional, shallow]
+    for place, match in enumerate(start["matches"]):
+        best = min(random_arms, key=lambda arm: arm["budgets"][place]["loss"])
+        assert match["reference"] == best["name"]
+        assert match["target_loss"] == best["budgets"][place]["loss"]
+    assert [budget["tokens"] for budget in start["budgets"]] == [640, 1280, 2560]
+    # Each arm is what it says: the bin's proportional shape, and the other model with these tokens.
+    assert 30_000 <= proportional["parameters"] <= 45_000
+    assert (shallow["sizes"]["layers"], shallow["sizes"]["vocab"]) == (1, config["vocab_size"])
+    arms = Path(recipe["output"]) / "arms"
+    for arm in result["arms"]:
+        model = arms / arm["name"] / arm["folder"] / "model" / "model.safetensors"
+        written = sum(tensor.numel() for tensor in load_file(model).values())
+        assert written == arm["parameters"]
+        per_token = Architecture.read(model.parent).count(BLOCK_LENGTH).training_flops_per_token
+        paid = arm["budgets"][1]["flops"] - arm["curve"][0]["flops"]
+        assert paid == 1280 * per_token
+    page = (Path(recipe["output"]) / "report.html").read_text()
+    assert "What it saves at every budget" in page
+
+
+@pytest.mark.parametrize(
+    ("arm", "sentence"),
+    [
+        ({"init": "random", "shape": "/nowhere"}, "/nowhere"),
+        ({"shape": "proportional"}, "set its init to random, or leave out shape"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_before_the_search(
+    arm: dict[str, str], sentence: str, recipe: dict[str, Any]
+) -> None:
+    recipe["pretrain"]["arms"] = [{"name": "a", **arm}]
+    with pytest.raises(UserError, match=sentence):
+        run_recipe(recipe_from_dict(recipe))
+    assert not (Path(recipe["output"]) / "search.jsonl").exists()
 
 
 def test_pretrain_alone_takes_any_extracted_student(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -269,6 +269,29 @@ def budget_rows(result: Result) -> list[tuple[str, ...]]:
     return rows
 
 
+def forecast_sentences(result: Result) -> list[str]:
+    """When the reference is forecast to catch up with each arm, or why nothing is forecast."""
+    sentences, missed = [], []
+    for arm in result["arms"]:
+        if (forecast := arm.get("forecast")) and not forecast["is_trusted"]:
+            miss = max(abs(of["forecast"] - of["loss"]) for of in forecast["checked"])
+            missed.append(f"{arm['name']} is {miss:.2f} nats off")
+        if catch_up := arm.get("catch_up"):
+            tokens, reference = catch_up["tokens"], result["reference"]
+            when = (
+                f"at a budget of about {count_text(tokens)} tokens"
+                if tokens
+                else f"not within {count_text(catch_up['horizon_tokens'])} tokens"
+            )
+            sentences.append(f"By forecast, {reference} catches up with {arm['name']} {when}.")
+    if missed:
+        sentences.append(
+            "No forecast where the smaller half of the budgets does not tell the larger one: "
+            f"{', '.join(missed)}."
+        )
+    return sentences
+
+
 def budget_table(result: Result) -> Table:
     """The table of budgets for the terminal."""
     table = Table(title="what runs of each budget end with, test loss", box=SIMPLE_HEAD)

@@ -21,6 +21,7 @@ from headstart.model.spec import SEARCH_COSTS, load_spec
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.reports.table import FORMAT
 from headstart.runs.comparison import compare, matched_tokens, points_of
+from headstart.runs.forecast import look_ahead
 from headstart.system.files import read_json
 from headstart.text.settings import SplitName
 from headstart.training.arms import ArmInputs
@@ -70,6 +71,7 @@ def result_of(
     ]
     compare(arms, recipe.pretrain.target)
     split: SplitName = "test" if len(recipe.pretrain.budget_tokens) > 1 else "validation"
+    look_ahead(arms)
     target = arms[0]["matches"][-1]["target_loss"]
     for entry in arms:
         entry["baseline_tokens"] = [

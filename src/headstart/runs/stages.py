@@ -33,6 +33,7 @@ from headstart.reports.table import (
     budget_rows,
     budget_table,
     error_sentences,
+    forecast_sentences,
     headline,
     load_result,
     result_table,
@@ -325,7 +326,12 @@ def run_report(folder: Path) -> dict[str, Any]:
     if budget_rows(result):
         output.print(budget_table(result))
     output.print(headline(result))
-    for sentences in (error_sentences, bits_sentences, baseline_sentences):
+    for sentences in (
+        error_sentences,
+        forecast_sentences,
+        bits_sentences,
+        baseline_sentences,
+    ):
         for sentence in sentences(result):
             output.print(sentence)
     output.print(f"report: {folder / 'report.html'}")
