@@ -89,7 +89,9 @@ def test_training_is_that_of_a_plain_loop(kind: str, num_blocks: int, tmp_path: 
     candidates = [whole_width(teacher), sampled(teacher, "fine-uniform")]
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     journal = Journal(tmp_path / "j", {})
-    finals = run_finals(list(map(scored, candidates)), fitness, train, SETTINGS, journal)
+    finals = run_finals(
+        list(map(scored, candidates)), fitness, train, SETTINGS, journal, fitness.student
+    )
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
@@ -112,9 +114,8 @@ def test_layerwise_finalists_learn_too(kind: str, tmp_path: Path) -> None:
     fitness = fitness_of(teacher, held_out)
     samples = (sampled(teacher, "fine-layerwise", seed) for seed in range(100))
     candidate = next(sample for sample in samples if len({units.size for units in sample.mlp}) > 2)
-    (final,) = run_finals(
-        [scored(candidate)], fitness, train, SETTINGS, Journal(tmp_path / "j", {})
-    )
+    journal = Journal(tmp_path / "j", {})
+    (final,) = run_finals([scored(candidate)], fitness, train, SETTINGS, journal, fitness.student)
     twin = fitness.student(candidate).requires_grad_(True)
     for parameter in twin.parameters():
         parameter.data = parameter.data.clone()
@@ -149,7 +150,9 @@ def test_finals_that_were_killed_go_on(trainings: list[int], tmp_path: Path) -> 
             [score for score in finalists if journal.find(score.candidate, score.tokens) is None]
         )
         told: list[Evaluated] = []
-        scores = run_finals(finalists, fitness, train, settings, journal, told.append)
+        scores = run_finals(
+            finalists, fitness, train, settings, journal, fitness.student, told.append
+        )
         assert told == scores
         return scores
 
@@ -167,38 +170,35 @@ def test_finals_that_were_killed_go_on(trainings: list[int], tmp_path: Path) -> 
     assert len(trainings) == 9
 
 
-def test_finalists_are_the_best_of_each_depth_and_width() -> None:
-    rng = random.Random(0)
+def test_finalists_are_the_best_of_different_shapes() -> None:
+    def score(layers: int, embed: int, neurons: int, loss: float) -> Evaluated:
+        inner = (Units(neurons),)
+        return scored(Candidate(Units(layers), Units(embed), 8, inner, inner), loss=loss)
 
-    def score(place: int) -> Evaluated:
-        layers, embed = Units(rng.randint(1, 3)), Units(8 * rng.randint(1, 3))
-        inner = (Units(rng.randint(1, 4)),)
-        return scored(Candidate(layers, embed, rng.choice((8, 16)), inner, inner), loss=place)
-
-    ranked = [score(place) for place in range(40)]
-    rng.shuffle(ranked)
-    ranked.sort(key=lambda score: score.loss)
-
-    def shape(score: Evaluated) -> tuple[int, int]:
-        return score.candidate.layers.size, score.candidate.embed.size
-
-    for count in (1, 4, 9, 100):
-        chosen = choose_finalists(ranked, count)
-        assert len(chosen) == min(count, 9)
-        assert len({shape(score) for score in chosen}) == len(chosen)
-        worst = chosen[-1].loss
-        for score in ranked:
-            if score not in chosen:
-                better = [other for other in chosen if shape(other) == shape(score)]
-                assert score.loss > worst or better[0].loss < score.loss
-    assert choose_finalists(ranked, 0) == choose_finalists([], 3) == []
+    ranked = [
+        score(10, 100, 1, 1.0),
+        score(11, 110, 1, 1.1),  # too like the first
+        score(10, 100, 2, 1.2),  # of its very shape
+        score(12, 100, 1, 1.3),  # deeper by 1.2
+        score(10, 80, 1, 1.4),  # narrower by more than 1.2
+        score(14, 100, 1, 1.5),  # too like the fourth
+        score(10, 60, 1, 1.6),
+    ]
+    found = [choose_finalists(ranked, count) for count in range(6)]
+    places = [[ranked.index(score) for score in chosen] for chosen in found]
+    assert places == [[], [0], [0, 3], [0, 3, 4], [0, 3, 4, 6], [0, 3, 4, 6]]
+    # The one that is always in keeps out what is too like it.
+    kept = choose_finalists(ranked, 3, always=ranked[5].candidate)
+    assert [ranked.index(score) for score in kept] == [0, 4, 5]
+    assert choose_finalists(ranked, 0, always=ranked[5].candidate) == []
+    assert choose_finalists([], 3) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"count": -1}, "count is -1; use at least 0"),
-        ({"steps": 0}, "steps is 0"),
+        ({"steps": -1}, "steps is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"learning_rate": 0.0}, r"learning_rate is 0\.0; it must be above 0"),
     ],

@@ -199,7 +199,14 @@ def test_finals_are_paid_for_training_and_scoring() -> None:
     calibration = calibration_by_hand(passes=1)
     per_token = (plain.flops[1] - calibration) / plain.tokens[1]
     trained, scored = 10 * 3 * BLOCK_LENGTH, 256
-    assert plan.finals_flops == pytest.approx(2 * (3 * trained + scored) * per_token, rel=1e-5)
+    tokens = 2 * (3 * trained + scored) + scored  # the proportional shape is scored for them
+    assert plan.finals_flops == pytest.approx(tokens * per_token, rel=1e-5)
+    refitted = replace(SETTINGS, init="least_squares", finalists=finals)
+    without = replace(refitted, finalists=FinalistSettings())
+    once, never = (plan_search(TEACHER, of, BLOCK_LENGTH) for of in (refitted, without))
+    # Every finalist is refitted as the student will be, once more, and that is in the plan already.
+    refit = never.flops[0] - plain.flops[0]
+    assert once.finals_flops == pytest.approx(plan.finals_flops + 2 * refit, rel=1e-5)
     assert plan.seconds()[0] == pytest.approx((plan.flops[0] + plan.finals_flops) / 1e6)
 
 

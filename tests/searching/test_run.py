@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.calibration import layer_by_layer
 from headstart.losses.next_token import mean_loss
+from headstart.calibration.costs import propagation_flops
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import build_student
@@ -217,6 +218,7 @@ def test_what_is_paid_is_told(checkpoint: Checkpoint, blocks: TokenBlocks, tmp_p
             tokens += 10 * BLOCK_LENGTH
             flops += 10 * BLOCK_LENGTH * cost.inference_flops_per_token
             flops += trained_tokens * cost.training_flops_per_token
+            flops += propagation_flops(teacher, Architecture.of(student).sizes, 19, BLOCK_LENGTH)
     assert (result["search_tokens"], result["search_flops"]) == (tokens, flops)
     longest: dict[tuple[str, int], float] = {}  # a line tells the seconds of earlier rungs too
     for line in journal_of(tmp_path):

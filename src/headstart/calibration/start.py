@@ -15,7 +15,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from headstart.calibration.costs import rotation_flops, statistics_flops
+from headstart.calibration.costs import (
+    propagation_flops,
+    rotation_flops,
+    slice_refit_flops,
+    statistics_flops,
+)
 from headstart.calibration.layer_by_layer import batches_of
 from headstart.calibration.least_squares import refitted
 from headstart.calibration.moments import Statistics, collect_statistics
@@ -141,6 +146,18 @@ def calibration_flops(teacher: Architecture, init: Init, num_blocks: int, block_
         return 0
     rotation = rotation_flops(teacher) if init == ROTATED else 0
     return statistics_flops(teacher, num_blocks, block_length) + rotation
+
+
+def start_flops(calibration: Calibration, spec: SubnetSpec) -> int:
+    """What refitting a student costs, beside what measuring its teacher did."""
+    if calibration.blocks is None:
+        return 0
+    teacher = calibration.teacher.architecture
+    sizes = spec.sizes(teacher.sizes)
+    flops = propagation_flops(teacher, sizes, *calibration.blocks.shape)
+    if calibration.statistics is not None:
+        flops += slice_refit_flops(teacher, sizes, is_rotated=calibration.init == ROTATED)
+    return flops
 
 
 def student_tensors(

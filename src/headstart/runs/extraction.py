@@ -11,7 +11,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 import headstart
-from headstart.calibration.costs import propagation_flops, slice_refit_flops
 from headstart.calibration.start import (
     ROTATED,
     Calibration,
@@ -19,6 +18,7 @@ from headstart.calibration.start import (
     calibrate,
     cut_architecture,
     is_measured,
+    start_flops,
     student_tensors,
 )
 from headstart.model.card import licence_of, write_card
@@ -114,12 +114,7 @@ def origin_of(spec: SubnetSpec, source: Calibration | None) -> dict[str, Any]:
     flops = origin.get("calibration_flops", 0)
     if source and (init != searched or not is_measured(init, spec.origin.get("scored_as"))):
         flops += source.flops
-    if source and source.blocks is not None:
-        teacher = source.teacher.architecture
-        sizes = spec.sizes(teacher.sizes)
-        flops += propagation_flops(teacher, sizes, *source.blocks.shape)
-        if source.statistics is not None:
-            flops += slice_refit_flops(teacher, sizes, is_rotated=init == ROTATED)
+    flops += start_flops(source, spec) if source else 0
     return {**origin, "calibration_flops": flops, "init": init}
 
 

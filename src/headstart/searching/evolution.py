@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from headstart.searching.candidate import Candidate
-from headstart.searching.journal import Evaluated
+from headstart.searching.journal import PROPORTIONAL, Evaluated
 from headstart.searching.pareto import select
 from headstart.searching.racing import Proposal, Race
 from headstart.searching.space import Space
@@ -104,7 +104,7 @@ def evolve(
         if by_importance:
             start = generation * settings.population
             chosen = proportional[start : start + settings.population]
-            proposals = [(candidate, "proportional") for candidate in chosen]
+            proposals = [(candidate, PROPORTIONAL) for candidate in chosen]
         else:
             parents = [] if settings.method == "random" else [elite.candidate for elite in elites]
             proposals, whole = race.journal.proposals(generation)

@@ -1,7 +1,8 @@
-"""The last round of a search: the best candidates are trained a little, and scored again.
+"""The last round of a search: the best candidates are started as the student will be, trained a
+little, and scored again.
 
-A loss before training says how much of the teacher survived the cut; a loss after a few steps says
-more about how well a candidate will learn.
+A loss as a plain slice says how much of the teacher survived the cut. A loss after the student's
+own start and a few steps says more about how well a candidate will learn.
 """
 
 from __future__ import annotations
@@ -10,17 +11,25 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from headstart.losses.next_token import mean_loss, next_token_loss
+from headstart.searching.candidate import Candidate
 from headstart.searching.fitness import HeldOutLoss
 from headstart.searching.journal import Evaluated, Journal
 from headstart.system.distributed import gather, rank, world_size
 from headstart.system.errors import UserError
 from headstart.system.settings import check_least
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHAPE_FACTOR = 1.2
+"""By which depth or width of two finalists differ at least."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,8 @@ class FinalistSettings:
     """How finalists are trained.
 
     Attributes:
-        count: candidates, each of another depth and width; 0 for no last round.
-        steps: optimizer steps of AdamW.
+        count: candidates, each of another shape; 0 for no last round.
+        steps: optimizer steps of AdamW; 0 to score them as they start.
         learning_rate: reached after a tenth of the steps, then constant.
         batch_size: blocks of training text in a step.
     """
@@ -40,23 +49,37 @@ class FinalistSettings:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        check_least(self, "search.finalists.", count=0, steps=1, batch_size=1)
+        check_least(self, "search.finalists.", count=0, steps=0, batch_size=1)
         if self.learning_rate <= 0:
             raise UserError(
                 f"search.finalists.learning_rate is {self.learning_rate}; it must be above 0"
             )
 
 
-def choose_finalists(ranked: Sequence[Evaluated], count: int) -> list[Evaluated]:
-    """The best candidates of different depth and width, so that the round has a choice to make.
+def choose_finalists(
+    ranked: Sequence[Evaluated], count: int, always: Candidate | None = None
+) -> list[Evaluated]:
+    """The best candidates of different shapes, so that the round has a choice to make.
 
-    They are fewer than `count` where there are fewer shapes. `ranked` has the best first.
+    Of any two, depth or width differ by `SHAPE_FACTOR` at least. They are fewer than `count` where
+    there are fewer such.
+
+    Args:
+        ranked: scores, the best first.
+        count: how many to choose.
+        always: one that is chosen whatever its score.
     """
-    by_shape: dict[tuple[int, int], Evaluated] = {}
+    chosen = [score for score in ranked if score.candidate == always][: min(count, 1)]
     for score in ranked:
-        candidate = score.candidate
-        by_shape.setdefault((candidate.layers.size, candidate.embed.size), score)
-    return list(by_shape.values())[:count]
+        if len(chosen) < count and all(_differ(score, other) for other in chosen):
+            chosen.append(score)
+    return sorted(chosen, key=ranked.index)
+
+
+def _differ(first: Evaluated, second: Evaluated) -> bool:
+    """Whether two candidates have different shapes."""
+    sizes = [(of.candidate.layers.size, of.candidate.embed.size) for of in (first, second)]
+    return any(max(pair) >= SHAPE_FACTOR * min(pair) for pair in zip(*sizes, strict=True))
 
 
 def run_finals(
@@ -65,6 +88,7 @@ def run_finals(
     train_blocks: Int[Tensor, "blocks tokens"],
     settings: FinalistSettings,
     journal: Journal,
+    start: Callable[[Candidate], PreTrainedModel],
     on_score: Callable[[Evaluated], None] = lambda score: None,
 ) -> list[Evaluated]:
     """Train each finalist on the same blocks and score it on the tokens of the search.
@@ -73,21 +97,23 @@ def run_finals(
 
     Args:
         finalists: candidates with their scores before training.
-        fitness: cuts candidates out, and holds the tokens they are scored on.
+        fitness: holds the tokens that they are scored on.
         train_blocks: at least `steps * batch_size` blocks, read in order; repeated if fewer.
         journal: keeps every score; what it knows is not trained again.
+        start: makes the model that a candidate is trained from.
         on_score: called with each score.
 
     Returns:
         The scores after training, in the order of the finalists.
     """
     scores = []
-    for start in range(0, len(finalists), world_size()):
-        wave = finalists[start : start + world_size()]
+    for first in range(0, len(finalists), world_size()):
+        wave = finalists[first : first + world_size()]
         known = [journal.find(score.candidate, score.tokens, settings.steps) for score in wave]
         mine = None
         if rank() < len(wave) and known[rank()] is None:
-            mine = _trained_score(wave[rank()], fitness, train_blocks, settings)
+            student = start(wave[rank()].candidate)
+            mine = _trained_score(wave[rank()], student, fitness, train_blocks, settings)
         found = gather(mine)
         journal.append([score for score in found if score is not None])
         for before, after in zip(known, found, strict=False):
@@ -100,13 +126,14 @@ def run_finals(
 
 def _trained_score(
     finalist: Evaluated,
+    student: PreTrainedModel,
     fitness: HeldOutLoss,
     train_blocks: Int[Tensor, "blocks tokens"],
     settings: FinalistSettings,
 ) -> Evaluated:
     clock = time.perf_counter()
-    # A copy, since tensors that are kept whole are the teacher's own.
-    student = copy.deepcopy(fitness.student(finalist.candidate)).float().requires_grad_(True)
+    # A copy, since tensors that are kept whole may be the teacher's own.
+    student = copy.deepcopy(student).float().requires_grad_(True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate)
     warmup = max(1, settings.steps // 10)
     for step in range(settings.steps):

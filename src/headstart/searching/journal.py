@@ -15,6 +15,8 @@ from headstart.system.files import write_whole
 from headstart.system.settings import differences, tree_of, with_defaults
 
 JOURNAL_FORMAT = "headstart-search/3"
+PROPORTIONAL = "proportional"
+"""Origin of candidates that have about the teacher's proportions."""
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,10 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
         for number, num_cuts in zip(tokens, cuts, strict=True)
     )
     calibration = _calibration_flops(teacher, settings, samples, context_length)
-    finals = settings.finalists
+    finals, refit = settings.finalists, _refit_flops(teacher, settings, samples, context_length)
     trained_tokens = finals.steps * finals.batch_size * context_length
     finals_tokens = finals.count * (3 * trained_tokens + all_tokens)
+    proportional = (all_tokens * flops_per_token + flops_per_cut) if finals.count else 0
     return SearchPlan(
         measure=bin.measure,
         bin=(bin.low, bin.high),
@@ -128,7 +129,9 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
         num_candidates=num_candidates,
         tokens=tokens,
         flops=(calibration + least_flops, calibration + most_flops),
-        finals_flops=round(finals_tokens * plain_flops_per_token + finals.count * flops_per_cut),
+        finals_flops=round(
+            proportional + finals_tokens * plain_flops_per_token + finals.count * refit
+        ),
         flops_per_second=_flops_per_second(),
     )
 
@@ -142,12 +145,18 @@ def _calibration_flops(
     flops = importance_flops(teacher, kinds, num_blocks * context_length, context_length)
     if is_measured(settings.init, settings.scored_as) or not can_propagate(teacher):
         flops += calibration_flops(teacher, settings.init, num_blocks, context_length)
-    if settings.init != "slice":
-        refits = (
-            propagation_flops(teacher, sizes, num_blocks, context_length) for sizes in samples
-        )
-        flops += round(statistics.mean(refits))
-    return flops
+    return flops + _refit_flops(teacher, settings, samples, context_length)
+
+
+def _refit_flops(
+    teacher: Architecture, settings: SearchSettings, samples: Sequence[Sizes], context_length: int
+) -> int:
+    """Of starting one candidate as the student will be."""
+    if settings.init == "slice":
+        return 0
+    num_blocks = -(-settings.calibration_tokens // context_length)
+    refits = (propagation_flops(teacher, sizes, num_blocks, context_length) for sizes in samples)
+    return round(statistics.mean(refits))
 
 
 def plan_table(plan: SearchPlan, title: str) -> Table:

@@ -12,10 +12,14 @@ from headstart.calibration.start import (
     calibrate,
     cut_architecture,
     is_measured,
+    start_flops,
+    student_tensors,
 )
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.count import Measure
+from headstart.model.cut import assemble_student
+from headstart.model.spec import SubnetSpec
 from headstart.searching.candidate import Candidate, Orders
 from headstart.searching.costs import (
     candidate_cut_flops,
@@ -31,7 +35,7 @@ from headstart.searching.fitness import (
     fitting_batch_size,
     put_in_order,
 )
-from headstart.searching.journal import Evaluated, Journal
+from headstart.searching.journal import PROPORTIONAL, Evaluated, Journal
 from headstart.searching.live import SearchTable
 from headstart.searching.orders import (
     keep_orders,
@@ -40,7 +44,7 @@ from headstart.searching.orders import (
     measured_kinds,
 )
 from headstart.searching.outcome import outcome_of
-from headstart.searching.racing import Race, rung_blocks
+from headstart.searching.racing import Race, RacingSettings, rung_blocks
 from headstart.searching.settings import SearchSettings
 from headstart.searching.space import Space
 from headstart.system.device import default_device, load_frozen
@@ -101,7 +105,7 @@ def search(
             orders = measured = measure_orders(model, settings, blocks, identity)
             from_main(lambda: keep_orders(folder, measured))
         journal = _journal(folder, identity, orders, settings)
-        searched = _Search(model, source, orders, blocks, settings, journal, identity)
+        searched = _Search(model, teacher, source, orders, blocks, settings, journal, identity)
         # Through JSON, so that it is the same as what is read from the file later.
         outcome = json.loads(json.dumps(searched.run(name=str(teacher.folder))))
         if is_main():
@@ -124,6 +128,7 @@ class _Search:
     def __init__(
         self,
         model: PreTrainedModel,
+        whole: Checkpoint,
         source: Calibration,
         orders: Orders,
         blocks: TokenBlocks,
@@ -133,6 +138,8 @@ class _Search:
     ) -> None:
         self.model, self.settings, self.journal = model, settings, journal
         self.blocks, self.identity = blocks, identity
+        self.whole, self.cut = whole, source
+        self.proportional: Candidate | None = None
         # As it is on disk: loading may change its precision, which bins in bytes read.
         self.teacher = source.teacher.architecture
         held_out = blocks.sample("search", settings.tokens)
@@ -173,7 +180,7 @@ class _Search:
 
     def run(self, name: str) -> dict[str, Any]:
         """Search, and say what was found; `name` is the teacher's."""
-        scores = self._evolve()
+        scores = self._with_proportional(self._evolve())
         best = ranked(scores)[0]
         if not math.isfinite(best.loss):
             raise UserError(
@@ -210,21 +217,40 @@ class _Search:
             sizes = {**self.teacher.sizes, **score.candidate.sizes()}
             per_token = fitness_flops_per_token(self.teacher, sizes, settings, context_length)
             num_cuts = sum(blocks * context_length <= score.tokens for blocks in rungs)
+            if score.candidate == self.proportional:  # which runs no race
+                num_cuts = 1
             flops += score.tokens * int(per_token)
             flops += num_cuts * candidate_cut_flops(self.teacher, sizes, settings)
         for final in finals:
-            sizes = {**self.teacher.sizes, **final.candidate.sizes()}
-            flops += candidate_cut_flops(self.teacher, sizes, settings)
+            spec = final.candidate.spec(self.teacher, self.orders)
+            flops += start_flops(self._calibration(spec), spec)
             per_token = self.amount(final.candidate, "flops_per_token")
             flops += (final.tokens + 3 * train_tokens) * per_token
         return flops
+
+    def _calibration(self, spec: SubnetSpec) -> Calibration:
+        """What a student of this search is cut out of, and how."""
+        settings = self.settings
+        if settings.init == "slice":
+            return self.cut
+        tokens = self.blocks.sample("train", settings.calibration_tokens)
+        return calibrate(self.whole, settings.init, tokens, spec)
+
+    def _started(self, candidate: Candidate) -> PreTrainedModel:
+        """A candidate with the weights that the student would begin with."""
+        if self.settings.init == "slice":
+            return self.fitness.student(candidate)
+        spec = candidate.spec(self.teacher, self.orders)
+        tensors = student_tensors(self._calibration(spec), spec)
+        on_device = ((name, tensor.to(self.model.device)) for name, tensor in tensors.items())
+        return assemble_student(on_device, self.teacher, spec)
 
     def _evolve(self) -> list[Evaluated]:
         settings, evolution = self.settings, self.settings.evolution
         table = SearchTable(evolution.generations, self.fitness.blocks.numel())
         race = Race(
             self.fitness,
-            lambda candidate: self.amount(candidate, "parameters"),
+            self._parameters,
             self.journal,
             settings.racing,
             evolution.elites,
@@ -235,13 +261,27 @@ class _Search:
         with table:
             return evolve(self.space, race, evolution, burden, table.start, table.finish)
 
+    def _with_proportional(self, scores: list[Evaluated]) -> list[Evaluated]:
+        """The scores with that of the proportional shape, which is always a finalist."""
+        if not self.settings.finalists.count:
+            return scores
+        (always,) = self.space.proportional(1)
+        self.proportional = always
+        race = Race(self.fitness, self._parameters, self.journal, RacingSettings(rungs=1), keep=1)
+        others = [score for score in scores if score.candidate != always]
+        generation = self.settings.evolution.generations
+        return [*others, *race.run(generation, [(always, PROPORTIONAL)])]
+
+    def _parameters(self, candidate: Candidate) -> int:
+        return self.amount(candidate, "parameters")
+
     def _finals(self, scores: list[Evaluated]) -> list[Evaluated]:
         settings = self.settings.finalists
         if not settings.count:
             return []
         num_tokens = self.fitness.blocks.numel()
         whole = [score for score in ranked(scores) if score.tokens == num_tokens]
-        finalists = choose_finalists(whole, settings.count)
+        finalists = choose_finalists(whole, settings.count, self.proportional)
         needed = settings.steps * settings.batch_size * self.context_length
         train_blocks = self.blocks.sample("train", needed)
         with progress("finals", len(finalists), "finalists") as advance:
@@ -251,6 +291,7 @@ class _Search:
                 train_blocks,
                 settings,
                 self.journal,
+                start=self._started,
                 on_score=lambda score: advance(
                     1, f"{score.loss:.3f} nats after {score.steps} steps"
                 ),
