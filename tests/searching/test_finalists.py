@@ -177,12 +177,12 @@ def test_finalists_are_the_best_of_different_shapes() -> None:
 
     ranked = [
         score(10, 100, 1, 1.0),
-        score(11, 110, 1, 1.1),  # too like the first
+        score(13, 130, 1, 1.1),  # too like the first
         score(10, 100, 2, 1.2),  # of its very shape
-        score(12, 100, 1, 1.3),  # deeper by 1.2
-        score(10, 80, 1, 1.4),  # narrower by more than 1.2
-        score(14, 100, 1, 1.5),  # too like the fourth
-        score(10, 60, 1, 1.6),
+        score(14, 100, 1, 1.3),  # deeper by 1.4
+        score(10, 70, 1, 1.4),  # narrower by more than 1.4
+        score(19, 100, 1, 1.5),  # too like the fourth
+        score(10, 50, 1, 1.6),
     ]
     found = [choose_finalists(ranked, count) for count in range(6)]
     places = [[ranked.index(score) for score in chosen] for chosen in found]

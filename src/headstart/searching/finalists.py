@@ -28,7 +28,7 @@ from headstart.system.settings import check_least
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHAPE_FACTOR = 1.2
+SHAPE_FACTOR = 1.4
 """By which depth or width of two finalists differ at least."""
 
 
