@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from figure import write_figure
 from headstart.calibration.start import Init
 from headstart.recipe import recipe_from_dict
 from headstart.runs.comparison import match_of, points_of
@@ -52,6 +53,8 @@ STARTS = {
     "slice": Start("slice", (1e-3, 2e-3, 4e-3), ("125K", "250K", "500K", "1M", "2M")),
 }
 SWEEP_BUDGET = "500K"
+PAPER_TOKENS, PAPER_FLOPS = 9.2, 5.16
+"""What "Where to Begin" (arXiv 2510.07227) reports."""
 
 
 def result_of(name: str, folder: Path, options: argparse.Namespace, **pretrain: Any) -> Any:
@@ -102,7 +105,7 @@ def arm_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {**result["arms"][0], "teacher": result["teacher"], "student": result["student"]}
 
 
-def print_tables(arms: dict[str, dict[str, Any]]) -> None:
+def print_tables(arms: dict[str, dict[str, Any]], figure: Path | None) -> None:
     """What every run ends with, and what each start saves at each of scratch's budgets."""
     print("\n| start | rate | before | budget | test loss | standard error | FLOPs |")
     print("| :-- | --: | --: | --: | --: | --: | --: |")
@@ -120,6 +123,7 @@ def print_tables(arms: dict[str, dict[str, Any]]) -> None:
     heads = [f"{name}: tokens | {name}: FLOPs" for name in others]
     print(f"\n| scratch's budget | its loss | {' | '.join(heads)} |")
     print(f"| --: | --: |{' --: |' * 2 * len(others)}")
+    lines: dict[str, list[tuple[float, float]]] = {}
     for goal in arms[SCRATCH]["budgets"]:
         cells = [f"{goal['tokens']:,}", f"{goal['loss']:.3f}"]
         for name in others:
@@ -128,7 +132,15 @@ def print_tables(arms: dict[str, dict[str, Any]]) -> None:
                 factor = match[f"{unit}_factor"]
                 bound = "at least " if match["is_bound"] else ""
                 cells.append(f"{bound}{factor:.2f}x" if factor else "–")
+                line = lines.setdefault(f"{name}, {unit.replace('flops', 'FLOPs')}", [])
+                if factor and not match["is_bound"]:
+                    line.append((goal["tokens"], factor))
         print(f"| {' | '.join(cells)} |")
+    drawn = {name: line for name, line in lines.items() if line}
+    if figure and drawn:
+        x_title, y_title = "tokens that scratch trains on", "times fewer for the same loss"
+        levels = {f"{level:g}x": level for level in (1, PAPER_FLOPS, PAPER_TOKENS)}
+        write_figure(figure, drawn, x_title, y_title, levels)
 
 
 def main() -> None:
@@ -141,8 +153,9 @@ def main() -> None:
     parser.add_argument("--bin", nargs=2, default=("6.5M", "7.5M"), metavar=("LOW", "HIGH"))
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
     parser.add_argument("--rate", type=float, help="of learning, instead of choosing one")
+    parser.add_argument("--figure", type=Path, help="SVG file to draw the factors into")
     options = parser.parse_args()
-    print_tables({name: arm_of(name, options) for name in options.only})
+    print_tables({name: arm_of(name, options) for name in options.only}, options.figure)
 
 
 if __name__ == "__main__":

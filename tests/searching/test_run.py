@@ -16,8 +16,8 @@ from tests.searching.conftest import BLOCK_LENGTH
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.calibration import layer_by_layer
-from headstart.losses.next_token import mean_loss
 from headstart.calibration.costs import propagation_flops
+from headstart.losses.next_token import mean_loss
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import build_student

@@ -37,13 +37,12 @@ from headstart.training.arguments import (
     PASSED_OVER,
     PASSED_OVER_VALUES,
     RESERVED_ARGUMENTS,
-    check_arguments,
-    check_sharding,
     training_arguments,
 )
 from headstart.training.arms import ArmInputs, run_arm
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.trainer import DistillationTrainer, ReportStep
+from headstart.training.trials import check_arguments, check_sharding
 
 SCRATCH = Arm("scratch", init="random")
 SUBNET = Arm("subnet")

@@ -39,7 +39,6 @@ from headstart.system.settings import settings_from_tree, tree_of
 from headstart.text.blocks import TokenBlocks
 from headstart.text.prepare import check_vocabulary, prepare
 from headstart.training.arguments import (
-    check_arguments,
     check_step,
     tokens_per_step,
     training_arguments,
@@ -47,6 +46,7 @@ from headstart.training.arguments import (
 from headstart.training.budgets import budgets_of
 from headstart.training.cache import check_begun
 from headstart.training.settings import PROPORTIONAL, PretrainSettings
+from headstart.training.trials import check_arguments
 
 
 @dataclass(frozen=True)

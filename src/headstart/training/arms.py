@@ -125,6 +125,7 @@ def _run_budget(
     arm: Arm, inputs: ArmInputs, folder: Path, budget: Budget, branches: Mapping[Path, Budget]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train to one budget; what `run_arm` returns but `budgets`, and this one's entry there."""
+    blocks, settings = inputs.blocks, inputs.settings
     schedule = _schedule(arm, inputs, folder, budget, branches)
     trainer = _trained(arm, inputs, schedule)
     trainer.save_model(str(folder / "model"))
@@ -140,10 +141,8 @@ def _run_budget(
     result = {
         "tokens": budget.num_steps * schedule.step_tokens,
         "tokens_per_step": schedule.step_tokens,
-        "validation_tokens": inputs.blocks.spread(
-            "validation", inputs.settings.validation_tokens
-        ).size,
-        "test_tokens": inputs.blocks.spread("test", inputs.settings.test_tokens).size,
+        "validation_tokens": blocks.spread("validation", settings.validation_tokens).size,
+        "test_tokens": blocks.spread("test", settings.test_tokens).size,
         "seconds": trainer.seconds,
         **curve,
         "before": before,
