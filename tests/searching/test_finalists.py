@@ -103,7 +103,7 @@ def test_training_is_that_of_a_plain_loop(kind: str, num_blocks: int, tmp_path: 
         untrained = fitness(candidate, 0, 7) / (7 * (BLOCK_LENGTH - 1))
         assert final.loss == pytest.approx(expected, abs=1e-5)
         assert final.loss < untrained - 0.2
-        assert replace(final, loss=5.0, seconds=0.5, steps=0) == scored(candidate)
+        assert replace(final, loss=5.0, seconds=0.5, steps=0, started=False) == scored(candidate)
         assert final.steps == 20 and final.seconds > 0
 
 

@@ -31,7 +31,8 @@ SCORES = [
     Evaluated(0, "sample", PLAIN, 30_001, 4.1 / 3, 64, 0.25),
     Evaluated(0, "sample", PLAIN, 30_001, 4.2 / 3, 256, 1e-9),
     Evaluated(1, "crossover", LAYERWISE, 29_999, 1e300, 64, 12.5),
-    Evaluated(0, "sample", PLAIN, 30_001, 2 / 3, 256, 3.0, steps=50),
+    Evaluated(0, "sample", PLAIN, 30_001, 2 / 3, 256, 3.0, steps=50, started=True),
+    Evaluated(0, "sample", PLAIN, 30_001, 3 / 4, 256, 3.0, started=True),
 ]
 
 
@@ -46,7 +47,8 @@ def test_scores_come_back_as_they_were(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "new" / "j", IDENTITY)
     assert list(journal.scores.values()) == SCORES
     for score in SCORES:
-        assert journal.find(score.candidate, score.tokens, score.steps) == score
+        key = (score.candidate, score.tokens, score.steps, score.started)
+        assert journal.find(*key) == score
     assert journal.find(PLAIN, 64) == SCORES[0]
     assert journal.find(PLAIN, 256) == SCORES[1]  # not the finalist of as many tokens
     assert journal.find(PLAIN, 128) is None
@@ -78,6 +80,7 @@ def test_the_file_is_what_the_page_says(tmp_path: Path) -> None:
         "loss": 1e300,
         "tokens": 64,
         "seconds": 12.5,
+        "started": False,
         "steps": 0,
     }
     assert lines[0]["candidate"]["mlp"] == ["40"]

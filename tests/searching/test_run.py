@@ -22,6 +22,7 @@ from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import build_student
 from headstart.model.spec import SubnetSpec, load_spec
+from headstart.runs.extraction import extract_found
 from headstart.searching import orders as orders_module
 from headstart.searching import run as module
 from headstart.searching.bins import BinSettings
@@ -171,6 +172,28 @@ def test_narrower_heads_and_divergence_and_finals(
     assert result["loss"] == winner["loss"] == pytest.approx(divergence, rel=1e-4)
     last = next(entry for entry in journal_of(tmp_path) if entry["loss"] == winner["trained_loss"])
     assert last["steps"] == 4
+
+
+@pytest.mark.parametrize("init", ["slice", "least_squares", "rotate+least_squares"])
+def test_finalists_are_scored_as_the_student_that_is_extracted(
+    init: Any, checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
+) -> None:
+    """Without a step of training, on the same tokens; the proportional shape is among them."""
+    finalists = FinalistSettings(count=2, steps=0)
+    settings = replace(SETTINGS, init=init, finalists=finalists)
+    result = search(checkpoint, blocks, settings, tmp_path)
+    finals = [candidate for candidate in result["candidates"] if "trained_loss" in candidate]
+    assert "proportional" in [candidate["origin"] for candidate in finals]
+    winner = result["candidates"][result["winner"]]
+    assert winner["trained_loss"] == min(candidate["trained_loss"] for candidate in finals)
+    tokens = blocks.sample("train", settings.calibration_tokens)
+    spec_file = tmp_path / "search.json"
+    extract_found(checkpoint, spec_file, tmp_path / "student", calibration_blocks=tokens)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    held_out = blocks.sample("search", settings.tokens)
+    with torch.no_grad():
+        loss = float(student(input_ids=held_out, labels=held_out).loss)
+    assert winner["trained_loss"] == pytest.approx(loss, abs=1e-5)
 
 
 def test_what_is_paid_is_told(checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path) -> None:

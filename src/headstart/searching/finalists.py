@@ -109,7 +109,10 @@ def run_finals(
     scores = []
     for first in range(0, len(finalists), world_size()):
         wave = finalists[first : first + world_size()]
-        known = [journal.find(score.candidate, score.tokens, settings.steps) for score in wave]
+        known = [
+            journal.find(score.candidate, fitness.blocks.numel(), settings.steps, started=True)
+            for score in wave
+        ]
         mine = None
         if rank() < len(wave) and known[rank()] is None:
             student = start(wave[rank()].candidate)
@@ -150,6 +153,8 @@ def _trained_score(
     return replace(
         finalist,
         loss=mean_loss(student.eval(), fitness.blocks, fitness.batch_size),
+        tokens=fitness.blocks.numel(),
         steps=settings.steps,
+        started=True,
         seconds=time.perf_counter() - clock,
     )

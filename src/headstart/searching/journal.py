@@ -32,6 +32,7 @@ class Evaluated:
         tokens: of the search split on which the loss was taken, from the first on.
         seconds: that it took.
         steps: of training before the loss was taken; 0 for none.
+        started: whether the candidate had the weights that a student begins with, as finalists do.
     """
 
     generation: int
@@ -42,6 +43,7 @@ class Evaluated:
     tokens: int
     seconds: float
     steps: int = 0
+    started: bool = False
 
     @property
     def comparable_loss(self) -> float:
@@ -71,7 +73,7 @@ class Journal:
 
     def __init__(self, path: Path, identity: dict[str, Any], settings: Any = None) -> None:
         self.path = path
-        self.scores: dict[tuple[Candidate, int, int], Evaluated] = {}
+        self.scores: dict[tuple[Candidate, int, int, bool], Evaluated] = {}
         self.origins: dict[int, dict[Candidate, str]] = {}
         for line in from_main(lambda: _opened(path, identity, settings)):
             entry = json.loads(line)
@@ -80,9 +82,11 @@ class Journal:
                 entry["loss"] = math.nan
             self._keep(Evaluated(**entry))
 
-    def find(self, candidate: Candidate, tokens: int, steps: int = 0) -> Evaluated | None:
+    def find(
+        self, candidate: Candidate, tokens: int, steps: int = 0, started: bool = False
+    ) -> Evaluated | None:
         """The score of a candidate on so many tokens, after so many steps, if it is known."""
-        return self.scores.get((candidate, tokens, steps))
+        return self.scores.get((candidate, tokens, steps, started))
 
     def proposals(self, generation: int) -> tuple[list[tuple[Candidate, str]], bool]:
         """The scored candidates of a generation with their origins, and whether they are all.
@@ -104,7 +108,7 @@ class Journal:
                 stream.write(json.dumps({**asdict(evaluated), **plain}) + "\n")
 
     def _keep(self, evaluated: Evaluated) -> None:
-        key = (evaluated.candidate, evaluated.tokens, evaluated.steps)
+        key = (evaluated.candidate, evaluated.tokens, evaluated.steps, evaluated.started)
         self.scores[key] = evaluated
         self.origins.setdefault(evaluated.generation, {}).setdefault(
             evaluated.candidate, evaluated.origin

@@ -279,9 +279,8 @@ class _Search:
         settings = self.settings.finalists
         if not settings.count:
             return []
-        num_tokens = self.fitness.blocks.numel()
-        whole = [score for score in ranked(scores) if score.tokens == num_tokens]
-        finalists = choose_finalists(whole, settings.count, self.proportional)
+        # Those that lost a race are among them: shapes have to differ, and slices tell little.
+        finalists = choose_finalists(ranked(scores), settings.count, self.proportional)
         needed = settings.steps * settings.batch_size * self.context_length
         train_blocks = self.blocks.sample("train", needed)
         with progress("finals", len(finalists), "finalists") as advance:
