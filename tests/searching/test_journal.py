@@ -84,7 +84,7 @@ def test_the_file_is_what_the_page_says(tmp_path: Path) -> None:
         "steps": 0,
     }
     assert lines[0]["candidate"]["mlp"] == ["40"]
-    assert [line["steps"] for line in lines] == [0, 0, 0, 50]
+    assert [line["steps"] for line in lines] == [0, 0, 0, 50, 0]
     assert all(line.keys() == asdict(SCORES[0]).keys() for line in lines)
 
 
