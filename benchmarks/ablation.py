@@ -39,8 +39,9 @@ from headstart.demo import demo_corpus, demo_teacher
 from headstart.losses.distillation import DistillationSettings
 from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
 from headstart.model.spec import Indices, SubnetSpec
+from headstart.runs.comparison import match_of, matched_tokens
 from headstart.runs.extraction import extract_student
-from headstart.runs.result import charged, match_of, matched_tokens
+from headstart.runs.result import charged
 from headstart.searching.candidate import Orders
 from headstart.searching.costs import importance_flops
 from headstart.searching.importance import measure_importance
@@ -244,7 +245,7 @@ def _row(
     cells += [f"{curve[0]['loss']:.3f}", f"{curve[-1]['loss']:.3f}"]
     cells.append("" if spread is None else f"{spread:.3f}")
     for target in targets:
-        match = match_of(curve, target)
+        match = match_of(curve, target[-1], is_logarithmic=False)
         for unit, form in (("tokens", "{:,.0f}"), ("flops", "{:.2e}")):
             spent, factor = match[f"{unit}_to_match"], match[f"{unit}_factor"]
             amount = "never" if spent is None else form.format(spent)
