@@ -53,6 +53,7 @@ def recipe(teacher_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: Any)
             "tokens": 256,
             "calibration_tokens": 512,
             "evolution": {"population": 5, "generations": 3, "elites": 2},
+            "finalists": {"count": 0},
         },
         "pretrain": {
             "tokens": 1900,
@@ -145,6 +146,7 @@ def test_several_budgets_against_several_random_shapes(recipe: dict[str, Any]) -
     shape = Path(recipe["output"]).parent / "shape" / "config.json"
     shape.parent.mkdir()
     shape.write_text(json.dumps({**config, "num_hidden_layers": 1, "vocab_size": 999}))
+    recipe["search"]["finalists"] = {"count": 2, "steps": 1}
     random = {"init": "random", "learning_rate": 1e-2}
     recipe["pretrain"] |= {
         "budgets": [640, 1280, "2560"],

@@ -28,6 +28,7 @@ SETTINGS = SearchSettings(
     racing=RacingSettings(rungs=2),
     tokens=8 * BLOCK_LENGTH,
     calibration_tokens=20 * BLOCK_LENGTH,
+    finalists=FinalistSettings(count=0),
 )
 FINALS = FinalistSettings(count=2, steps=3, batch_size=2)
 

@@ -37,6 +37,7 @@ SETTINGS = SearchSettings(
     evolution=EvolutionSettings(population=8, generations=5, elites=3),
     tokens=16 * 16,
     calibration_tokens=16 * 40,
+    finalists=FinalistSettings(count=0),
 )
 BLOCK_LENGTH = 16
 
@@ -202,7 +203,7 @@ def test_finals_are_paid_for_training_and_scoring() -> None:
     tokens = 2 * (3 * trained + scored) + scored  # the proportional shape is scored for them
     assert plan.finals_flops == pytest.approx(tokens * per_token, rel=1e-5)
     refitted = replace(SETTINGS, init="least_squares", finalists=finals)
-    without = replace(refitted, finalists=FinalistSettings())
+    without = replace(refitted, finalists=FinalistSettings(count=0))
     once, never = (plan_search(TEACHER, of, BLOCK_LENGTH) for of in (refitted, without))
     # Every finalist is refitted as the student will be, once more, and that is in the plan already.
     refit = never.flops[0] - plain.flops[0]

@@ -44,6 +44,7 @@ SETTINGS = SearchSettings(
     tokens=300,
     calibration_tokens=600,
     batch_size=4,
+    finalists=FinalistSettings(count=0),
 )
 
 

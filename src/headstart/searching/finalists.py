@@ -43,8 +43,8 @@ class FinalistSettings:
         batch_size: blocks of training text in a step.
     """
 
-    count: int = 0
-    steps: int = 50
+    count: int = 8
+    steps: int = 20
     learning_rate: float = 1e-3
     batch_size: int = 4
 
