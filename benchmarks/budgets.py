@@ -72,6 +72,7 @@ def result_of(name: str, folder: Path, options: argparse.Namespace, **pretrain: 
             "tokens": 4096,
             "calibration_tokens": options.calibration_tokens,
             "evolution": {"method": "importance", "population": 1, "generations": 1, "elites": 1},
+            "finalists": {"count": 0},
         },
         "pretrain": {
             "validation_tokens": 16_384,

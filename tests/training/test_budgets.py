@@ -151,7 +151,7 @@ def test_every_budget_has_its_own_best_rate(inputs, tmp_path):
         ({"budgets": (640,), "bytes": 9}, {}, "bytes and pretrain.budgets are both set"),
         ({"budgets": (640, 1280), "decay": 1.0}, {}, "decay is 1.0; it must be between 0 and 1"),
         ({"budgets": (640, 630)}, {}, "are [10, 10] steps of 64 tokens; leave out"),
-        ({"budgets": (640, 1280)}, {"lr_scheduler_type": "cosine"}, "lr_scheduler_type is set"),
+        ({"budgets": (640,)}, {"lr_scheduler_type": "cosine"}, "lr_scheduler_type is set"),
         (
             {"budgets": (640, 1280), "decay": 0.5},
             {"warmup_steps": 5},
@@ -164,6 +164,12 @@ def test_budgets_that_make_no_sense_are_refused(settings, train, sentence):
     with pytest.raises(UserError) as caught:
         budgets_of(PretrainSettings(**settings), 64, train.get("warmup_steps", 0.05), train)
     assert sentence in str(caught.value)
+
+
+def test_a_single_budget_has_the_schedule_of_several():
+    """So that a rate which is best in a sweep is best for the run too."""
+    (only,) = budgets_of(PretrainSettings(budgets=("1M",)), 1000, 0.05, {})
+    assert only == Budget(1000, 50, 200) and only.schedule()["warmup_steps"] == 50
 
 
 def test_a_warm_up_is_a_share_of_the_smallest_budget():

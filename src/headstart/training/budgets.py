@@ -37,7 +37,8 @@ class Budget:
     Attributes:
         num_steps: of the whole run.
         warmup_steps: over which the rate rises.
-        decay_steps: at the end, over which the rate falls to zero; 0 for the schedule of `train:`.
+        decay_steps: at the end, over which the rate falls to zero; 0 for the schedule of `train:`,
+            which a single budget of `pretrain.tokens` has.
     """
 
     num_steps: int
@@ -77,12 +78,12 @@ def budgets_of(
             a schedule of its own.
     """
     steps = [math.ceil(tokens / step_tokens) for tokens in settings.budget_tokens]
-    if len(steps) == 1:
+    if not settings.budgets:
         return [Budget(steps[0])]
     for key in SCHEDULE_KEYS:
         if key in train:
             raise UserError(
-                f"train.{key} is set, and with several pretrain.budgets the rate is constant until "
+                f"train.{key} is set, and with pretrain.budgets the rate is constant until "
                 "it falls to zero; leave it out"
             )
     if len(set(steps)) < len(steps):

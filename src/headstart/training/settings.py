@@ -70,10 +70,10 @@ class PretrainSettings:
 
     Attributes:
         tokens: budget of every arm, rounded up to whole steps.
-        budgets: several of them instead, such as 2M. Each arm trains at a constant rate to the
-            largest, and from that run each budget branches off with a rate that falls to zero, so
-            that it ends as a run of its own would.
-        decay: share of every budget over which the rate falls, where there are several.
+        budgets: one or several of them instead, such as 2M. Each arm trains at a constant rate to
+            the largest, and from that run each budget branches off with a rate that falls to zero,
+            so that it ends as a run of its own would.
+        decay: share of every one of `budgets` over which the rate falls.
         bytes: the budget in bytes of text, whatever the tokenizer, by the bytes of a token in the
             validation split; 0 for `tokens`.
         validation_tokens: of the validation split, used by every evaluation; all that it holds if
