@@ -115,8 +115,7 @@ def run_finals(
         ]
         mine = None
         if rank() < len(wave) and known[rank()] is None:
-            student = start(wave[rank()].candidate)
-            mine = _trained_score(wave[rank()], student, fitness, train_blocks, settings)
+            mine = _trained_score(wave[rank()], start, fitness, train_blocks, settings)
         found = gather(mine)
         journal.append([score for score in found if score is not None])
         for before, after in zip(known, found, strict=False):
@@ -129,14 +128,14 @@ def run_finals(
 
 def _trained_score(
     finalist: Evaluated,
-    student: PreTrainedModel,
+    start: Callable[[Candidate], PreTrainedModel],
     fitness: HeldOutLoss,
     train_blocks: Int[Tensor, "blocks tokens"],
     settings: FinalistSettings,
 ) -> Evaluated:
     clock = time.perf_counter()
     # A copy, since tensors that are kept whole may be the teacher's own.
-    student = copy.deepcopy(student).float().requires_grad_(True)
+    student = copy.deepcopy(start(finalist.candidate)).float().requires_grad_(True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate)
     warmup = max(1, settings.steps // 10)
     for step in range(settings.steps):
