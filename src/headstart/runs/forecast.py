@@ -47,7 +47,7 @@ def fitted(tokens: Sequence[float], losses: Sequence[float]) -> Law:
             floor, scale = 0.0, float(falling @ wanted / (falling @ falling))
         error = float(np.square(floor + scale * falling - wanted).sum())
         if error < best[0]:
-            best = error, Law(floor, scale * largest**exponent, float(exponent))
+            best = error, Law(floor, float(scale * largest**exponent), float(exponent))
     return best[1]
 
 
