@@ -32,7 +32,7 @@ def test_every_arm_of_every_bin_has_a_plan(configs: Path, tmp_path: Path) -> Non
     recipe = recipe_from_dict({**KEYS, "teacher": str(configs), "output": str(tmp_path / "run")})
     plans = print_plans(recipe, Hardware(gpus=5))
     assert [[plan.name for plan in bin] for bin in plans] == [
-        ["scratch", "scratch-proportional", "subnet", "subnet+kd"]
+        ["scratch", "proportional", "subnet", "subnet+kd"]
     ] * 2
     step_tokens = 2 * 3 * 32 * 5
     for small, large in zip(*plans, strict=True):

@@ -157,7 +157,7 @@ def test_every_budget_has_its_own_best_rate(inputs, tmp_path):
             {"warmup_steps": 5},
             "one of 10 steps, of which 5",
         ),
-        ({"target": "nobody"}, {}, "target is 'nobody'; choose best or an arm: scratch, scratch-p"),
+        ({"target": "nobody"}, {}, "target is 'nobody'; choose best or an arm: scratch, proporti"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(settings, train, sentence):

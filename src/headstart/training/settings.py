@@ -105,7 +105,7 @@ class PretrainSettings:
     peak_tflops: float = 0.0
     arms: tuple[Arm, ...] = (
         Arm("scratch", init="random"),
-        Arm("scratch-proportional", init="random", shape=PROPORTIONAL),
+        Arm("proportional", init="random", shape=PROPORTIONAL),
         Arm("subnet"),
         Arm("subnet+kd", kd=DistillationSettings()),
     )
