@@ -325,13 +325,15 @@ def _initial_model(arm: Arm, inputs: ArmInputs, seed: int) -> Any:
     embedding torch would keep at zero: a block that begins with it then stays at zero through all
     layers, and every norm multiplies its gradient by up to the root of 1 / epsilon.
     """
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    architecture = inputs.architecture(arm)
-    config = copy.deepcopy(architecture.config)
+    architecture, folder = inputs.architecture(arm), inputs.student.folder
+    # Reading the student's makes layer-wise classes known to this process.
+    is_like_student = arm.shape == STUDENT
+    config = AutoConfig.from_pretrained(folder) if is_like_student else architecture.config
+    config = copy.deepcopy(config)
     padding, config.pad_token_id = config.pad_token_id, None
     if arm.init == "subnet":
-        folder = inputs.student.folder
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     else:
         set_seed(seed)
