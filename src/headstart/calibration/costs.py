@@ -16,7 +16,7 @@ from headstart.calibration.propagate import can_propagate, groups_of, reads_stre
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes, axes_of, dimensions_of, shape_of
 from headstart.model.count import layers_flops_per_token
-from headstart.model.shapes import sizes_in_layer
+from headstart.model.shapes import attention_width, sizes_in_layer
 
 
 def statistics_flops(architecture: Architecture, num_blocks: int, block_length: int) -> int:
@@ -149,5 +149,5 @@ def _solve_flops(unknowns: int, solutions: int) -> int:
 
 
 def _attention_flops(sizes: Sizes, context_length: int) -> int:
-    heads = sizes["kv_groups"] * sizes["q_per_kv"] * sizes["head_dim"]
+    heads = attention_width(sizes)
     return int(4 * heads * context_length)

@@ -14,7 +14,7 @@ from torch import Tensor
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes, axes_of, place_tensor
 from headstart.model.families import DROPPED
-from headstart.model.shapes import config_values, sizes_in_layer, stock_obstacle
+from headstart.model.shapes import attention_width, config_values, sizes_in_layer, stock_obstacle
 from headstart.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def stock_sizes(architecture: Architecture) -> dict[str, Any]:
                 f"what {norm} averages over; cut a student with {groups} kv_groups in every layer"
             )
         return padded
-    of_heads = largest["kv_groups"] * largest["q_per_kv"] * largest["head_dim"]  # always fits
+    of_heads = attention_width(largest)  # always fits
     widths = [
         width
         for width in range(1, 1 + max(of_heads, 2 * largest["embed"]))

@@ -74,7 +74,6 @@ def _results(result: Result) -> dict[str, Any]:
         "columns": COLUMNS,
         "rows": [Row(name, cells, colours[name]) for name, *cells in result_rows(result)],
         "reference": result["reference"],
-        "split": result["compared_on"],
         "seeds": any(arm.get("loss_spread") is not None for arm in result["arms"]),
         "sentences": [
             *error_sentences(result),

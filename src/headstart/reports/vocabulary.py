@@ -51,7 +51,7 @@ def sizes_table(sizes: Sizes, width: int, parameters: int) -> Table:
 
 
 def sizes_chart(sizes: Sizes, chosen: int) -> Figure:
-    """The teacher's bits per byte at every size, with a ring around the one that was chosen."""
+    """The teacher's bits per byte at every size, with a line at the one that was chosen."""
     rows, bits = ([entry[key] for entry in sizes] for key in ("rows", "bits_per_byte"))
     data: list[Figure] = [
         {
