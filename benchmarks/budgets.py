@@ -2,22 +2,27 @@
 
     python benchmarks/budgets.py --data articles.jsonl --output runs/budgets
     python benchmarks/budgets.py --data articles.jsonl --output runs/budgets --only scratch
+    python benchmarks/budgets.py --data articles.jsonl --output runs/budgets-5 --ratio 5
 
-The demo's teacher keeps 8,192 rows, and the student has the shape in the bin that is nearest to
-the teacher's proportions: no search chooses it. For every start the learning rate is first chosen
-on the validation split, at a small budget, and then each budget is trained to its end, with a rate
-that falls to zero. All figures are of the test split. A factor is what scratch had paid for its
-loss at a budget over what the start pays for the same, with everything charged; between two budgets
-of the start, loss falls in a straight line with the logarithm of the tokens. A killed run goes on.
+The demo's teacher keeps 8,192 rows. Students are about 15 or 5 times smaller than it, and of the
+shape in the bin that is nearest to the teacher's proportions, unless a start says otherwise. For
+every start the learning rate is first chosen on the validation split, at a small budget, and then
+each budget is trained to its end, with a rate that falls to zero. All figures are of the test
+split. A factor is what the better scratch had paid for its loss at a budget over what the start
+pays for the same, with everything charged; between two budgets of the start, loss falls in a
+straight line with the logarithm of the tokens. A second seed takes the smaller budgets, and losses
+are means over seeds. A killed run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from figure import write_figure
@@ -25,9 +30,12 @@ from headstart.calibration.start import Init
 from headstart.recipe import recipe_from_dict
 from headstart.runs.comparison import match_of, points_of
 from headstart.runs.stages import run_recipe
-from headstart.system.formats import parse_count
+from headstart.system.files import write_json
 
-SCRATCH = "scratch"
+PAPER_TOKENS, PAPER_FLOPS = 9.2, 5.16
+"""What "Where to Begin" (arXiv 2510.07227) reports."""
+FIRST_SEED = 42
+"""Transformers' own."""
 
 
 @dataclass(frozen=True)
@@ -35,44 +43,133 @@ class Start:
     """One way to begin.
 
     Attributes:
-        init: of the student; for scratch it only gives the shape.
+        init: of the student; unused where weights are random.
+        is_random: whether weights are.
         rates: of learning, of which one is chosen.
-        budgets: in tokens.
+        kd: distillation, from the first step on.
+        evolution: of the search for the shape; without one, the proportional shape is taken.
+        finalists: of that search.
+        calibration_tokens: for the importance pass and `init`.
+        hand_shaped: whether the model has `HAND_SHAPES`' shape.
     """
 
-    init: Init
-    rates: Sequence[float]
-    budgets: Sequence[str]
+    init: Init = "slice"
+    is_random: bool = False
+    rates: Sequence[float] = (1e-3, 2e-3)
+    kd: Mapping[str, float] | None = None
+    evolution: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "method": "importance", "population": 1, "generations": 1, "elites": 1,
+        }
+    )  # fmt: skip
+    finalists: int = 0
+    calibration_tokens: int = 16_384
+    hand_shaped: bool = False
 
 
 STARTS = {
-    SCRATCH: Start("slice", (1e-3, 2e-3, 4e-3), ("250K", "500K", "1M", "2M", "4M", "8M")),
-    "least squares": Start(
-        "least_squares", (5e-4, 1e-3, 2e-3), ("125K", "250K", "500K", "1M", "2M")
-    ),
-    "slice": Start("slice", (1e-3, 2e-3, 4e-3), ("125K", "250K", "500K", "1M", "2M")),
+    "scratch": Start(is_random=True),
+    "scratch, hand-shaped": Start(is_random=True, hand_shaped=True),
+    "slice": Start(),
+    "slice + search + distillation": Start(kd={"alpha": 0.5, "beta": 0.5}, evolution={}),
+    "least squares": Start("least_squares"),
+    "least squares, 65,536 tokens": Start("least_squares", calibration_tokens=65_536),
+    "least squares + distillation": Start("least_squares", kd={"alpha": 0.5, "beta": 0.5}),
+    "rotated": Start("rotate+least_squares"),
 }
-SWEEP_BUDGET = "500K"
-PAPER_TOKENS, PAPER_FLOPS = 9.2, 5.16
-"""What "Where to Begin" (arXiv 2510.07227) reports."""
+"""The fourth is the paper's method: evolution over slices, and distillation."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """What is measured at one size of student.
+
+    Attributes:
+        bin: of parameters.
+        hand_shape: layers, width, heads and neurons of a Llama that somebody would choose.
+        sweep: budget at which rates are chosen.
+        budgets: the smallest and the largest of each start, in tokens; those between double.
+    """
+
+    bin: tuple[str, str]
+    hand_shape: tuple[int, int, int, int]
+    sweep: int
+    budgets: Mapping[str, tuple[int, int]]
+
+    def budgets_of(self, name: str, share: float = 1.0) -> list[int]:
+        """Ascending, up to a share of the largest."""
+        budget, largest = self.budgets[name]
+        budgets = []
+        while budget <= largest * share:
+            budgets.append(budget)
+            budget *= 2
+        return budgets
+
+
+RATIOS = {
+    "15": Ratio(
+        ("6.5M", "7.5M"), (6, 256, 4, 704), 250_000,
+        {
+            "scratch": (250_000, 8_000_000),
+            "scratch, hand-shaped": (250_000, 2_000_000),
+            "slice": (125_000, 1_000_000),
+            "slice + search + distillation": (125_000, 1_000_000),
+            "least squares": (125_000, 4_000_000),
+            "least squares, 65,536 tokens": (125_000, 2_000_000),
+            "least squares + distillation": (125_000, 1_000_000),
+            "rotated": (125_000, 1_000_000),
+        },
+    ),
+    "5": Ratio(
+        ("21M", "23M"), (11, 384, 6, 1024), 125_000,
+        {
+            "scratch": (250_000, 1_000_000),
+            "slice": (62_500, 250_000),
+            "least squares": (62_500, 500_000),
+            "least squares + distillation": (62_500, 250_000),
+        },
+    ),
+}  # fmt: skip
+SECOND_SEED_SHARE = 0.25
+"""Of the largest budget, that seeds after the first are trained to."""
+
+
+def hand_shape(ratio: Ratio, folder: Path) -> str:
+    """A config file of the shape that somebody would choose."""
+    layers, width, heads, neurons = ratio.hand_shape
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": width,
+        "intermediate_size": neurons, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "tie_word_embeddings": True, "vocab_size": 8192,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    return str(folder)
 
 
 def result_of(name: str, folder: Path, options: argparse.Namespace, **pretrain: Any) -> Any:
     """The content of result.json of one run, trained now or found."""
-    start, (low, high) = STARTS[name], options.bin
-    arm = {"name": name, "init": "random" if name == SCRATCH else "subnet", **pretrain.pop("arm")}
+    if (folder / "result.json").is_file():
+        return json.loads((folder / "result.json").read_text())
+    start, ratio = STARTS[name], RATIOS[options.ratio]
+    low, high = ratio.bin
+    arm = {"name": name, "init": "random" if start.is_random else "subnet", **pretrain.pop("arm")}
+    if start.kd:
+        arm["kd"] = dict(start.kd)
+    if start.hand_shaped:
+        arm["shape"] = hand_shape(ratio, options.output / "hand-shape")
     recipe = {
         "teacher": "demo",
         "output": str(folder),
         "data": {"source": str(options.data), "block_length": 256, "max_tokens": 20_000_000},
-        "vocabulary": {"size": options.rows},
+        "vocabulary": {"size": 8192},
         "search": {
             "init": start.init,
             "bin": {"low": low, "high": high},
-            "tokens": 4096,
-            "calibration_tokens": options.calibration_tokens,
-            "evolution": {"method": "importance", "population": 1, "generations": 1, "elites": 1},
-            "finalists": {"count": 0},
+            "tokens": 16_384 if not start.evolution else 4096,
+            "calibration_tokens": start.calibration_tokens,
+            "evolution": dict(start.evolution),
+            "finalists": {"count": start.finalists},
         },
         "pretrain": {
             "validation_tokens": 16_384,
@@ -83,49 +180,81 @@ def result_of(name: str, folder: Path, options: argparse.Namespace, **pretrain: 
         },
         "train": {"per_device_train_batch_size": 4},
     }
-    if not (folder / "result.json").is_file():
-        run_recipe(recipe_from_dict(recipe))
+    run_recipe(recipe_from_dict(recipe))
     return json.loads((folder / "result.json").read_text())
 
 
 def arm_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One start at all of its budgets, at the rate that validates best at a small one."""
-    start, folder = STARTS[name], options.output / name.replace(" ", "-")
-    if options.rate is None:
+    start, ratio = STARTS[name], RATIOS[options.ratio]
+    folder = options.output / re.sub("[^a-z0-9]+", "-", name)
+    rate = options.rate
+    if rate is None:
         rates = {"learning_rates": list(start.rates)}
-        swept = result_of(name, folder / "sweep", options, arm=rates, budgets=[SWEEP_BUDGET])
+        swept = result_of(name, folder / "sweep", options, arm=rates, budgets=[ratio.sweep])
         (arm,) = swept["arms"]
         tried = ", ".join(f"{t['learning_rate']:g}: {t['loss_final']:.3f}" for t in arm["sweep"])
-        print(f"{name}: validation loss at {SWEEP_BUDGET} tokens by rate {tried}", flush=True)
+        print(f"{name}: validation loss at {ratio.sweep:,} tokens by rate {tried}", flush=True)
         rate = arm["learning_rate"]
-    else:
-        rate = options.rate
-    largest = parse_count(options.largest)
-    budgets = [budget for budget in start.budgets if parse_count(budget) <= largest]
-    result = result_of(name, folder / "main", options, arm={"learning_rate": rate}, budgets=budgets)
-    return {**result["arms"][0], "teacher": result["teacher"], "student": result["student"]}
+    arms = []
+    for seed in options.seeds:
+        is_first = seed == FIRST_SEED
+        budgets = ratio.budgets_of(name, 1.0 if is_first else SECOND_SEED_SHARE)
+        if budgets:
+            result = result_of(
+                name, folder / ("main" if is_first else f"seed-{seed}"), options,
+                arm={"learning_rate": rate}, budgets=budgets,
+                **({} if is_first else {"seeds": [seed]}),
+            )  # fmt: skip
+            arms.append({**result["arms"][0], "student": result["student"]})
+    return over_seeds(arms)
 
 
-def print_tables(arms: dict[str, dict[str, Any]], figure: Path | None) -> None:
+def over_seeds(arms: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first seed's entry, with each budget's loss as the mean over the seeds that have it, and
+    their `losses`."""
+    first, *_ = arms
+    losses = [
+        [arm["budgets"][place]["loss"] for arm in arms if place < len(arm["budgets"])]
+        for place in range(len(first["budgets"]))
+    ]
+    budgets = [
+        {**budget, "loss": fmean(of_seeds), "losses": of_seeds}
+        for budget, of_seeds in zip(first["budgets"], losses, strict=True)
+    ]
+    return {**first, "budgets": budgets}
+
+
+def best_scratch(arms: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """At each of the first scratch's budgets, the entry of the scratch that ends lowest there."""
+    entries = [
+        budget for name, arm in arms.items() if STARTS[name].is_random for budget in arm["budgets"]
+    ]
+    return [
+        min((e for e in entries if e["tokens"] == tokens), key=lambda entry: entry["loss"])
+        for tokens in sorted({entry["tokens"] for entry in entries})
+    ]
+
+
+def print_tables(arms: Mapping[str, dict[str, Any]], figure: Path | None) -> None:
     """What every run ends with, and what each start saves at each of scratch's budgets."""
-    print("\n| start | rate | before | budget | test loss | standard error | FLOPs |")
-    print("| :-- | --: | --: | --: | --: | --: | --: |")
+    print("\n| start | parameters | rate | before | budget | test loss | of seeds | FLOPs |")
+    print("| :-- | --: | --: | --: | --: | --: | --: | --: |")
     for name, arm in arms.items():
         for budget in arm["budgets"]:
             cells = (
-                name, f"{arm['learning_rate']:g}", f"{arm['loss_before']:.3f}",
-                f"{budget['tokens']:,}", f"{budget['loss']:.3f}",
-                f"{budget['standard_error']:.3f}", f"{budget['flops']:.3g}",
+                name, f"{arm['parameters']:,}", f"{arm['learning_rate']:g}",
+                f"{arm['loss_before']:.3f}", f"{budget['tokens']:,}", f"{budget['loss']:.3f}",
+                " ".join(f"{loss:.3f}" for loss in budget["losses"]), f"{budget['flops']:.3g}",
             )  # fmt: skip
             print(f"| {' | '.join(cells)} |")
-    if SCRATCH not in arms:
-        return
-    others = [name for name in arms if name != SCRATCH]
-    heads = [f"{name}: tokens | {name}: FLOPs" for name in others]
+    others = [name for name in arms if not STARTS[name].is_random]
+    goals = best_scratch(arms)
+    heads = [f"{name}: tokens | FLOPs" for name in others]
     print(f"\n| scratch's budget | its loss | {' | '.join(heads)} |")
     print(f"| --: | --: |{' --: |' * 2 * len(others)}")
     lines: dict[str, list[tuple[float, float]]] = {}
-    for goal in arms[SCRATCH]["budgets"]:
+    for goal in goals:
         cells = [f"{goal['tokens']:,}", f"{goal['loss']:.3f}"]
         for name in others:
             match = match_of(points_of(arms[name]), goal, is_logarithmic=True)
@@ -148,15 +277,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="text, as for headstart")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--only", nargs="+", choices=STARTS, default=list(STARTS), metavar="START")
-    parser.add_argument("--largest", default="8M", help="budget, in tokens")
-    parser.add_argument("--rows", type=int, default=8192, help="of the vocabulary")
-    parser.add_argument("--bin", nargs=2, default=("6.5M", "7.5M"), metavar=("LOW", "HIGH"))
-    parser.add_argument("--calibration-tokens", type=int, default=65_536)
+    parser.add_argument("--ratio", choices=RATIOS, default="15", help="teacher to student, about")
+    parser.add_argument("--only", nargs="+", choices=STARTS, metavar="START")
     parser.add_argument("--rate", type=float, help="of learning, instead of choosing one")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[FIRST_SEED, 1])
     parser.add_argument("--figure", type=Path, help="SVG file to draw the factors into")
     options = parser.parse_args()
-    print_tables({name: arm_of(name, options) for name in options.only}, options.figure)
+    names = options.only or [name for name in STARTS if name in RATIOS[options.ratio].budgets]
+    print_tables({name: arm_of(name, options) for name in names}, options.figure)
 
 
 if __name__ == "__main__":

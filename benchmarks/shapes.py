@@ -53,6 +53,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
                 "bin": {"low": low, "high": high},
                 "tokens": 16_384,
                 "calibration_tokens": 16_384,
+                "finalists": {"count": 0},
             },
             "pretrain": {
                 "tokens": options.tokens,
