@@ -147,11 +147,13 @@ def hand_shape(ratio: Ratio, folder: Path) -> str:
     return str(folder)
 
 
-def result_of(name: str, folder: Path, options: argparse.Namespace, **pretrain: Any) -> Any:
+def result_of(
+    name: str, start: Start, folder: Path, options: argparse.Namespace, **pretrain: Any
+) -> Any:
     """The content of result.json of one run, trained now or found."""
     if (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
-    start, ratio = STARTS[name], RATIOS[options.ratio]
+    ratio = RATIOS[options.ratio]
     low, high = ratio.bin
     arm = {"name": name, "init": "random" if start.is_random else "subnet", **pretrain.pop("arm")}
     if start.kd:
@@ -191,7 +193,7 @@ def arm_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     rate = options.rate
     if rate is None:
         rates = {"learning_rates": list(start.rates)}
-        swept = result_of(name, folder / "sweep", options, arm=rates, budgets=[ratio.sweep])
+        swept = result_of(name, start, folder / "sweep", options, arm=rates, budgets=[ratio.sweep])
         (arm,) = swept["arms"]
         tried = ", ".join(f"{t['learning_rate']:g}: {t['loss_final']:.3f}" for t in arm["sweep"])
         print(f"{name}: validation loss at {ratio.sweep:,} tokens by rate {tried}", flush=True)
@@ -202,7 +204,7 @@ def arm_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
         budgets = ratio.budgets_of(name, 1.0 if is_first else SECOND_SEED_SHARE)
         if budgets:
             result = result_of(
-                name, folder / ("main" if is_first else f"seed-{seed}"), options,
+                name, start, folder / ("main" if is_first else f"seed-{seed}"), options,
                 arm={"learning_rate": rate}, budgets=budgets,
                 **({} if is_first else {"seeds": [seed]}),
             )  # fmt: skip

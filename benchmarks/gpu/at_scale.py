@@ -1,10 +1,12 @@
-"""The comparison at scale, on a machine with a GPU and no network, in steps that can be continued.
+"""What a head start is worth, at the scale of a GPU, in steps that can be continued.
 
     python benchmarks/gpu/at_scale.py FILES OUTPUT --minutes 9
 
-Students of about 35M and 70M parameters are searched in the demo's teacher and trained on 20M and
-100M tokens, as scratch, subnet and subnet+kd. The runs on 20M tokens try several learning rates for
-each arm; those on 100M take each arm's best. `throughput.py` runs in between.
+The study of benchmarks/budgets.py: students about 15 and 5 times smaller than the demo's teacher,
+which keeps 32,768 rows, are searched and started by least squares, and trained on 8M to 128M
+tokens, with and without distillation, beside random weights in the student's shape and in the
+proportional one. A first run of each size chooses every arm's learning rate at 8M tokens.
+`throughput.py` runs in between.
 
 FILES holds, copied in any number of trips:
 
@@ -48,14 +50,9 @@ Recipe = dict[str, Any]
 
 SHARED: Recipe = {
     "data": {"block_length": 1024},
-    "search": {
-        "space": "coarse-uniform",
-        "bin": {"tolerance": 0.05},
-        "tokens": 65_536,
-        "calibration_tokens": 65_536,
-        "evolution": {"population": 64, "generations": 8, "elites": 16},
-    },
-    "pretrain": {"validation_tokens": 524_288, "evaluations": 20},
+    "vocabulary": {"size": 32_768},
+    "search": {"bin": {"tolerance": 0.05}, "tokens": 65_536, "calibration_tokens": 65_536},
+    "pretrain": {"validation_tokens": 262_144, "test_tokens": 1_048_576, "evaluations": 10},
     "train": {
         "per_device_train_batch_size": 32,
         "save_steps": 0.05,
@@ -63,11 +60,12 @@ SHARED: Recipe = {
     },
 }
 """What all runs have in common: 32,768 tokens a step on one GPU."""
-LEARNING_RATES = (1e-3, 3e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 ARMS: tuple[Recipe, ...] = (
     {"name": "scratch", "init": "random"},
+    {"name": "proportional", "init": "random", "shape": "proportional"},
     {"name": "subnet"},
-    {"name": "subnet+kd", "kd": {"alpha": 0.5, "beta": 0.5, "temperature": 1.0}},
+    {"name": "subnet+kd", "kd": {"alpha": 0.5, "beta": 0.5}},
 )
 
 
@@ -76,25 +74,26 @@ class Case:
     """One run.
 
     Attributes:
-        bin: parameters of the student, such as "35M".
-        tokens: budget of every arm.
+        bin: parameters of the student, such as "27M".
+        budgets: of every arm, in tokens.
         rates_of: the name of the case whose best learning rates this one takes; empty to sweep.
     """
 
     bin: str
-    tokens: int
+    budgets: tuple[int, ...]
     rates_of: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.bin}-{self.tokens / 1e6:g}M-tokens"
+        return f"{self.bin}-{max(self.budgets) / 1e6:g}M-tokens"
 
 
+BUDGETS = (8_000_000, 16_000_000, 32_000_000, 64_000_000, 128_000_000)
 CASES = (
-    Case("35M", 20_000_000),
-    Case("70M", 20_000_000),
-    Case("35M", 100_000_000, rates_of="35M-20M-tokens"),
-    Case("70M", 100_000_000, rates_of="70M-20M-tokens"),
+    Case("9M", BUDGETS[:1]),
+    Case("9M", BUDGETS, rates_of="9M-8M-tokens"),
+    Case("27M", BUDGETS[:1]),
+    Case("27M", BUDGETS, rates_of="27M-8M-tokens"),
 )
 
 
@@ -177,8 +176,9 @@ def recipe_of(
         "teacher": teacher,
         "output": str(output / case.name),
         "data": {**shared["data"], "source": corpus},
+        "vocabulary": shared["vocabulary"],
         "search": {**search, "bin": {**search["bin"], "around": case.bin}},
-        "pretrain": {**shared["pretrain"], "tokens": case.tokens, "arms": arms},
+        "pretrain": {**shared["pretrain"], "budgets": case.budgets, "arms": arms},
         "train": shared["train"],
     }
 
@@ -187,15 +187,14 @@ def write_summary(output: Path, names: Sequence[str]) -> None:
     """Gather what the finished cases and `throughput.py` have shown."""
     summary: dict[str, Any] = {"machine": machine(), "runs": {}}
     lines = [", ".join(f"{key} {value}" for key, value in summary["machine"].items()), ""]
-    columns = ("run", "arm", "learning rate", "loss", "fewer tokens", "fewer FLOPs", "seconds")
+    columns = ("run", "arm", "learning rate", "budget", "test loss", "fewer tokens", "fewer FLOPs")
     lines += [f"| {' | '.join(columns)} |", "|" + " :-- |" * len(columns)]
     for name in names:
         path = output / name / "result.json"
         if not path.is_file():
             continue
         result = json.loads(path.read_text())
-        keys = ("name", "learning_rate", "loss_before", "loss_final", "tokens_to_match")
-        keys += ("tokens_factor", "flops_to_match", "flops_factor", "seconds", "sweep")
+        keys = ("name", "learning_rate", "sweep", "loss_before", "seconds", "budgets", "matches")
         summary["runs"][name] = {
             "parameters": result["student"]["parameters"],
             "teacher_loss": result["teacher"]["loss"],
@@ -203,11 +202,13 @@ def write_summary(output: Path, names: Sequence[str]) -> None:
             "arms": [{key: arm[key] for key in keys} for arm in result["arms"]],
         }
         for arm in result["arms"]:
-            factors = [arm[key] for key in ("tokens_factor", "flops_factor")]
-            shown = [f"{factor:.2f}x" if factor else "–" for factor in factors]
-            cells = [name, arm["name"], f"{arm['learning_rate']:g}", f"{arm['loss_final']:.4f}"]
-            cells += [*shown, f"{arm['seconds']:.0f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            for budget, match in zip(arm["budgets"], arm["matches"], strict=True):
+                bound = "at least " if match["is_bound"] else ""
+                factors = [match[key] for key in ("tokens_factor", "flops_factor")]
+                shown = [f"{bound}{factor:.2f}x" if factor else "–" for factor in factors]
+                cells = [name, arm["name"], f"{arm['learning_rate']:g}"]
+                cells += [f"{budget['tokens']:,}", f"{budget['loss']:.3f}", *shown]
+                lines.append(f"| {' | '.join(cells)} |")
     path = output / "throughput.json"
     if path.is_file():
         summary["throughput"] = json.loads(path.read_text())

@@ -1,0 +1,90 @@
+"""Does the search pay, at equal tokens and at equal FLOPs?
+
+    python benchmarks/search_pays.py --data articles.jsonl --output runs/search-pays
+
+Students of one bin, chosen in several ways, all started by least squares and trained at one rate:
+the shape nearest to the teacher's proportions, the product's search, the same finals among shapes
+near those proportions without evolution, and three drawn at random. Prints the test loss after
+equal tokens; and, for every budget of a search, the loss that the proportional shape ends with when
+it trains until it has cost as many FLOPs, between two budgets in a straight line with the logarithm
+of the FLOPs. A killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from budgets import RATIOS, Start, result_of
+
+RANDOM_SEEDS = (0, 1, 2)
+PROPORTIONAL = "proportional"
+CHOICES = {
+    PROPORTIONAL: Start("least_squares"),
+    "searched": Start("least_squares", evolution={}, finalists=8),
+    "finals near the proportions": Start(
+        "least_squares",
+        evolution={"method": "importance", "population": 64, "generations": 1, "elites": 8},
+        finalists=8,
+    ),
+    **{
+        f"random {seed}": Start(
+            "least_squares",
+            evolution={
+                "method": "random", "population": 1, "generations": 1, "elites": 1, "seed": seed,
+            },
+        )
+        for seed in RANDOM_SEEDS
+    },
+}  # fmt: skip
+
+
+def loss_at(budgets: Sequence[Mapping[str, Any]], flops: float) -> float:
+    """The loss after so many FLOPs; NaN outside of what was measured."""
+    for start, end in pairwise(budgets):
+        if start["flops"] <= flops <= end["flops"]:
+            share = math.log(flops / start["flops"]) / math.log(end["flops"] / start["flops"])
+            return float(start["loss"] + share * (end["loss"] - start["loss"]))
+    return math.nan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, required=True, help="text, as for headstart")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--ratio", choices=RATIOS, default="15", help="teacher to student, about")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of learning")
+    parser.add_argument("--budgets", nargs="+", type=int, default=[250_000, 500_000])
+    options = parser.parse_args()
+    found = {}
+    for name, start in CHOICES.items():
+        budgets = options.budgets
+        if name == PROPORTIONAL:  # which is asked what it reaches with the searches' FLOPs
+            budgets = [*budgets, 2 * budgets[-1], 4 * budgets[-1]]
+        folder = options.output / name.replace(" ", "-")
+        arm = {"learning_rate": options.rate}
+        found[name] = result_of(name, start, folder, options, arm=arm, budgets=budgets)
+    heads = " | ".join(f"{budget:,} tokens | at equal FLOPs" for budget in options.budgets)
+    print(f"\n| choice | layers x width, neurons | search FLOPs | before | {heads} |")
+    print(f"| :-- | :-- | --: | --: |{' --: | --: |' * len(options.budgets)}")
+    proportional = found[PROPORTIONAL]["arms"][0]["budgets"]
+    for name, result in found.items():
+        (arm,), sizes = result["arms"], result["student"]["sizes"]
+        cells = [name, f"{sizes['layers']} x {sizes['embed']}, {sizes['mlp']:,}"]
+        cells += [f"{result['costs']['search_flops']:.2g}", f"{arm['loss_before']:.3f}"]
+        for budget in arm["budgets"][: len(options.budgets)]:
+            rival = loss_at(proportional, budget["flops"])
+            cells += [f"{budget['loss']:.3f}", f"{PROPORTIONAL} {rival:.3f}"]
+        print(f"| {' | '.join(cells)} |")
+    for place, tokens in enumerate(options.budgets):
+        drawn = [found[f"random {s}"]["arms"][0]["budgets"][place]["loss"] for s in RANDOM_SEEDS]
+        print(f"\nmedian of the random ones after {tokens:,} tokens: {median(drawn):.3f}")
+
+
+if __name__ == "__main__":
+    main()
