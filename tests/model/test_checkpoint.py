@@ -1,12 +1,14 @@
 """Checkpoint folders: how they are found, read and hashed, and which are refused."""
 
 import json
+import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.conftest import extract, random_teacher
 from tests.model.oracles import assert_same_tensors, random_spec
+from transformers import AutoModelForCausalLM
 
 from headstart.model.checkpoint import Checkpoint
 from headstart.system.errors import UserError
@@ -77,10 +79,98 @@ def test_rows_that_the_config_does_not_know_are_named(saved, refused):
     refused(folder, r"embed_tokens.weight' has shape \(128, 48\), and the config says \(120, 48\)")
 
 
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def refused_whole(folder, message):
+    """Check that a teacher is refused in one sentence before anything else is done."""
+    with pytest.raises(UserError, match=message) as caught:
+        Checkpoint.open_whole(folder)
+    assert "\n" not in str(caught.value)
+
+
+def write_weights(folder, tensors, name="model.safetensors"):
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+def test_files_that_transformers_does_not_load_are_no_weights(saved):
+    folder = saved(random_teacher("llama-tied-gqa"))
+    before = Checkpoint.open_whole(folder)
+    tensors = {name: tensor * 0 for name, tensor in weights_of(folder).items()}
+    write_weights(folder, tensors, "model_old.safetensors")
+    write_weights(
+        folder, {"layers.0.attention.wk.weight": torch.ones(2)}, "consolidated.safetensors"
+    )
+    after = Checkpoint.open_whole(folder)
+    assert after.hash == before.hash
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in after.tensors():
+        torch.testing.assert_close(tensor, loaded[name], rtol=0, atol=0)
+
+
+def test_other_names_alone_are_told(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"))
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    refused(folder, "weights.safetensors have names that transformers does not load")
+
+
+def test_a_whole_file_beside_whole_shards_is_refused(saved, refused):
+    folder = saved(random_teacher("llama-tied-gqa"))
+    whole = (folder / "model.safetensors").read_bytes()
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").write_bytes(whole)
+    refused(folder, "has model.safetensors and all the shards of .*; remove one of them")
+
+
+def test_an_index_whose_shards_are_gone_is_passed_over(saved):
+    folder = saved(random_teacher("llama-tied-gqa"), max_shard_size="20KB")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    index = (folder / "model.safetensors.index.json").read_text()
+    model.save_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert set(Checkpoint.open_whole(folder).files.values()) == {folder / "model.safetensors"}
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_are_not_finite_are_counted(number, dtype, saved):
+    folder = saved(random_teacher("llama-tied-gqa"))
+    tensors = {name: tensor.to(dtype) for name, tensor in weights_of(folder).items()}
+    tensors["model.norm.weight"][3] = number
+    write_weights(folder, tensors)
+    refused_whole(folder, "'model.norm.weight' with 1 of 48 numbers that are NaN or infinite")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_numbers_that_need_scales_are_refused(dtype, saved):
+    folder = saved(random_teacher("llama-tied-gqa"))
+    tensors = weights_of(folder)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    write_weights(folder, tensors)
+    refused_whole(
+        folder, "holds 'model.norm.weight' as .*8.*, and headstart cuts weights of F64, F32"
+    )
+
+
+def test_an_output_matrix_that_is_not_tied_is_refused(saved):
+    folder = saved(random_teacher("llama-tied-gqa"))
+    tensors = weights_of(folder)
+    embedding = tensors["model.embed_tokens.weight"]
+    write_weights(folder, {**tensors, "lm_head.weight": embedding.clone()})
+    Checkpoint.open_whole(folder)  # the same numbers twice are one matrix
+    write_weights(folder, {**tensors, "lm_head.weight": embedding + 1})
+    refused_whole(
+        folder, "holds 'lm_head.weight' and another 'model.embed_tokens.weight', and .* ties"
+    )
+
+
 def test_pickles_are_not_read(saved, refused):
     folder = saved(random_teacher("llama-tied-gqa"))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "has no .safetensors files")
+    refused(folder, "has neither model.safetensors nor model.safetensors.index.json; ")
 
 
 def test_a_folder_without_config_is_no_model(saved, refused):

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from headstart.demo import DEMO, demo_teacher
 from headstart.model.architecture import Architecture
 from headstart.model.card import CARD
+from headstart.model.families import DROPPED
+from headstart.model.weights import (
+    INDEX,
+    WHOLE,
+    open_shard,
+    refuse_not_finite,
+    refuse_other_kinds,
+    shard_names,
+    tensor_files,
+    weight_files,
+)
 from headstart.system.errors import UserError
 from headstart.system.hashing import hash_files
 from headstart.system.hub import HubName
@@ -28,6 +38,8 @@ TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "generation_config.json",
 )  # fmt: skip
+EMBEDDING = "vocab embed"
+"""The layout of the input embedding, and of an output matrix."""
 
 
 @dataclass(frozen=True)
@@ -58,56 +70,61 @@ class Checkpoint:
     @cached_property
     def hash(self) -> str:
         """Of config and weights, which are read to their end when this is first asked for."""
-        weights = sorted(self.folder.glob("*.safetensors"))
-        return hash_files([self.folder / "config.json", *weights])
+        return hash_files([self.folder / "config.json", *weight_files(self.folder)])
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> the safetensors file that holds it.
-
-        Raises:
-            UserError: a file is cut short, or missing or not what the index says.
-        """
-        index = self.folder / "model.safetensors.index.json"
-        if not index.is_file():
-            shards = sorted(self.folder.glob("*.safetensors"))
-            return {name: file for file in shards for name in _names(file)}
-        try:
-            names = json.loads(index.read_text())["weight_map"]
-            files = {name: self.folder / file for name, file in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is no index of shards; fetch the model again") from error
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise UserError(f"{index} names {file.name}, which is missing; fetch it again")
-            held = set(_names(file))
-            for name, place in files.items():
-                if place == file and name not in held:
-                    raise UserError(
-                        f"{file} lacks {name!r}, which {index} says it has; fetch both again"
-                    )
-        return files
+        """Tensor name -> the file that holds it; errors as in `tensor_files`."""
+        return tensor_files(self.folder)
 
     def check(self) -> None:
-        """Find out from the files' headers whether the weights are those that the config says.
+        """Find out whether the weights are those that the config says, and finite numbers.
+
+        They are read to their end, after all that the files' headers say was looked at.
 
         Raises:
-            UserError: a tensor is unknown, is missing or has another shape; transformers makes no
-                model of the config; or as `files`.
+            UserError: a tensor is unknown, is missing, has another shape, or holds something else
+                than finite numbers; an output matrix is not the input embedding that the config
+                ties it to; transformers makes no model of the config; or as `files`.
         """
         self._build()
         missing = self.architecture.places(range(self.architecture.sizes["layers"]))
-        for file in sorted(set(self.files.values())):
-            with _open_shard(file) as shard:
-                for name in (name for name, place in self.files.items() if place == file):
-                    shape = tuple(shard.get_slice(name).get_shape())
-                    rule, layer = self.architecture.check_tensor(name, shape)
-                    missing.discard((rule.pattern, layer))
+        unused = []
+        for name, file in self.files.items():
+            with open_shard(file) as shard:
+                part = shard.get_slice(name)
+                shape, kind = tuple(part.get_shape()), part.get_dtype()
+            rule, layer = self.architecture.check_tensor(name, shape)
+            if rule.layout == DROPPED:
+                unused.append((name, rule.pattern))
+                continue
+            refuse_other_kinds(file, name, kind)
+            missing.discard((rule.pattern, layer))
         self.architecture.refuse_missing(missing)
+        for name, tensor in self.tensors():
+            if tensor.is_floating_point():
+                refuse_not_finite(self.files[name], name, tensor)
+        for name, pattern in unused:
+            if self.architecture.family.tensors[pattern].startswith(EMBEDDING):
+                self._refuse_untied(name)
+
+    def _refuse_untied(self, output: str) -> None:
+        """Raise a UserError if the output matrix beside a tied embedding is another one.
+
+        Transformers then leaves the tie, and the model is another than its config says.
+        """
+        (embedding,) = (
+            name for name in self.files if self.architecture.match(name)[0].layout == EMBEDDING
+        )
+        if not torch.equal(self._tensor(output), self._tensor(embedding)):
+            raise UserError(
+                f"{self.files[output]} holds {output!r} and another {embedding!r}, and "
+                f"{self.folder / 'config.json'} ties the two; set tie_word_embeddings to false "
+                "there if the output matrix is right, or remove it"
+            )
 
     def _build(self) -> None:
         """Find out whether transformers makes a model of the config, without memory for weights."""
-        import torch
         from transformers import AutoModelForCausalLM
 
         try:
@@ -122,12 +139,14 @@ class Checkpoint:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) pairs one at a time, shard by shard, memory-mapped."""
-        for name, file in sorted(self.files.items(), key=lambda named: named[1]):
-            # Opened for each, since what was read of an open shard stays mapped.
-            with _open_shard(file) as shard:
-                tensor = shard.get_tensor(name)
-            yield name, tensor
-            del tensor
+        for name in sorted(self.files, key=lambda name: self.files[name]):
+            yield name, self._tensor(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        # Opened for each, since what was read of an open shard stays mapped.
+        with open_shard(self.files[name]) as shard:
+            tensor: Tensor = shard.get_tensor(name)
+        return tensor
 
 
 def find_model(model: str | Path) -> Path:
@@ -138,7 +157,7 @@ def find_model(model: str | Path) -> Path:
             demo's teacher.
 
     Raises:
-        UserError: the folder, hub id or revision does not exist, or holds no safetensors.
+        UserError: the folder, hub id or revision does not exist; or as `weight_files`.
     """
     if model == DEMO:
         return demo_teacher()
@@ -147,11 +166,7 @@ def find_model(model: str | Path) -> Path:
         folder = _download(str(model))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json, so it is not a model folder")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} has no .safetensors files; headstart reads no pickles, so convert the "
-            "teacher once with model.save_pretrained(folder)"
-        )
+    weight_files(folder)
     return folder
 
 
@@ -186,14 +201,18 @@ def _fetched_config(name: HubName) -> Path:
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.txt", CARD, *TOKENIZER_FILES]
     name = _on_hub(model)
-    with _telling(name):
+
+    def fetched(*patterns: str) -> Path:
         # Without a network this is what was fetched before.
-        folder = snapshot_download(
-            name.repo, revision=name.revision or None, allow_patterns=patterns
-        )
-        return Path(folder)
+        revision = name.revision or None
+        return Path(snapshot_download(name.repo, revision=revision, allow_patterns=list(patterns)))
+
+    with _telling(name):
+        folder = fetched(WHOLE, "*.json", "*.txt", CARD, *TOKENIZER_FILES)
+        if (folder / INDEX).is_file() and not (folder / WHOLE).is_file():
+            fetched(*shard_names(folder / INDEX))
+    return folder
 
 
 def _on_hub(model: str) -> HubName:
@@ -219,20 +238,6 @@ def _telling(name: HubName) -> Iterator[None]:
         raise UserError(
             f"{str(name)!r} is neither a folder nor a model that can be fetched from the "
             f"hub ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _names(shard: Path) -> list[str]:
-    with _open_shard(shard) as tensors:
-        return list(tensors.keys())
-
-
-def _open_shard(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise UserError(
-            f"{file} is not a whole safetensors file ({error}); fetch it again"
         ) from error
 
 
