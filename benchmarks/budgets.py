@@ -111,13 +111,13 @@ RATIOS = {
         ("6.5M", "7.5M"), (6, 256, 4, 704), 250_000,
         {
             "scratch": (250_000, 8_000_000),
-            "scratch, hand-shaped": (250_000, 2_000_000),
+            "scratch, hand-shaped": (250_000, 1_000_000),
             "slice": (125_000, 1_000_000),
-            "slice + search + distillation": (125_000, 1_000_000),
+            "slice + search + distillation": (125_000, 500_000),
             "least squares": (125_000, 4_000_000),
             "least squares, 65,536 tokens": (125_000, 2_000_000),
             "least squares + distillation": (125_000, 1_000_000),
-            "rotated": (125_000, 1_000_000),
+            "rotated": (125_000, 500_000),
         },
     ),
     "5": Ratio(
@@ -130,7 +130,7 @@ RATIOS = {
         },
     ),
 }  # fmt: skip
-SECOND_SEED_SHARE = 0.25
+SECOND_SEED_SHARE = 0.125
 """Of the largest budget, that seeds after the first are trained to."""
 
 
