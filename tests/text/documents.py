@@ -7,9 +7,11 @@ import lzma
 import random
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -79,6 +81,15 @@ def write_source(folder: Path, name: str) -> Path:
         path.write_bytes(bz2.compress(jsonl.encode()))
     elif name.endswith(".xz"):
         path.write_bytes(lzma.compress(plain.encode()))
+    elif name.endswith(".zst"):
+        path.write_bytes(zstandard.compress(jsonl.encode()))
+    elif name == "saved":
+        datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(path, num_shards=3)
+        (path / "cache-1234.arrow").write_bytes((path / "data-00000-of-00003.arrow").read_bytes())
+    elif name == "saved splits":
+        whole = datasets.Dataset.from_dict({"text": DOCUMENTS})
+        splits = {"train": whole, "test": whole.select(range(3))}
+        datasets.DatasetDict(splits).save_to_disk(path)
     elif name.endswith(".parquet"):
         table = pyarrow.table({"id": range(len(DOCUMENTS)), "text": DOCUMENTS})
         pyarrow.parquet.write_table(table, path, row_group_size=32)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +32,12 @@ from headstart.text.settings import SPLITS, DataSettings
         "A.JSONL",
         "a.jsonl.gz",
         "a.jsonl.bz2",
+        "a.jsonl.zst",
         "a.json",
         "a.parquet",
         "folder",
+        "saved",
+        "saved splits",
     ],
 )
 def test_every_format_gives_the_blocks_of_a_naive_tokenisation(
@@ -200,7 +204,12 @@ def test_an_unknown_hub_dataset_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), r"a.jsonl.gz holds no text"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl holds int, not text, in its column 'text'"),
         ("a.jsonl", b'{"id": 1, "body": "w1"}\n', r"set data.text_column to one of id, body"),
-        ("a.jsonl", b'{"text": \n', r"a.jsonl holds no text"),
+        ("a.jsonl", b'{"text": \n', r"no text: 1 lines are corrupt, the first in .*line 1: Expect"),
+        ("a.jsonl", b"[\n 3\n]", r"line 1: one JSON value over several lines; name the file .json"),
+        ("a.jsonl", b"<html>\n", r"line 1: no JSON but HTML or XML"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", r"fetch .* by git lfs pull"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"line 1: no UTF-8 \(.* at byte 13\); write"),
+        ("a.jsonl.zst", b"x", r"cannot read .*a.jsonl.zst: "),
         ("a.jsonl.gz", b'{"text": "w1"}\n', r"cannot read .*a.jsonl.gz: Not a gzipped file"),
         ("a.parquet", b"no parquet", r"cannot read .*a.parquet: .*; mend or remove it"),
         ("a.txt", b"caf\xe9", r"cannot read .*a.txt: 'utf-8' codec can't decode byte 0xe9"),
@@ -216,12 +225,73 @@ def test_unreadable_sources_are_told(
 
 def test_folders_without_data_are_told(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("not data")
-    with pytest.raises(ValueError, match=r"the folder .* holds no file that ends in \.txt, \.json"):
-        check_source(replace(SETTINGS, source=str(tmp_path)))
-    (tmp_path / "a.txt").write_text("w1")
     (tmp_path / "b.txt").write_text("")
-    with pytest.raises(ValueError, match=r"b.txt is empty"):
+    message = r"the folder .* holds no file with text .*README.md \(unknown suffix\), b.txt \(empty"
+    with pytest.raises(UserError, match=message):
         check_source(replace(SETTINGS, source=str(tmp_path)))
+
+
+FAULTS = {
+    "cut.jsonl.gz": gzip.compress(as_jsonl(DOCUMENTS).encode(), mtime=0)[:900],
+    "latin.txt": b"caf\xe9",
+    "half.parquet": b"PAR1 and no more",
+    "numbers.jsonl": b'{"text": 3}\n',
+    "other.jsonl": b'{"body": "w1"}\n',
+}
+"""Files of which a folder's others can do without, and what the summary says of them."""
+LEFT_OUT = {"archive.zip": b"PK", "empty.jsonl": b"", "notes.md": b"# notes", "page.html": b"<p>"}
+
+
+def mixed_folder(folder: Path, strict: bool = False) -> DataSettings:
+    """Forty files: good ones with the documents among them, and one of each fault."""
+    folder.mkdir()
+    names = [f"part-{number:02}.jsonl" for number in range(28)] + ["a/same.jsonl", "b/same.jsonl"]
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    for number, name in enumerate(sorted(names)):
+        (folder / name).write_text(as_jsonl(DOCUMENTS[number :: len(names)]))
+    with (folder / "part-00.jsonl").open("a") as stream:
+        stream.write('{"id": 1}\n{"text": \n')
+    (folder / "README.txt").write_text("w1 w2 w3")
+    for name, content in {**FAULTS, **LEFT_OUT}.items():
+        (folder / name).write_bytes(content)
+    assert sum(path.is_file() for path in folder.rglob("*")) == 40
+    return replace(SETTINGS, source=str(folder), strict=strict)
+
+
+def test_every_file_of_a_mixed_folder_is_accounted_for(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = mixed_folder(tmp_path / "mixed [folder]")
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    manifest = prepared.manifest
+    assert manifest["faults"].keys() == FAULTS.keys()
+    assert manifest["left_out"].keys() == LEFT_OUT.keys()
+    assert (manifest["corrupt_lines"], manifest["rows_without_column"]) == (1, 2)
+    cut = zlib.decompressobj(wbits=31).decompress(FAULTS["cut.jsonl.gz"])
+    counts = manifest["splits"].values()
+    num_documents = sum(count["documents"] for count in counts)
+    assert num_documents == len(DOCUMENTS) + 1 + cut.count(b"\n")
+    words = " ".join(capsys.readouterr().err.split())
+    kinds = "32 .jsonl, 2 .txt, 1 .jsonl.gz, 1 .parquet (README.txt, latin.txt)"
+    assert f"mixed [folder]: read 36 files ({kinds}), left out 4: " in words
+    assert "left out 4: archive.zip (unknown suffix), empty.jsonl (empty)" in words
+    assert "README.txt" in words and "5 files were not read to their end" in words
+    assert "passed over 1 corrupt lines" in words and "2 rows without a column 'text'" in words
+
+
+def test_a_strict_reader_refuses_the_first_fault(tmp_path: Path, tokenizer: Path) -> None:
+    settings = mixed_folder(tmp_path / "mixed", strict=True)
+    with pytest.raises(UserError, match=r"cannot read .*cut.jsonl.gz"):
+        prepare(settings, tokenizer, tmp_path / "cache")
+
+
+def test_halves_of_characters_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "halves.jsonl"
+    texts = ["whole \U0001f600", "\ud83d half", "half \ude00", "\ude00\ud83d turned"]
+    path.write_text(as_jsonl(texts))
+    found = list(corpus_module.texts_of(corpus_module.Corpus("", (path,)), 0, "text"))
+    assert found == ["whole \U0001f600", "\ufffd half", "half \ufffd", "\ufffd\ufffd turned"]
 
 
 def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_manifest_says_what_went_in(tmp_path: Path, corpus: Path, tokenizer: Pat
             "documents": len(texts),
             "text_bytes": sum(len(text.encode()) for text in texts),
             "tokens": num_tokens,
+            "packed_tokens": num_tokens,
             "blocks": num_tokens // settings.block_length,
         }
 

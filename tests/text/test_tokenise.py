@@ -12,8 +12,18 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from tests.text.documents import DOCUMENTS, SETTINGS, as_jsonl, blocks_by_hand, refuse, write_source
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tests.text.documents import (
+    DOCUMENTS,
+    EOS,
+    SETTINGS,
+    as_jsonl,
+    blocks_by_hand,
+    encode_by_hand,
+    refuse,
+    save_tokenizer,
+    write_source,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from headstart.text import corpus as corpus_module
@@ -41,6 +51,92 @@ def test_byte_level_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     decoded = fast.decode(blocks.flatten().tolist(), errors="ignore").rstrip("\ufffd")
     assert len(decoded) > 50
     assert joined.startswith(decoded)
+
+
+def test_text_that_spells_the_end_token_does_not_become_it(tmp_path: Path) -> None:
+    """Byte by byte, whatever the tokenizer makes of its special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: n for n, character in enumerate([*alphabet, "</s>"])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(
+        tmp_path / "bytes"
+    )
+    documents = [f"document {n} says </s> and goes on" for n in range(100)]
+    path = tmp_path / "spelled.jsonl"
+    path.write_text(as_jsonl(documents))
+    settings = replace(SETTINGS, source=str(path))
+    prepared = prepare(settings, tmp_path / "bytes", tmp_path / "cache")
+    chosen = [text for text in documents if split_of(text, settings) == "train"]
+    by_byte = {byte: vocabulary[letter] for letter, byte in _bytes_of_alphabet().items()}
+    expected = [
+        token for text in chosen for token in [*(by_byte[b] for b in text.encode()), len(alphabet)]
+    ]
+    tokens = np.asarray(prepared.split("train")).flatten().tolist()
+    assert len(tokens) > 1000 and tokens == expected[: len(tokens)]
+
+
+def _bytes_of_alphabet() -> dict[str, int]:
+    """The letter that stands for each byte in GPT-2's alphabet: printable ones for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def test_documents_and_blocks_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "tokenizer", eos_token="</s>", bos_token="<unk>")
+    fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    begin = fast.bos_token_id
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", begin)]
+    )
+    fast.save_pretrained(folder)
+    settings = replace(SETTINGS, source=str(write_source(tmp_path, "folder")))
+    prepared = prepare(settings, folder, tmp_path / "cache")
+    for split in SPLITS:
+        blocks = np.asarray(prepared.split(split)).tolist()
+        assert len(blocks) > 3 and all(block[0] == begin for block in blocks)
+        stream = [
+            token
+            for text in DOCUMENTS
+            if split_of(text, settings) == split
+            for token in [begin, *encode_by_hand(text), EOS]
+        ]
+        while blocks:  # by one token after another
+            block = blocks.pop(0)
+            expected = stream[:8] if stream[0] == begin else [begin, *stream[:7]]
+            assert block == expected
+            stream = stream[8 if stream[0] == begin else 7 :]
+        assert len(stream) < 8
+
+
+def test_long_documents_are_tokenised_in_pieces(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenise_module, "PIECE_CHARACTERS", 16)
+    monkeypatch.setattr(tokenise_module, "BATCH_CHARACTERS", 64)
+    given: list[int] = []
+    whole_call = PreTrainedTokenizerFast.__call__
+
+    def watch(self: object, batch: list[str], **options: object) -> object:
+        given.append(sum(map(len, batch)))
+        return whole_call(self, batch, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watch)
+    settings = replace(SETTINGS, source=str(write_source(tmp_path, "a.jsonl")))
+    prepared = prepare(settings, tokenizer, tmp_path / "cache")
+    assert max(given) < 64 + 16
+    for split in SPLITS:
+        expected = blocks_by_hand(DOCUMENTS, split, settings)
+        np.testing.assert_array_equal(prepared.split(split), expected)
+
+
+@pytest.mark.parametrize("text", ["", "word", "a line\n" * 9, "a " * 30, "x" * 50, "  \n  " * 12])
+def test_pieces_are_the_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise_module, "PIECE_CHARACTERS", 16)
+    pieces = tokenise_module.pieces_of(text)
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= 16 for piece in pieces[:-1])
 
 
 def names_in(folder: Path) -> set[str]:
@@ -116,10 +212,10 @@ def test_a_read_that_fails_loses_nothing_and_the_same_command_goes_on(
         monkeypatch.setattr(corpus_module, "dataset_commit", lambda name: "a commit")
         monkeypatch.setattr(corpus_module, "_hub_stream", lambda corpus: stream)
     else:
-        read = corpus_module._json_lines
+        read = corpus_module.json_lines
         monkeypatch.setattr(
             corpus_module,
-            "_json_lines",
+            "json_lines",
             lambda file, skip, on_corrupt: (
                 row
                 for number, row in enumerate(read(file, skip, on_corrupt), skip)

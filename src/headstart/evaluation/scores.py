@@ -19,7 +19,7 @@ from headstart.text.settings import SplitName
 Scores = dict[str, Any]
 """Of one model: "loss", "perplexity", "bits_per_byte" and "tokens" on a text, and "tasks"."""
 BLOCKS_PER_BATCH = 8
-VERSION = 2
+VERSION = 3
 """Of what the memo keeps; raise it when an equal key would give other scores."""
 
 

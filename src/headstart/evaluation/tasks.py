@@ -26,7 +26,7 @@ from headstart.system.files import shipped
 from headstart.system.hashing import hash_files
 from headstart.system.memo import remembered
 from headstart.system.progress import console
-from headstart.text.prepare import tokenizer_hash
+from headstart.text.prepare import first_token, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,7 +216,8 @@ def _scorer(model: Path, batch_size: int) -> Any:
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
     loaded = load_frozen(model, default_device())
-    return HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
+    begins = first_token(tokenizer) is not None
+    return HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=begins)
 
 
 def lm_eval_version() -> str:

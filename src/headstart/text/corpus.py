@@ -1,13 +1,10 @@
 """Where the text comes from: local files of several formats, or a dataset on the hub, streamed."""
 
-import bz2
 import glob
-import gzip
-import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 
 import datasets
 import pyarrow
-import pyarrow.parquet
+import zstandard
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
@@ -25,11 +22,23 @@ from headstart.demo import DEMO, demo_corpus
 from headstart.system.errors import UserError
 from headstart.system.hashing import hash_files
 from headstart.system.hub import HubName
+from headstart.text.local import (
+    READABLE,
+    builder_of,
+    files_of,
+    is_json_lines,
+    is_plain_text,
+    json_lines,
+    opened,
+    rows_in,
+    some_of,
+)
 from headstart.text.plain import plain_documents
 
-BUILDERS = {".txt": "plain", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-READABLE = ".txt, .jsonl, .json (also with .gz, .bz2 or .xz after it) or .parquet"
+CORRUPT = (
+    OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException,
+)  # fmt: skip
+"""What packed or damaged files raise."""
 
 
 @dataclass(frozen=True)
@@ -40,45 +49,53 @@ class Corpus:
         source: as it was given.
         files: of a local corpus.
         dataset: on the hub, at a commit.
+        left_out: name -> reason of files in the source's folder that are not read.
     """
 
     source: str
     files: tuple[Path, ...] = ()
     dataset: HubName | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is files of a folder, of which one that cannot be read may be passed over."""
+        return self.files != () and Path(self.source).expanduser().is_dir()
 
 
 def find_corpus(source: str) -> Corpus:
     """Find what a source names.
 
     Args:
-        source: A file, a folder of files (read recursively, in sorted order; hidden files and
-            unknown suffixes are passed over), a dataset on the hub such as "owner/name",
-            "owner/name:config" or "owner/name:config@revision", or "demo".
+        source: A file, a folder of files (read recursively, in sorted order; hidden files are
+            passed over, empty ones and unknown suffixes left out), what datasets saved to disk, a
+            dataset on the hub such as "owner/name", "owner/name:config" or
+            "owner/name:config@revision", or "demo".
 
     Raises:
-        UserError: It or its revision does not exist, or it holds no readable file or an empty one.
+        UserError: It or its revision does not exist, or it holds no readable file, or is empty.
     """
     if not source:
         raise UserError("data.source is empty: give a file, a folder or a dataset id")
     path = demo_corpus() if source == DEMO else Path(source).expanduser()
     if path.is_dir():
-        names = sorted((file.relative_to(path) for file in path.rglob("*")), key=Path.as_posix)
-        visible = [name for name in names if not any(part[0] == "." for part in name.parts)]
-        files = [path / name for name in visible if _builder(name) and (path / name).is_file()]
+        files, left_out = files_of(path)
         if not files:
-            raise UserError(f"the folder {source} holds no file that ends in {READABLE}")
-    elif path.is_file():
-        if not _builder(path):
+            found = f"; it has {some_of(f'{n} ({why})' for n, why in left_out.items())}"
+            raise UserError(
+                f"the folder {source} holds no file with text that ends in {READABLE}"
+                f"{found if left_out else ''}"
+            )
+        return Corpus(source, tuple(files), left_out=left_out)
+    if path.is_file():
+        if not builder_of(path):
             raise UserError(f"{source} has an unknown suffix: give a file that ends in {READABLE}")
-        files = [path]
-    elif name := HubName.parse(source):
+        if path.stat().st_size == 0:
+            raise UserError(f"the file {path} is empty: remove it or fetch it again")
+        return Corpus(source, (path,))
+    if name := HubName.parse(source):
         return Corpus(source, dataset=name.at(dataset_commit(name)))
-    else:
-        raise UserError(f"{source} does not exist: give a file, a folder or a dataset id")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise UserError(f"the file {file} is empty: remove it or fetch it again")
-    return Corpus(source, tuple(files))
+    raise UserError(f"{source} does not exist: give a file, a folder or a dataset id")
 
 
 def count_rows(corpus: Corpus, units: Iterable[int]) -> int | None:
@@ -89,22 +106,11 @@ def count_rows(corpus: Corpus, units: Iterable[int]) -> int | None:
     if not corpus.files:
         return None
     try:
-        counts = [_rows_in(corpus.files[unit]) for unit in units]
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException):
+        counts = [rows_in(corpus.files[unit]) for unit in units]
+    except CORRUPT:
         return None  # reading the file will say what is wrong with it
     known = [count for count in counts if count is not None]
     return sum(known) or None if len(known) == len(counts) else None
-
-
-def _rows_in(file: Path) -> int | None:
-    if file.suffix.lower() == ".parquet":
-        return int(pyarrow.parquet.read_metadata(file).num_rows)
-    if ".jsonl" not in file.name.lower():
-        return None
-    with _opener(file)(file, "rb") as stream:
-        pieces = iter(lambda: stream.read(1 << 20), b"")
-        num_lines: int = sum(piece.count(b"\n") for piece in pieces)
-    return num_lines
 
 
 def dataset_commit(name: HubName) -> str:
@@ -126,23 +132,6 @@ def dataset_commit(name: HubName) -> str:
             f"({first_line(error)}): check the name and the network, or give a commit whose text "
             "was prepared before"
         ) from error
-
-
-def _builder(path: Path) -> str | None:
-    """What reads a file, by its suffix: a builder of datasets, or "plain" for our own reader."""
-    plain = path.with_suffix("") if path.suffix.lower() in OPENERS else path
-    builder = BUILDERS.get(plain.suffix.lower())
-    # A parquet file compresses its columns itself and is read out of order: no .gz around it.
-    return None if builder == "parquet" and plain != path else builder
-
-
-def is_plain_text(file: Path) -> bool:
-    """Whether a file is a .txt file, compressed or not."""
-    return _builder(file) == "plain"
-
-
-def _opener(file: Path) -> Any:
-    return OPENERS.get(file.suffix.lower(), open)
 
 
 def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
@@ -175,6 +164,7 @@ def texts_of(
     document_separator: str = "",
     skip_rows: int = 0,
     on_corrupt: Callable[[str], None] | None = None,
+    on_missing: Callable[[str], None] = lambda where: None,
 ) -> Iterator[str]:
     """The text of every row of one unit, in order; empty where a row holds none.
 
@@ -186,28 +176,42 @@ def texts_of(
         skip_rows: How many rows to pass over at the start.
         on_corrupt: Called with "FILE, line N: reason" for each line of a .jsonl file that is no
             JSON object, whose text is then empty; such a line is an error when None.
+        on_missing: Called with "FILE, row N" for each other row that lacks the column.
 
     Raises:
         UserError: A file is corrupt, lacks the column, or holds something else in it.
     """
     file = corpus.files[unit] if corpus.files else None
     column = "text" if file is not None and is_plain_text(file) else text_column
+    place = file or corpus.source
     has_column, names = skip_rows > 0, list[str]()
-    for row in _rows(corpus, unit, column, document_separator, skip_rows, on_corrupt):
-        has_column = has_column or column in row
-        names = names or list(row)
+    rows = _rows(corpus, unit, column, document_separator, skip_rows, on_corrupt)
+    for number, row in enumerate(rows, skip_rows + 1):
+        if column in row:
+            has_column = True
+        elif row:
+            names = names or list(row)
+            on_missing(f"{place}, row {number:,}")
         text = row.get(column) or ""  # an absent text is an empty one
         if not isinstance(text, str):
             raise UserError(
-                f"{file or corpus.source} holds {type(text).__name__}, not text, in its "
+                f"{place} holds {type(text).__name__}, not text, in its "
                 f"column {column!r}: set data.text_column to a column of text"
             )
-        yield "" if text.isspace() else text
+        yield "" if text.isspace() else _whole_characters(text)
     if names and not has_column:
         raise UserError(
-            f"{file or corpus.source} has no column {column!r}: set data.text_column to "
-            f"one of {', '.join(names)}"
+            f"{place} has no column {column!r}: set data.text_column to one of {', '.join(names)}"
         )
+
+
+def _whole_characters(text: str) -> str:
+    """A text with a replacement for each half of a character, which JSON may hold alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _rows(
@@ -221,11 +225,11 @@ def _rows(
     """Stream the rows of one unit."""
     file = corpus.files[unit] if corpus.files else None
     try:
-        if file is not None and ".jsonl" in file.name.lower():
-            yield from _json_lines(file, skip_rows, on_corrupt)
+        if file is not None and is_json_lines(file):
+            yield from json_lines(file, skip_rows, on_corrupt)
             return
         if file is not None and is_plain_text(file):
-            with _opener(file)(file, "rt", encoding="utf-8-sig") as stream:
+            with opened(file, "rt", encoding="utf-8-sig") as stream:
                 documents = plain_documents(stream, document_separator, file)
                 yield from ({"text": text} for text in islice(documents, skip_rows, None))
             return
@@ -237,7 +241,7 @@ def _rows(
             # One file at a time, so an error names its file and columns may differ between files.
             name = glob.escape(str(file))
             stream = datasets.load_dataset(
-                _builder(file), data_files=[name], split="train", streaming=True
+                builder_of(file), data_files=[name], split="train", streaming=True
             )
         if text_column in (stream.column_names or ()):
             stream = stream.select_columns([text_column])
@@ -272,26 +276,6 @@ def _is_passing(error: Exception, is_remote: bool) -> bool:
         return not isinstance(error, ValueError | LookupError | TypeError)
     is_the_users = isinstance(error, PermissionError | FileNotFoundError)
     return isinstance(error, OSError) and error.errno is not None and not is_the_users
-
-
-def _json_lines(
-    file: Path, skip_rows: int, on_corrupt: Callable[[str], None] | None
-) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file, one for each line; datasets gives up at a corrupt one."""
-    with _opener(file)(file, "rb") as lines:
-        for number, line in enumerate(islice(lines, skip_rows, None), skip_rows + 1):
-            row: Any = {}
-            try:
-                row = json.loads(line) if line.strip() else {}
-                reason = "" if isinstance(row, dict) else f"{type(row).__name__} is no JSON object"
-            except (ValueError, RecursionError) as error:
-                reason = first_line(error)
-            if reason and on_corrupt is None:
-                raise UserError(f"cannot read {file}, line {number}: {reason}; mend or remove it")
-            if reason and on_corrupt is not None:
-                on_corrupt(f"{file}, line {number}: {reason}")
-                row = {}
-            yield row
 
 
 @lru_cache(maxsize=1)

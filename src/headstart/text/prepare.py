@@ -38,15 +38,15 @@ from headstart.text.corpus import (
     find_corpus,
     first_line,
     inputs_of,
-    is_plain_text,
     texts_of,
     units_of,
 )
+from headstart.text.local import is_plain_text
 from headstart.text.mixture import mixed_order
 from headstart.text.settings import FRACTIONS, SPLITS, DataSettings
 from headstart.text.tokenise import Tokenisation, remove_parts
 
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 """Part of the fingerprint: raise it when the same inputs give other bytes."""
 FINGERPRINTED = (
     "text_column", "block_length", *FRACTIONS, "seed", "max_tokens", "strict", "document_separator",
@@ -78,7 +78,8 @@ def prepare(
     Every document is followed by the tokenizer's end-of-sequence token and belongs to one split,
     chosen by a hash of its text, so copies of a document land together and a document keeps its
     place when others come or go. The documents of a split are joined in the order they are read
-    and cut into blocks; the ragged tail is dropped.
+    and cut into blocks; the ragged tail is dropped. If the tokenizer puts a token before every
+    text, documents begin with it, and so do blocks.
 
     Every process that torchrun has started must call it; they share the work. A call after a
     killed one goes on.
@@ -161,7 +162,8 @@ def _prepare_one(
         vocabulary = max(tokenizer.get_vocab().values()) + 1
         dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
         try:
-            counts = Tokenisation(corpus, unfinished, settings, tokenizer, dtype).run()
+            begin = first_token(tokenizer)
+            counts = Tokenisation(corpus, unfinished, settings, tokenizer, dtype, begin).run()
             _count_blocks(counts["splits"], settings, any(map(is_plain_text, corpus.files)))
         except UserError:
             if is_main():  # nothing that goes on from here would end otherwise
@@ -221,9 +223,10 @@ def _count_blocks(
 ) -> None:
     """Add the whole blocks of each split, or say which has none though it has a share."""
     if settings.max_tokens:
-        counts["train"]["tokens"] = min(counts["train"]["tokens"], settings.max_tokens)
+        for key in ("tokens", "packed_tokens"):
+            counts["train"][key] = min(counts["train"][key], settings.max_tokens)
     for name, count in counts.items():
-        count["blocks"] = count["tokens"] // settings.block_length
+        count["blocks"] = count["packed_tokens"] // settings.block_length
         if count["blocks"] == 0 and (name == "test" or not settings.is_test_only):
             mend = "" if name == "train" else f", a larger data.{name}_fraction"
             if is_plain and not settings.document_separator:
@@ -307,14 +310,24 @@ def _check_text(corpus: Corpus, settings: DataSettings) -> None:
     Raises:
         UserError: There is none, or the first document does not read.
     """
-    on_corrupt = None if settings.strict else (lambda line: None)
     column, separator = settings.text_column, settings.document_separator
-    units = (
-        texts_of(corpus, unit, column, separator, on_corrupt=on_corrupt)
-        for unit in range(units_of(corpus))
-    )
-    if not any(text for texts in units for text in texts):
-        raise UserError(f"{settings.source} holds no text: every document is empty")
+    corrupt, faults = list[str](), list[UserError]()
+    on_corrupt = None if settings.strict else corrupt.append
+    for unit in range(units_of(corpus)):
+        texts = texts_of(corpus, unit, column, separator, on_corrupt=on_corrupt)
+        try:
+            if any(texts):
+                return
+        except UserError as error:
+            if settings.strict or not corpus.is_folder:
+                raise
+            faults.append(error)
+    if faults:
+        raise faults[0]
+    reason = "every document is empty"
+    if corrupt:
+        reason = f"{len(corrupt):,} lines are corrupt, the first in {corrupt[0]}"
+    raise UserError(f"{settings.source} holds no text: {reason}")
 
 
 def load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
@@ -332,6 +345,13 @@ def load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
             "set eos_token in its tokenizer_config.json"
         )
     return loaded
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a tokenizer puts before every text, as its model was trained; or none."""
+    token_ids = tokenizer.encode("a")
+    begin: int | None = tokenizer.bos_token_id
+    return begin if begin is not None and token_ids[:1] == [begin] else None
 
 
 def tokenizer_hash(tokenizer: str | Path) -> str:

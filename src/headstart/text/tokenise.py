@@ -13,20 +13,22 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from headstart.system.distributed import barrier, from_main, is_main, rank, world_size
+from headstart.system.errors import UserError
 from headstart.system.files import write_json
 from headstart.system.progress import console, progress
 from headstart.text.corpus import Corpus, count_rows, texts_of, units_of
+from headstart.text.local import kinds_of, some_of
 from headstart.text.settings import SPLITS, DataSettings, SplitName
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_ROWS = 4096
+PIECE_CHARACTERS = 1 << 18
+"""Of a long document, that a tokenizer is given at once."""
 BATCHES_PER_RECORD = 16
 """How often a unit's state is recorded, after which a killed process goes on."""
 
@@ -53,6 +57,9 @@ class UnitState:
         counts: What went into each split.
         corrupt_lines: Passed over.
         first_corrupt: File, line and reason of the first of them, or empty.
+        rows_without_column: Passed over too.
+        first_without_column: File and row of the first of them, or empty.
+        fault: Why a file of a folder was not read to its end, or empty.
     """
 
     counts: Counts
@@ -60,6 +67,16 @@ class UnitState:
     is_done: bool = False
     corrupt_lines: int = 0
     first_corrupt: str = ""
+    rows_without_column: int = 0
+    first_without_column: str = ""
+    fault: str = ""
+
+    def pass_over(self, corrupt: list[str], without_column: list[str]) -> None:
+        """Count rows that hold no text, by what was said of each, and forget what was said."""
+        self.corrupt_lines += len(corrupt)
+        self.first_corrupt = self.first_corrupt or next(iter(corrupt), "")
+        self.rows_without_column += len(without_column)
+        self.first_without_column = self.first_without_column or next(iter(without_column), "")
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,7 @@ class Tokenisation:
         settings: Which split a document belongs to, and where reading stops.
         tokenizer: Its end-of-sequence token is put after every document.
         dtype: Of the token ids on disk.
+        begin: The token that every document and every block begins with, or none.
     """
 
     corpus: Corpus
@@ -79,6 +97,7 @@ class Tokenisation:
     settings: DataSettings
     tokenizer: PreTrainedTokenizerBase
     dtype: np.dtype[Any]
+    begin: int | None = None
 
     def run(self) -> dict[str, Any]:
         """Write the files, going on with what lies in the folder.
@@ -86,10 +105,11 @@ class Tokenisation:
         Every process must call it; those of torchrun share the units.
 
         Returns:
-            "splits", the counts; "corrupt_lines", and "first_corrupt" of them.
+            "splits", the counts; and what was passed over: "left_out" files and "faults" of others,
+            by name; "corrupt_lines", and "first_corrupt" of them; and "rows_without_column".
 
         Raises:
-            UserError: As `texts_of`.
+            UserError: As `texts_of`; where others of a folder hold text, only if `strict`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         num_units = units_of(self.corpus)
@@ -100,29 +120,86 @@ class Tokenisation:
                     self._tokenise_unit(unit, state, advance)
         barrier()
         states = from_main(lambda: self._joined(num_units))
-        corrupt_lines = sum(state.corrupt_lines for state in states)
-        first_corrupt = next((state.first_corrupt for state in states if state.corrupt_lines), "")
-        if corrupt_lines and is_main():
-            console.print(
-                f"passed over {corrupt_lines:,} corrupt lines, the first in {first_corrupt}; "
-                "data.strict makes them an error",
-                markup=False,
-            )
         splits = {
             name: {key: sum(state.counts[name][key] for state in states) for key in NO_COUNTS}
             for name in SPLITS
         }
-        return {"splits": splits, "corrupt_lines": corrupt_lines, "first_corrupt": first_corrupt}
+        for name, count in splits.items():
+            num_bytes = (self.folder / f"{name}.bin").stat().st_size
+            count["packed_tokens"] = num_bytes // self.dtype.itemsize
+        passed_over, sentences = self._passed_over(states)
+        if not any(count["documents"] for count in splits.values()):
+            for state in states:
+                if state.fault:
+                    raise UserError(state.fault)
+        if is_main():
+            for sentence in sentences:
+                console.print(sentence, markup=False, highlight=False)
+        return {"splits": splits, **passed_over}
+
+    def _passed_over(self, states: list[UnitState]) -> tuple[dict[str, Any], list[str]]:
+        """What was not read, and sentences for whoever wants to know."""
+        corpus, sentences = self.corpus, list[str]()
+        faults = {
+            corpus.files[unit].name: state.fault for unit, state in enumerate(states) if state.fault
+        }
+        corrupt_lines = sum(state.corrupt_lines for state in states)
+        rows_without_column = sum(state.rows_without_column for state in states)
+        first_corrupt = next(filter(None, (state.first_corrupt for state in states)), "")
+        left_out = dict(corpus.left_out)
+        if corpus.is_folder:
+            read = corpus.files[: len(states)]
+            sentence = f"{corpus.source}: read {len(read):,} files ({kinds_of(read)})"
+            if unneeded := len(corpus.files) - len(read):
+                sentence += f", needed no more of {unneeded:,}"
+            if left_out:
+                named = some_of(f"{name} ({reason})" for name, reason in left_out.items())
+                sentence += f", left out {len(left_out):,}: {named}"
+            sentences.append(sentence)
+        if faults:
+            sentences.append(
+                f"{len(faults):,} files were not read to their end: {some_of(faults.values())}; "
+                "data.strict makes that an error"
+            )
+        if corrupt_lines:
+            sentences.append(
+                f"passed over {corrupt_lines:,} corrupt lines, the first in {first_corrupt}; "
+                "data.strict makes them an error"
+            )
+        if rows_without_column:
+            first = next(
+                state.first_without_column for state in states if state.rows_without_column
+            )
+            sentences.append(
+                f"passed over {rows_without_column:,} rows without a column "
+                f"{self.settings.text_column!r}, the first in {first}"
+            )
+        facts = {
+            "left_out": left_out,
+            "faults": faults,
+            "corrupt_lines": corrupt_lines,
+            "first_corrupt": first_corrupt,
+            "rows_without_column": rows_without_column,
+        }
+        return facts, sentences
 
     def _tokenise_unit(self, unit: int, state: UnitState, advance: Callable[..., None]) -> None:
         if state.is_done:
             advance(state.rows)
             return
         advance(state.rows, "resumed" if state.rows else None)
-        corrupt_lines: list[str] = []  # since the last batch
-        on_corrupt = None if self.settings.strict else corrupt_lines.append
-        column, separator = self.settings.text_column, self.settings.document_separator
-        texts = texts_of(self.corpus, unit, column, separator, state.rows, on_corrupt)
+        corrupt, without_column = list[str](), list[str]()  # since the last batch
+        texts = texts_of(
+            self.corpus,
+            unit,
+            self.settings.text_column,
+            self.settings.document_separator,
+            state.rows,
+            on_corrupt=None if self.settings.strict else corrupt.append,
+            on_missing=without_column.append,
+        )
+        if self.corpus.is_folder and not self.settings.strict:
+            texts = _until_fault(texts, state)
         with ExitStack() as stack:
             files: dict[str, BinaryIO] = {}
             for name in SPLITS:
@@ -133,14 +210,13 @@ class Tokenisation:
                 files[name].seek(0, 2)
             # While one batch is in the tokenizer's threads, the next one is read.
             encoder = stack.enter_context(ThreadPoolExecutor(1))
-            waiting: deque[tuple[int, list[str], list[str], Future[list[list[int]]]]] = deque()
+            waiting: deque[Any] = deque()
 
             def finish() -> None:
-                num_rows, corrupt, batch, encoded = waiting.popleft()
+                num_rows, passed_over, batch, encoded = waiting.popleft()
                 self._write(batch, encoded.result(), files, state.counts)
                 state.rows += num_rows
-                state.corrupt_lines += len(corrupt)
-                state.first_corrupt = state.first_corrupt or (corrupt[0] if corrupt else "")
+                state.pass_over(*passed_over)
                 advance(num_rows)
 
             def record() -> None:
@@ -150,8 +226,9 @@ class Tokenisation:
 
             for number, (num_rows, batch) in enumerate(_batches(texts), 1):
                 encoded = encoder.submit(self._encode, batch)
-                waiting.append((num_rows, corrupt_lines.copy(), batch, encoded))
-                corrupt_lines.clear()
+                waiting.append((num_rows, (corrupt.copy(), without_column.copy()), batch, encoded))
+                corrupt.clear()
+                without_column.clear()
                 if len(waiting) > 1:
                     finish()
                 if number % BATCHES_PER_RECORD == 0:
@@ -163,32 +240,53 @@ class Tokenisation:
             state.is_done = True
             record()
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded: list[list[int]] = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning for a text longer than the model's context
-        )["input_ids"]
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The tokens of some documents; what spells the end token in them is plain text."""
+        end = self.tokenizer.eos_token_id
+        encoded = self._token_ids(texts)
+        spelling = [place for place, ids in enumerate(encoded) if (ids == end).any()]
+        again = self._token_ids([texts[place] for place in spelling], split_special_tokens=True)
+        for place, ids in zip(spelling, again, strict=True):
+            encoded[place] = ids
         return encoded
 
+    def _token_ids(self, texts: list[str], **options: Any) -> list[np.ndarray]:
+        """The tokens of each text, a long one in pieces, since a tokenizer takes a hundred bytes
+        for each character."""
+        pieces = [pieces_of(text) for text in texts]
+        encoded = list[np.ndarray]()
+        for group in _groups(chain.from_iterable(pieces)):
+            lists = self.tokenizer(
+                group,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # no warning for a text longer than the model's context
+                **options,
+            )["input_ids"]
+            encoded += [np.array(ids, self.dtype) for ids in lists]
+        rest = iter(encoded)
+        return [np.concatenate(list(islice(rest, len(of_text)))) for of_text in pieces]
+
     def _write(
-        self, batch: list[str], encoded: list[list[int]], files: dict[str, BinaryIO], counts: Counts
+        self,
+        batch: list[str],
+        encoded: list[np.ndarray],
+        files: dict[str, BinaryIO],
+        counts: Counts,
     ) -> None:
-        tokens: dict[str, list[list[int]]] = {name: [] for name in SPLITS}
-        end = [int(self.tokenizer.eos_token_id)]
+        tokens: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+        end = np.array([self.tokenizer.eos_token_id], self.dtype)
+        begin = np.array([] if self.begin is None else [self.begin], self.dtype)
         for text, token_ids in zip(batch, encoded, strict=True):
             name = split_of(text, self.settings)
-            tokens[name] += (token_ids, end)
+            tokens[name] += (begin, token_ids, end)
             count = counts[name]
             count["documents"] += 1
             count["text_bytes"] += len(text.encode())
-            count["tokens"] += len(token_ids) + 1
+            count["tokens"] += len(begin) + len(token_ids) + 1
         for split, pieces in tokens.items():
-            files[split].write(np.array(list(chain.from_iterable(pieces)), self.dtype).tobytes())
+            files[split].write(b"".join(piece.tobytes() for piece in pieces))
 
     def _is_enough(self, train_tokens: int) -> bool:
         return 0 < self.settings.max_tokens <= train_tokens
@@ -221,13 +319,32 @@ class Tokenisation:
             The states of the units that were needed.
         """
         states = [state for _, state in self._needed(num_units)]
+        assert all(state.is_done for state in states)
         for name in SPLITS:
+            parts = [self._unit_file(unit, name) for unit in range(len(states))]
             with (self.folder / f"{name}.bin").open("wb") as whole:
-                for unit, state in enumerate(states):
-                    assert state.is_done
-                    with self._unit_file(unit, name).open("rb") as part:
-                        shutil.copyfileobj(part, whole, 1 << 20)
+                if self.begin is not None:
+                    for block in self._begun_blocks(parts, self.begin):
+                        whole.write(block.tobytes())
+                    continue
+                for part in parts:
+                    with part.open("rb") as stream:
+                        shutil.copyfileobj(stream, whole, 1 << 20)
         return states
+
+    def _begun_blocks(self, parts: list[Path], begin: int) -> Iterator[np.ndarray]:
+        """The tokens of some files one after another, in blocks that all begin with one token."""
+        length, rest = self.settings.block_length, np.array([], self.dtype)
+        for part in parts:
+            with part.open("rb") as stream:
+                while piece := stream.read(1 << 20):
+                    rest, place = np.concatenate([rest, np.frombuffer(piece, self.dtype)]), 0
+                    while len(rest) - place >= length:
+                        taken = length if rest[place] == begin else length - 1
+                        block = rest[place : place + taken]
+                        yield block if taken == length else np.insert(block, 0, begin)
+                        place += taken
+                    rest = rest[place:]
 
 
 def split_of(text: str, settings: DataSettings) -> SplitName:
@@ -242,6 +359,40 @@ def split_of(text: str, settings: DataSettings) -> SplitName:
         if place < 0:
             return name
     return "train"
+
+
+def pieces_of(text: str) -> list[str]:
+    """A text, cut where lines or words end if it is long, into pieces of `PIECE_CHARACTERS`."""
+    pieces, start = list[str](), 0
+    while len(text) - start > PIECE_CHARACTERS:
+        limit = start + PIECE_CHARACTERS
+        # A space belongs to the word after it, as tokenizers have it.
+        end = text.rfind("\n", start, limit) + 1 or text.rfind(" ", start + 1, limit)
+        end = end if end > start else limit
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+def _groups(pieces: Iterable[str]) -> Iterator[list[str]]:
+    """Pieces together, of about `BATCH_CHARACTERS`."""
+    group, num_characters = list[str](), 0
+    for piece in pieces:
+        group.append(piece)
+        num_characters += len(piece)
+        if num_characters >= BATCH_CHARACTERS:
+            yield group
+            group, num_characters = [], 0
+    if group:
+        yield group
+
+
+def _until_fault(texts: Iterator[str], state: UnitState) -> Iterator[str]:
+    """The texts until one does not read; the state then says why."""
+    try:
+        yield from texts
+    except UserError as error:
+        state.fault = str(error)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
