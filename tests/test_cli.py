@@ -164,7 +164,7 @@ def test_teacher_without_safetensors(
     shutil.copy(teacher_folder / "config.json", folder)
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     assert run_with(arguments, teacher=str(folder)) == 2
-    assert "has no .safetensors files" in one_sentence(capsys)
+    assert "has neither model.safetensors nor model.safetensors.index.json" in one_sentence(capsys)
 
 
 def test_unknown_family(

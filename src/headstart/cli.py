@@ -329,7 +329,7 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
     from headstart.model.spec import load_spec
     from headstart.runs.extraction import extract_found
     from headstart.system.files import refuse_taken
-    from headstart.text.prepare import check_source, prepare
+    from headstart.text.prepare import check_source, check_vocabulary, prepare
 
     load_spec(options.spec)
     refuse_taken(options.out)
@@ -344,6 +344,7 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
     if settings:
         teacher.architecture.check_context(settings.block_length)
         text = prepare(settings, teacher.folder)
+        check_vocabulary(text, teacher.architecture.config.vocab_size)
         calibration_blocks = text.sample("train", options.calibration_tokens)
     student = extract_found(
         teacher,
@@ -374,11 +375,11 @@ def _trim(options: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError("trim writes a folder; give --out, or --table to see sizes")
         print(trim(options.teacher, settings, data, options.out))
         return
-    from rich.console import Console
 
     from headstart.model.checkpoint import Checkpoint
     from headstart.reports.vocabulary import sizes_table
     from headstart.system.formats import parse_count
+    from headstart.system.progress import output
     from headstart.text.prepare import check_source
 
     check_source(data)
@@ -387,7 +388,7 @@ def _trim(options: argparse.Namespace, overrides: list[str]) -> None:
     whole = teacher.architecture.count(data.block_length).parameters
     parameters = parse_count(options.parameters or whole)
     sizes = vocabulary_sizes(teacher, replace(settings, size=0), data)
-    Console().print(sizes_table(sizes, width, parameters))
+    output.print(sizes_table(sizes, width, parameters))
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -421,6 +422,7 @@ def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Losses of models on a text and their zero-shot scores, side by side."""
     from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate, scores_table
+    from headstart.system.progress import output
 
     if options.whole_text and not options.data:
         raise UserError("--whole-text is of --data; give that too")
@@ -435,9 +437,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        from rich.console import Console
-
-        Console().print(scores_table(found))
+        output.print(scores_table(found))
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> None:

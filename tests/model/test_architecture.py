@@ -1,9 +1,10 @@
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from safetensors import safe_open
-from tests.conftest import random_teacher
+from tests.conftest import extract, random_teacher
 from tests.model.oracles import random_spec
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 
@@ -27,6 +28,16 @@ def test_each_saved_tensor_matches_one_rule(teacher, tmp_path):
     found = {(rule.pattern, layer) for rule, layer in matches.values()}
     assert len(found) == len(matches)
     assert {pattern for pattern, _ in found} == set(architecture.layouts)
+
+
+def test_code_that_does_not_travel_is_not_named(saved, tmp_path):
+    folder = saved(random_teacher("phi3-untied"))
+    entries = json.loads((folder / "config.json").read_text())
+    entries["auto_map"] = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(entries))
+    spec = random_spec(random_teacher("phi3-untied"), layers=2, mlp=40)
+    student = extract(folder, spec, tmp_path / "student")
+    assert "modeling_phi3" not in (student / "config.json").read_text()
 
 
 def test_sizes_are_read_through_the_table():

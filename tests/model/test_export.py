@@ -208,3 +208,28 @@ def test_llama_cpp_loads_no_qwen2_whose_heads_are_not_as_wide_as_its_stream(
     assert not (tmp_path / "wide.gguf").exists()
     (square / "tokenizer.json").write_text("{}")
     assert export_gguf(square, tmp_path / "square.gguf", converter=converter).is_file()
+
+
+@pytest.mark.parametrize(
+    ("full", "is_written"),
+    [((5, 11), True), ((5,), False), ((), False), ((2, 5, 11), False), ((4, 10), False)],
+)
+def test_llama_cpp_takes_every_sixth_layer_of_gemma3_for_full(
+    full: tuple[int, ...], is_written: bool, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = random_teacher("gemma3_text-tied")
+    entries = teacher.config.to_dict() | {
+        "num_hidden_layers": 12,
+        "layer_types": [f"{'full' if i in full else 'sliding'}_attention" for i in range(12)],
+    }
+    folder = saved(type(teacher)(type(teacher.config).from_dict(entries)))
+    (folder / "tokenizer.json").write_text("{}")
+    converter = tmp_path / "convert.py"
+    converter.write_text(CONVERTER)
+    out = tmp_path / "student.gguf"
+    if is_written:
+        assert export_gguf(folder, out, converter=converter).is_file()
+        return
+    with pytest.raises(UserError, match=r"gives every 6th layer .* by whole periods of 6, or use"):
+        export_gguf(folder, out, converter=converter)
+    assert not out.exists()

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from headstart.system.files import finished_folder, shipped, write_json, write_whole
 
@@ -20,6 +22,19 @@ def test_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     write_json(path, {"loss": 7.5, "name": "é"})
     assert json.loads(path.read_text()) == {"loss": 7.5, "name": "é"}
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_can_be_read_by_whom_the_umask_says(mask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with finished_folder(tmp_path / "model") as folder:
+            (folder / "deeper").mkdir()
+            save_file({"x": torch.zeros(2)}, folder / "deeper" / "model.safetensors")
+    finally:
+        os.umask(before)
+    written = tmp_path / "model" / "deeper" / "model.safetensors"
+    assert written.stat().st_mode & 0o777 == mode
 
 
 def test_a_kill_before_the_rename_keeps_the_old_file(

@@ -33,6 +33,17 @@ def test_counts_with_rate_and_the_latest_note(screen):
     assert "best 4.2" in line and "first" not in line
 
 
+def test_what_a_user_named_is_no_markup(screen):
+    name = "arm [bold]x[/] :smile: [/nothing]"
+    with progress(f"pretrain {name}", 2, "tokens") as advance:
+        advance(1, f"note {name}")
+    line = last_line(screen)
+    assert line.count(name) == 2
+    with module.output.capture() as captured:
+        module.output.print(f"{name} in /a/[b]/c")
+    assert captured.get().strip() == f"{name} in /a/[b]/c"
+
+
 def test_a_note_stays_until_the_next(screen):
     with progress("score", 2, "candidates") as advance:
         advance(1, "kept")

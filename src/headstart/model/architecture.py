@@ -101,7 +101,6 @@ class Architecture:
             UserError: config.json is missing or malformed, of a family that no table knows, or of a
                 model that is quantised or caps its logits.
         """
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         path = folder / "config.json"
@@ -123,14 +122,17 @@ class Architecture:
             )
         try:
             config = AutoConfig.from_pretrained(folder)
+            if not is_layerwise(config):  # other code does not travel with what is cut
+                vars(config).pop("auto_map", None)
             architecture = Architecture.of(config)
             sizes = {axis: size for axis, size in architecture.sizes.items() if not _is_size(size)}
-        except (
-            ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError,
-        ) as error:  # fmt: skip
-            reason = str(error).strip().splitlines()[-1].strip()
+        except UserError:
+            raise
+        except Exception as error:  # transformers raises KeyErrors and AssertionErrors too
+            reason = (str(error).strip() or "no message").splitlines()[-1].strip()
             raise UserError(
-                f"{path} is no config of a {model_type} model ({reason}); fetch the model again"
+                f"{path} is no config of a {model_type} model ({type(error).__name__}: {reason}); "
+                "mend it or fetch the model again"
             ) from error
         for axis, size in sizes.items():
             raise UserError(f"{path} makes {axis} {size}; mend it or fetch the model again")

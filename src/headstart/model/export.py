@@ -34,6 +34,8 @@ OUTTYPES: dict[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f1
 """Precision -> what llama.cpp's converter calls it."""
 SQUARE_IN_LLAMA_CPP = ("qwen2", "olmo2")
 """Families whose heads llama.cpp takes to be as wide together as the residual stream."""
+FULL_ATTENTION_IN_LLAMA_CPP = {"gemma3_text": 6}
+"""Families of which llama.cpp takes every so-manieth layer for one of full attention."""
 TRIMMED_CONVERTER = Path(__file__).with_name("trimmed_converter.py")
 """Runs that converter on a model that has lost part of its vocabulary."""
 
@@ -159,6 +161,16 @@ def _check_loads(architecture: Architecture) -> None:
             f"llama.cpp loads a {family} model only where its heads together are as wide as the "
             f"residual stream, and {width} is not {sizes['embed']}; search with "
             "search.grid.square_attention, or use --to hf"
+        )
+    period = FULL_ATTENTION_IN_LLAMA_CPP.get(family)
+    kinds = getattr(architecture.config, "layer_types", None) or ()
+    is_full = [kind == "full_attention" for kind in kinds]
+    if period and is_full != [layer % period == period - 1 for layer in range(len(kinds))]:
+        full = ", ".join(str(layer + 1) for layer, full in enumerate(is_full) if full)
+        raise UserError(
+            f"llama.cpp gives every {period}th layer of a {family} model full attention and the "
+            f"others a window, and here the full ones are {full or 'none'} of {len(kinds)}; "
+            f"remove layers by whole periods of {period}, or use --to hf"
         )
 
 

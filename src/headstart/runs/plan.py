@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from headstart.calibration.start import cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
@@ -14,6 +12,7 @@ from headstart.runs.run import bin_recipes, in_tokens
 from headstart.runs.vocabulary import planned_architecture
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
+from headstart.system.progress import output
 from headstart.training.arguments import tokens_per_step, training_arguments
 from headstart.training.budgets import budgets_of
 from headstart.training.plan import ArmPlan, Batch, Hardware, arms_table, plan_arm
@@ -41,7 +40,7 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
             [_plan_of(arm, of_bin, cut_teacher, sizes, hardware) for arm in of_bin.pretrain.arms]
         )
         named = ", ".join(f"{axis} {size}" for axis, size in nearest.sizes().items())
-        Console().print(arms_table(plans[-1], hardware, f"a student with {named}"))
+        output.print(arms_table(plans[-1], hardware, f"a student with {named}"))
     return plans
 
 
@@ -67,5 +66,5 @@ def print_search_plans(recipe: Recipe, teacher: Architecture) -> list[SearchPlan
     plans = []
     for of_bin in bin_recipes(recipe):
         plans.append(plan_search(teacher, of_bin.search, recipe.data.block_length))
-        Console().print(plan_table(plans[-1], of_bin.search.bin.label()))
+        output.print(plan_table(plans[-1], of_bin.search.bin.label()))
     return plans

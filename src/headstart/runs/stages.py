@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
-from rich.console import Console
 from torch import Tensor
 
 from headstart.calibration.start import Calibration, calibrate
@@ -52,7 +51,7 @@ from headstart.system.device import default_device, load_frozen
 from headstart.system.distributed import from_main, is_main, process_group, world_size
 from headstart.system.errors import UserError
 from headstart.system.files import write_json
-from headstart.system.progress import progress
+from headstart.system.progress import output, progress
 from headstart.text.blocks import TokenBlocks
 from headstart.text.prepare import check_vocabulary, prepare
 from headstart.text.settings import SplitName
@@ -295,6 +294,7 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
     with process_group():
         checkpoint, pinned = from_main(hashed_teacher)
         blocks = prepare(pinned.data, checkpoint.folder)
+        from_main(lambda: check_vocabulary(blocks, checkpoint.architecture.config.vocab_size))
         split, device = blocks.split("train"), default_device()
         teacher = Teacher(load_frozen(checkpoint.folder, device))
         batch_size = fitting_batch_size(
@@ -321,7 +321,6 @@ def run_report(folder: Path) -> dict[str, Any]:
     """Print the result table of a run folder and write its `report.html`."""
     result = load_result(folder)
     write_html(result, folder / "report.html")
-    output = Console()
     output.print(result_table(result))
     if budget_rows(result):
         output.print(budget_table(result))

@@ -136,11 +136,20 @@ def finished_folder(target: Path) -> Iterator[Path]:
         folder = Path(scratch) / target.name
         folder.mkdir()
         yield folder
+        apply_umask(folder)
         try:
             folder.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
+
+
+def apply_umask(folder: Path) -> None:
+    """Let others read a folder's files as the umask says; safetensors' are the owner's alone."""
+    readable = 0o444 & ~_umask()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | readable)
 
 
 def _umask() -> int:

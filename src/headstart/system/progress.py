@@ -12,7 +12,11 @@ from rich.text import Text
 
 from headstart.system.distributed import is_main
 
-console = Console(stderr=True)
+# What a user named is text, whatever brackets and colons it has.
+console = Console(stderr=True, markup=False, emoji=False)
+"""Where progress and notes go."""
+output = Console(markup=False, emoji=False)
+"""Where results go."""
 
 
 class _RateColumn(ProgressColumn):
@@ -45,12 +49,16 @@ def progress(description: str, total: float | None, unit: str) -> Iterator[Calla
     """
     whole = Column(no_wrap=True)
     columns = (
-        TextColumn("{task.description}", table_column=whole),
+        TextColumn("{task.description}", table_column=whole, markup=False),
         BarColumn(bar_width=10),
         _CountColumn(table_column=whole),
         _RateColumn(unit, table_column=whole),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn(
+            "{task.fields[note]}",
+            table_column=Column(no_wrap=True, overflow="ellipsis"),
+            markup=False,
+        ),
     )
     with Progress(
         *columns, console=console, speed_estimate_period=60, disable=not is_main()

@@ -334,9 +334,9 @@ def load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer that can end documents; a UserError if there is none."""
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(tokenizer))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises bare Exceptions, others KeyErrors
         raise UserError(
-            f"no tokenizer loads from {tokenizer} ({first_line(error)}): "
+            f"no tokenizer loads from {tokenizer} ({type(error).__name__}: {first_line(error)}): "
             "give a checkpoint folder or a hub id that has one"
         ) from error
     if loaded.eos_token_id is None:

@@ -134,7 +134,7 @@ class Tokenisation:
                     raise UserError(state.fault)
         if is_main():
             for sentence in sentences:
-                console.print(sentence, markup=False, highlight=False)
+                console.print(sentence, highlight=False)
         return {"splits": splits, **passed_over}
 
     def _passed_over(self, states: list[UnitState]) -> tuple[dict[str, Any], list[str]]:

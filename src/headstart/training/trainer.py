@@ -25,7 +25,7 @@ from headstart.losses.next_token import next_token_loss
 from headstart.model.checkpoint import copy_files
 from headstart.model.trim import BESIDE_TOKENIZER
 from headstart.system.distributed import barrier
-from headstart.system.files import UNFINISHED
+from headstart.system.files import UNFINISHED, apply_umask
 from headstart.text.blocks import BlockDataset
 from headstart.training.cache import outputs_of_batch
 from headstart.training.teacher import Teacher
@@ -184,6 +184,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self.processing_class is not None:
             teacher = Path(self.processing_class.name_or_path)
             copy_files(teacher, Path(output_dir or self.args.output_dir), BESIDE_TOKENIZER)
+        apply_umask(Path(output_dir or self.args.output_dir))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save, and wait for the others: what is written next says that the checkpoint is whole."""
