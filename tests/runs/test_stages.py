@@ -24,9 +24,11 @@ from tests.conftest import extract
 from transformers import AutoModelForCausalLM
 
 from headstart.calibration.costs import propagation_flops
+from headstart.cli import main
 from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
+from headstart.model.spec import SubnetSpec
 from headstart.recipe import recipe_from_dict
 from headstart.runs.extraction import extract_found
 from headstart.runs.plan import print_search_plans
@@ -492,7 +494,11 @@ def test_a_budget_in_bytes_is_as_many_tokens_of_the_text(
 
 
 def test_tokens_beyond_the_teachers_rows_are_named_before_it_runs(
-    recipe: dict[str, Any], teacher_folder: Path, tokenizer: Any, tmp_path: Path
+    recipe: dict[str, Any],
+    teacher_folder: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A tokenizer with added tokens that its model was never resized for: fine until used."""
     folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
@@ -505,5 +511,14 @@ def test_tokens_beyond_the_teachers_rows_are_named_before_it_runs(
     (tmp_path / "added.jsonl").write_text(text.replace('{"text": "', '{"text": "<added>'))
     recipe["data"]["source"], recipe["output"] = str(tmp_path / "added.jsonl"), str(tmp_path / "b")
     message = "the text has the token 128, and the model embeds 128: its tokenizer has 129 entries"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         run_search(recipe_from_dict(recipe))
+    with pytest.raises(UserError, match=message):
+        run_cache_teacher(recipe_from_dict(with_cache(recipe, tmp_path / "outputs")))
+    assert not (tmp_path / "outputs").exists()
+    identity = SubnetSpec.identity(Checkpoint.open(folder).architecture.sizes)
+    (tmp_path / "spec.json").write_text(json.dumps(identity.to_json()))
+    of = ["--teacher", str(folder), "--spec", str(tmp_path / "spec.json")]
+    cut = ["extract", *of, "--out", str(tmp_path / "out"), "--data", str(tmp_path / "added.jsonl")]
+    assert main([*cut, "--init", "least_squares", "--block-length", "32"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
