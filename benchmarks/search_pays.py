@@ -44,6 +44,11 @@ CHOICES = {
 }  # fmt: skip
 
 
+def entry_at(budgets: Sequence[Mapping[str, Any]], tokens: int) -> Mapping[str, Any]:
+    """Of several budgets, the one of so many tokens, which are rounded up to whole steps."""
+    return next(budget for budget in budgets if budget["tokens"] >= tokens)
+
+
 def loss_at(budgets: Sequence[Mapping[str, Any]], flops: float) -> float:
     """The loss after so many FLOPs; NaN outside of what was measured."""
     for start, end in pairwise(budgets):
@@ -59,13 +64,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--ratio", choices=RATIOS, default="15", help="teacher to student, about")
     parser.add_argument("--rate", type=float, default=1e-3, help="of learning")
-    parser.add_argument("--budgets", nargs="+", type=int, default=[250_000, 500_000])
+    parser.add_argument("--budgets", nargs="+", type=int, default=[250_000])
     options = parser.parse_args()
     found = {}
     for name, start in CHOICES.items():
         budgets = options.budgets
         if name == PROPORTIONAL:  # which is asked what it reaches with the searches' FLOPs
-            budgets = [*budgets, 2 * budgets[-1], 4 * budgets[-1]]
+            budgets = [*budgets, *(budgets[-1] << doublings for doublings in (1, 2, 3, 4))]
         folder = options.output / name.replace(" ", "-")
         arm = {"learning_rate": options.rate}
         found[name] = result_of(name, start, folder, options, arm=arm, budgets=budgets)
@@ -77,12 +82,16 @@ def main() -> None:
         (arm,), sizes = result["arms"], result["student"]["sizes"]
         cells = [name, f"{sizes['layers']} x {sizes['embed']}, {sizes['mlp']:,}"]
         cells += [f"{result['costs']['search_flops']:.2g}", f"{arm['loss_before']:.3f}"]
-        for budget in arm["budgets"][: len(options.budgets)]:
+        for tokens in options.budgets:
+            budget = entry_at(arm["budgets"], tokens)
             rival = loss_at(proportional, budget["flops"])
             cells += [f"{budget['loss']:.3f}", f"{PROPORTIONAL} {rival:.3f}"]
         print(f"| {' | '.join(cells)} |")
-    for place, tokens in enumerate(options.budgets):
-        drawn = [found[f"random {s}"]["arms"][0]["budgets"][place]["loss"] for s in RANDOM_SEEDS]
+    for tokens in options.budgets:
+        drawn = [
+            entry_at(found[f"random {seed}"]["arms"][0]["budgets"], tokens)["loss"]
+            for seed in RANDOM_SEEDS
+        ]
         print(f"\nmedian of the random ones after {tokens:,} tokens: {median(drawn):.3f}")
 
 
