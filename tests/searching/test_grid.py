@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 from tests.conftest import random_teacher
-from transformers import GPTNeoXConfig, LlamaConfig
+from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig
 
 from headstart.model.architecture import Architecture
 from headstart.model.rotary import head_sizes
@@ -18,7 +18,10 @@ from headstart.searching import grid as grid_module
 from headstart.searching.bins import Bin
 from headstart.searching.candidate import Candidate, Orders
 from headstart.searching.grid import GridSettings, Rows, head_values, ladders_of, rows_in_bin
+from headstart.searching.orders import by_periods
+from headstart.searching.space import Space
 from headstart.searching.units import Units
+from headstart.system.errors import UserError
 
 MEASURES = ("parameters", "flops_per_token", "kv_cache_bytes_per_token", "weight_bytes")
 GRIDS = {
@@ -308,3 +311,31 @@ def test_square_attention_keeps_the_shapes_whose_heads_are_as_wide_as_the_stream
     assert kept == of_width and 0 < len(kept) < len(shapes)
     with pytest.raises(ValueError, match="needs the same groups in all layers; choose a uniform"):
         rows_in_bin(teacher, square, everything, False)
+
+
+@pytest.mark.parametrize(("num_layers", "depths"), [(12, {6, 12}), (15, {6, 12})])
+def test_layers_go_by_whole_periods_of_their_kinds(num_layers, depths):
+    kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(num_layers)]
+    entries = random_teacher("gemma3_text-tied").config.to_dict()
+    entries |= {"layer_types": kinds, "num_hidden_layers": num_layers}
+    teacher = Architecture.of(Gemma3TextConfig.from_dict(entries))
+    assert teacher.layer_period == 6
+    everything = Bin(1, 10**9, "parameters", 32)
+    grid = GridSettings(embed_step=24, mlp_step=20, layer_periods=True)
+    shuffled = random.Random(0).sample(range(num_layers), num_layers)
+    layers = by_periods(tuple(shuffled), 6)
+    assert sorted(layers) == list(range(num_layers))
+    orders = replace(Orders.of_teacher(teacher.sizes), layers=layers)
+    found = set()
+    for space in ("coarse-uniform", "coarse-layerwise"):
+        sampled = Space.build(teacher, space, everything, grid)
+        for seed in range(20):
+            candidate = sampled.sample(random.Random(seed))
+            student = teacher.student(candidate.spec(teacher, orders))
+            found.add(student.sizes["layers"])
+            assert student.config.layer_types == kinds[: student.sizes["layers"]]
+    assert found == depths
+    with pytest.raises(UserError, match=r"fine-uniform removes any layers, and .*layer_periods"):
+        Space.build(teacher, "fine-uniform", everything, grid)
+    with pytest.raises(UserError, match=r"with layer_periods both are multiples of 6; mend them"):
+        Space.build(teacher, "coarse-uniform", everything, replace(grid, layers_min=4))

@@ -149,6 +149,16 @@ class Architecture:
         """Whether it is one of headstart's own layer-wise models."""
         return is_layerwise(self.config)
 
+    @property
+    def layer_period(self) -> int:
+        """After how many layers their kinds of attention come again; 1 where all are alike."""
+        kinds = getattr(self.config, "layer_types", None) or [""]
+        return next(
+            period
+            for period in range(1, len(kinds) + 1)
+            if all(kind == kinds[place % period] for place, kind in enumerate(kinds))
+        )
+
     def match(self, name: str) -> tuple[Rule, int | None]:
         """The one rule for a checkpoint tensor, and the layer that the tensor belongs to.
 

@@ -170,7 +170,7 @@ def _check_loads(architecture: Architecture) -> None:
         raise UserError(
             f"llama.cpp gives every {period}th layer of a {family} model full attention and the "
             f"others a window, and here the full ones are {full or 'none'} of {len(kinds)}; "
-            f"remove layers by whole periods of {period}, or use --to hf"
+            "search with search.grid.layer_periods, or use --to hf"
         )
 
 

@@ -38,6 +38,9 @@ class GridSettings:
 
     `square_attention` keeps only shapes whose heads together are as wide as the residual stream,
     as llama.cpp needs of Qwen2 and OLMo 2; uniform spaces alone have it.
+
+    `layer_periods` keeps and removes layers by whole periods of their kinds, such as the six of
+    Gemma 3, five of which see a window, as llama.cpp needs; coarse spaces alone have it.
     """
 
     layers_min: int = 0
@@ -51,6 +54,7 @@ class GridSettings:
     head_dim_min: int = 0
     head_dim_step: int = 0
     square_attention: bool = False
+    layer_periods: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,18 @@ def ladders_of(architecture: Architecture, grid: GridSettings) -> dict[str, Ladd
     embed_step = math.lcm(8, heads) if sizes["embed"] % math.lcm(8, heads) == 0 else 1
     steps = [step for step in range(1, sizes["mlp"] // 24 + 1) if sizes["mlp"] % step == 0]
     mlp_step = max([step for step in steps if step % 8 == 0] or steps, default=1)
-    defaults = {"layers": 1, "embed": embed_step, "kv_groups": 1, "mlp": mlp_step}
+    period = architecture.layer_period if grid.layer_periods else 1
+    defaults = {"layers": period, "embed": embed_step, "kv_groups": 1, "mlp": mlp_step}
     ladders = {}
     for axis, default in defaults.items():
         step = getattr(grid, f"{axis}_step") or default
         low = getattr(grid, f"{axis}_min") or min(step, sizes[axis])
         _check_range(axis, low, step, sizes[axis])
+        if axis == "layers" and (low % period or step % period):
+            raise UserError(
+                f"search.grid has layers_min {low} and layers_step {step}, and with layer_periods "
+                f"both are multiples of {period}; mend them or leave them out"
+            )
         ladders[axis] = Ladder(low, step, (sizes[axis] - low) // step + 1)
     return ladders
 

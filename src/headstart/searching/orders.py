@@ -7,12 +7,15 @@ on a machine with other arithmetic, orders may differ.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.calibration.layer_by_layer import batches_of
 from headstart.calibration.start import ROTATED
 from headstart.model.architecture import Architecture
+from headstart.model.spec import Indices
 from headstart.searching.candidate import Orders
 from headstart.searching.importance import (
     DepthImportance,
@@ -74,10 +77,12 @@ def measure_orders(
         text: whose training split is read.
         identity: hashes of teacher and text.
     """
-    orders = Orders.of_teacher(Architecture.of(model.config).sizes)
+    teacher = Architecture.of(model.config)
+    orders = Orders.of_teacher(teacher.sizes)
+    period = teacher.layer_period if settings.grid.layer_periods else 1
     kinds = measured_kinds(settings)
     if kinds is None:
-        return orders
+        return replace(orders, layers=by_periods(orders.layers, period))
     calibration = text.sample("train", settings.calibration_tokens)
     key = {
         **identity,
@@ -96,4 +101,21 @@ def measure_orders(
     by_depth = orders if settings.layer_order == "teacher" else found
     # Channels of a rotated teacher have an order already.
     embed = (orders if settings.init == ROTATED else by_units).embed
-    return Orders(by_depth.layers, embed, by_units.kv_groups, by_units.mlp)
+    layers = by_periods(by_depth.layers, period)
+    return Orders(layers, embed, by_units.kv_groups, by_units.mlp)
+
+
+def by_periods(order: Indices, period: int) -> Indices:
+    """An order of layers in which whole periods stay together, those of the best mean rank first.
+
+    Layers after the last whole period come last.
+
+    >>> by_periods((6, 2, 3, 1, 0, 5, 4), 2)
+    (2, 3, 0, 1, 4, 5, 6)
+    """
+    ranks = {layer: rank for rank, layer in enumerate(order)}
+    num_periods = len(order) // period
+    periods = [range(first, first + period) for first in range(0, num_periods * period, period)]
+    periods.sort(key=lambda layers: sum(ranks[layer] for layer in layers))
+    rest = [layer for layer in order if layer >= num_periods * period]
+    return (*chain.from_iterable(periods), *rest)

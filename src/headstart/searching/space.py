@@ -22,6 +22,7 @@ from headstart.searching.bins import Bin
 from headstart.searching.candidate import Candidate
 from headstart.searching.grid import GridSettings, Ladder, Rows, ladders_of, rows_in_bin
 from headstart.searching.units import Units, even, exchanged, filled, resized, spread
+from headstart.system.errors import UserError
 
 SpaceName = Literal["coarse-uniform", "fine-uniform", "coarse-layerwise", "fine-layerwise"]
 
@@ -69,6 +70,11 @@ class Space:
         """
         grid = grid or GridSettings()
         uniform = name.endswith("uniform")
+        if grid.layer_periods and name.startswith("fine"):
+            raise UserError(
+                f"search.space {name} removes any layers, and search.grid.layer_periods keeps them "
+                "together; choose a coarse space, or leave it out"
+            )
         rows = rows_in_bin(architecture, grid, bin, uniform)
         ladders = ladders_of(architecture, grid)
         return Space(
