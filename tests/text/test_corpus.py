@@ -274,9 +274,9 @@ def test_every_file_of_a_mixed_folder_is_accounted_for(
     assert num_documents == len(DOCUMENTS) + 1 + cut.count(b"\n")
     words = " ".join(capsys.readouterr().err.split())
     kinds = "32 .jsonl, 2 .txt, 1 .jsonl.gz, 1 .parquet (README.txt, latin.txt)"
-    assert f"mixed [folder]: read 36 files ({kinds}), left out 4: " in words
-    assert "left out 4: archive.zip (unknown suffix), empty.jsonl (empty)" in words
-    assert "README.txt" in words and "5 files were not read to their end" in words
+    assert f"files that were read: 36 ({kinds}); left out: 4, archive.zip" in words
+    assert "archive.zip (unknown suffix), empty.jsonl (empty), notes.md (unknown" in words
+    assert "README.txt" in words and "not read to their end: 5, cannot read" in words
     assert "passed over 1 corrupt lines" in words and "2 rows without a column 'text'" in words
 
 

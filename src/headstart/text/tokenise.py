@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -28,8 +28,8 @@ from headstart.system.errors import UserError
 from headstart.system.files import write_json
 from headstart.system.progress import console, progress
 from headstart.text.corpus import Corpus, count_rows, texts_of, units_of
-from headstart.text.local import kinds_of, some_of
 from headstart.text.settings import SPLITS, DataSettings, SplitName
+from headstart.text.units import NO_COUNTS, Counts, PassedOver, UnitState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,42 +41,7 @@ PIECE_CHARACTERS = 1 << 18
 BATCHES_PER_RECORD = 16
 """How often a unit's state is recorded, after which a killed process goes on."""
 
-NO_COUNTS = {"documents": 0, "text_bytes": 0, "tokens": 0}
 HELD_OUT: tuple[SplitName, ...] = ("validation", "search", "test")
-Counts = dict[str, dict[str, int]]
-"""Of each split, what `NO_COUNTS` has."""
-
-
-@dataclass
-class UnitState:
-    """How far one unit has come; what lies in its files beyond these counts is not yet counted.
-
-    Attributes:
-        rows: Read so far.
-        is_done: Whether those were all.
-        counts: What went into each split.
-        corrupt_lines: Passed over.
-        first_corrupt: File, line and reason of the first of them, or empty.
-        rows_without_column: Passed over too.
-        first_without_column: File and row of the first of them, or empty.
-        fault: Why a file of a folder was not read to its end, or empty.
-    """
-
-    counts: Counts
-    rows: int = 0
-    is_done: bool = False
-    corrupt_lines: int = 0
-    first_corrupt: str = ""
-    rows_without_column: int = 0
-    first_without_column: str = ""
-    fault: str = ""
-
-    def pass_over(self, corrupt: list[str], without_column: list[str]) -> None:
-        """Count rows that hold no text, by what was said of each, and forget what was said."""
-        self.corrupt_lines += len(corrupt)
-        self.first_corrupt = self.first_corrupt or next(iter(corrupt), "")
-        self.rows_without_column += len(without_column)
-        self.first_without_column = self.first_without_column or next(iter(without_column), "")
 
 
 @dataclass(frozen=True)
@@ -105,8 +70,7 @@ class Tokenisation:
         Every process must call it; those of torchrun share the units.
 
         Returns:
-            "splits", the counts; and what was passed over: "left_out" files and "faults" of others,
-            by name; "corrupt_lines", and "first_corrupt" of them; and "rows_without_column".
+            "splits", the counts; and all that `PassedOver` has.
 
         Raises:
             UserError: As `texts_of`; where others of a folder hold text, only if `strict`.
@@ -127,61 +91,15 @@ class Tokenisation:
         for name, count in splits.items():
             num_bytes = (self.folder / f"{name}.bin").stat().st_size
             count["packed_tokens"] = num_bytes // self.dtype.itemsize
-        passed_over, sentences = self._passed_over(states)
+        passed_over = PassedOver.of(self.corpus, states)
         if not any(count["documents"] for count in splits.values()):
             for state in states:
                 if state.fault:
                     raise UserError(state.fault)
         if is_main():
-            for sentence in sentences:
+            for sentence in passed_over.sentences(self.settings.text_column):
                 console.print(sentence, highlight=False)
-        return {"splits": splits, **passed_over}
-
-    def _passed_over(self, states: list[UnitState]) -> tuple[dict[str, Any], list[str]]:
-        """What was not read, and sentences for whoever wants to know."""
-        corpus, sentences = self.corpus, list[str]()
-        faults = {
-            corpus.files[unit].name: state.fault for unit, state in enumerate(states) if state.fault
-        }
-        corrupt_lines = sum(state.corrupt_lines for state in states)
-        rows_without_column = sum(state.rows_without_column for state in states)
-        first_corrupt = next(filter(None, (state.first_corrupt for state in states)), "")
-        left_out = dict(corpus.left_out)
-        if corpus.is_folder:
-            read = corpus.files[: len(states)]
-            sentence = f"{corpus.source}: read {len(read):,} files ({kinds_of(read)})"
-            if unneeded := len(corpus.files) - len(read):
-                sentence += f", needed no more of {unneeded:,}"
-            if left_out:
-                named = some_of(f"{name} ({reason})" for name, reason in left_out.items())
-                sentence += f", left out {len(left_out):,}: {named}"
-            sentences.append(sentence)
-        if faults:
-            sentences.append(
-                f"{len(faults):,} files were not read to their end: {some_of(faults.values())}; "
-                "data.strict makes that an error"
-            )
-        if corrupt_lines:
-            sentences.append(
-                f"passed over {corrupt_lines:,} corrupt lines, the first in {first_corrupt}; "
-                "data.strict makes them an error"
-            )
-        if rows_without_column:
-            first = next(
-                state.first_without_column for state in states if state.rows_without_column
-            )
-            sentences.append(
-                f"passed over {rows_without_column:,} rows without a column "
-                f"{self.settings.text_column!r}, the first in {first}"
-            )
-        facts = {
-            "left_out": left_out,
-            "faults": faults,
-            "corrupt_lines": corrupt_lines,
-            "first_corrupt": first_corrupt,
-            "rows_without_column": rows_without_column,
-        }
-        return facts, sentences
+        return {"splits": splits, **asdict(passed_over)}
 
     def _tokenise_unit(self, unit: int, state: UnitState, advance: Callable[..., None]) -> None:
         if state.is_done:
