@@ -192,3 +192,21 @@ def test_a_spec_of_another_teacher_is_refused(teacher_folder: Path, tmp_path: Pa
             headstart.extract(teacher_folder, load_spec(tmp_path / name))
     for name in ("bare.json", "own.json"):
         assert extract_found(teacher, tmp_path / name, tmp_path / f"student of {name}").is_dir()
+
+
+def test_a_student_of_two_precisions_says_so(saved, tmp_path):
+    """Loaded in the precision of its config, its norms would be rounded."""
+    model = random_teacher("llama-tied-gqa")
+    folder = saved(model)
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {name: part if part.ndim == 1 else part.half() for name, part in tensors.items()}
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    student = extract(folder, random_spec(model, layers=2, mlp=40), tmp_path / "student")
+    written = load_file(student / "model.safetensors")
+    num_wide = sum(part.numel() for part in written.values() if part.dtype == torch.float32)
+    assert num_wide and json.loads((student / "config.json").read_text())["dtype"] == "float16"
+    origin = json.loads((student / "subnet.json").read_text())
+    assert origin["other_precisions"] == {"float32": num_wide}
+    assert f"another precision than most: {num_wide:,} in float32" in (
+        student / "README.md"
+    ).read_text()

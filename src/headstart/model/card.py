@@ -77,6 +77,9 @@ def card_text(folder: Path, notes: Mapping[str, str]) -> str:
         found.append(f"- found by a search between {low:,} and {high:,}")
     if "loss" in origin:
         found.append(f"- loss in that search, before any training: {origin['loss']:.4f} nats")
+    if others := origin.get("other_precisions"):
+        named = ", ".join(f"{count:,} in {name}" for name, count in others.items())
+        found.append(f"- numbers of another precision than most: {named}")
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# A sub-network of {Path(teacher).name}\n",

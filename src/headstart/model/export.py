@@ -20,6 +20,7 @@ from headstart.model.count import parameters
 from headstart.model.shapes import attention_width, stock_obstacle
 from headstart.model.stock import stock_config, stock_sizes, stock_tensors
 from headstart.model.trim import WHOLE_TOKENIZER
+from headstart.model.weights import precisions
 from headstart.system.errors import UserError
 from headstart.system.files import (
     finished_folder,
@@ -66,7 +67,7 @@ def export_stock(
         name: tensor.to(dtype or tensor.dtype)
         for name, tensor in stock_tensors(checkpoint.tensors(), architecture, sizes)
     }
-    stock.dtype = next(iter(tensors.values())).dtype
+    stock.dtype = next(iter(precisions(tensors.values())))
     with finished_folder(out_folder) as folder:
         write_checkpoint(folder, tensors, stock)
         copy_files(model, folder, (*TOKENIZER_FILES, "subnet.json", CARD))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,14 @@ def refuse_not_finite(file: Path, name: str, tensor: Tensor) -> None:
 def shard_names(index: Path) -> list[str]:
     """The files that an index names, in order; errors as in `weight_files`."""
     return sorted(set(_weight_map(index).values()))
+
+
+def precisions(tensors: Iterable[Tensor]) -> dict[torch.dtype, int]:
+    """How many numbers there are of each precision, the most frequent first."""
+    counts = Counter[torch.dtype]()
+    for tensor in tensors:
+        counts[tensor.dtype] += tensor.numel()
+    return dict(counts.most_common())
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -24,6 +24,7 @@ from headstart.calibration.start import (
 from headstart.model.card import licence_of, write_card
 from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
 from headstart.model.spec import SubnetSpec, load_spec
+from headstart.model.weights import precisions
 from headstart.system.errors import UserError
 from headstart.system.files import finished_folder, refuse_taken, write_json
 from headstart.system.progress import progress
@@ -150,12 +151,14 @@ def extract_student(
         tensors = {aliases.get(name, name): tensor for name, tensor in tensors.items()}
     else:
         student.config.architectures = teacher.architecture.config.architectures
-    student.config.dtype = next(iter(tensors.values())).dtype
+    (student.config.dtype, _), *others = precisions(tensors.values()).items()
     origin = {
         "teacher": str(teacher.folder),
         "teacher_licence": licence_of(teacher.folder),
         **(provenance or {}),
     }
+    if others:
+        origin["other_precisions"] = {str(dtype)[6:]: count for dtype, count in others}
     if "teacher_hash" not in origin:
         origin["teacher_hash"] = teacher.hash
     with finished_folder(out_folder) as folder:
