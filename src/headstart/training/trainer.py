@@ -26,6 +26,7 @@ from headstart.model.checkpoint import copy_files
 from headstart.model.trim import BESIDE_TOKENIZER
 from headstart.system.distributed import barrier
 from headstart.system.files import UNFINISHED, apply_umask
+from headstart.system.progress import console
 from headstart.text.blocks import BlockDataset
 from headstart.training.cache import outputs_of_batch
 from headstart.training.teacher import Teacher
@@ -329,6 +330,10 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     for checkpoint in reversed(checkpoints):
         if _is_whole(checkpoint):
             return checkpoint
+        console.print(
+            f"{checkpoint} was cut off while it was written or copied, and is removed; training "
+            "goes on from the checkpoint before it, or from the start"
+        )
         shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 
