@@ -38,6 +38,7 @@ def test_an_extracted_student_has_one(shape: str, saved: Any, tmp_path: Path) ->
     ):
         assert fact in card.text, fact
     assert ("trust_remote_code" in card.text) == (not is_uniform)
+    assert ("transformers 5." in card.text) == (not is_uniform)
 
 
 def test_an_unknown_licence_is_said_to_be_unknown(saved: Any, tmp_path: Path) -> None:

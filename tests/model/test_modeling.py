@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tests.conftest import DESCENDANTS, GATE, TEACHERS, extract, random_teacher
 from tests.model.oracles import assert_same_tensors, random_layerwise_spec, random_spec
@@ -225,6 +226,16 @@ def test_every_student_loads_where_headstart_is_not(
     for folder in students.iterdir():
         expected = logits(AutoModelForCausalLM.from_pretrained(folder))
         assert torch.equal(torch.load(folder / "logits.pt"), expected), folder.name
+
+
+def test_the_shipped_file_says_which_transformers_it_needs(monkeypatch: Any) -> None:
+    needed = ".".join(map(str, modeling.NEEDED))
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"transformers>={needed}",' in project
+    source = Path(modeling.__file__).read_text()
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(ImportError, match=rf"needs transformers {needed} .* this is 4\.57\.6; "):
+        exec(compile(source, "modeling.py", "exec"), {})
 
 
 def test_the_shipped_file_imports_torch_and_transformers_only() -> None:

@@ -32,12 +32,9 @@ def padded(student):
     config = stock_config(architecture, sizes)
     model = AutoModelForCausalLM.from_config(config)
     assert type(model).__module__.startswith("transformers.")
-    aliases = {"embed_out.weight": "lm_head.weight"}
     tensors = dict(stock_tensors(student.state_dict().items(), architecture, sizes))
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    missing, unexpected = model.load_state_dict(
-        {aliases.get(name, name): tensor for name, tensor in tensors.items()}, strict=False
-    )
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert set(missing) == tied and not unexpected
     model.tie_weights()
     return model.double().eval()
@@ -116,4 +113,4 @@ def test_a_stock_model_is_its_own(kind):
     architecture, state = Architecture.of(teacher.config), teacher.state_dict()
     assert stock_sizes(architecture) == architecture.sizes
     for name, tensor in stock_tensors(state.items(), architecture, architecture.sizes):
-        assert torch.equal(tensor, state[{"embed_out.weight": "lm_head.weight"}.get(name, name)])
+        assert torch.equal(tensor, state[name])

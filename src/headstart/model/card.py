@@ -62,9 +62,12 @@ def card_text(folder: Path, notes: Mapping[str, str]) -> str:
     how = "It is a stock checkpoint, which loads in every tool that reads its family:"
     arguments = '"FOLDER"'
     if architecture.is_layerwise:
+        from headstart.model.modeling import NEEDED
+
         how = (
-            "No stock checkpoint has its shape, so it carries `modeling.py`. It loads after "
-            "`import headstart`, or without headstart by `trust_remote_code=True`:"
+            "No stock checkpoint has its shape, so it carries `modeling.py`, which needs "
+            f"transformers {NEEDED[0]}.{NEEDED[1]} or newer. It loads after `import headstart`, or "
+            "without headstart by `trust_remote_code=True`:"
         )
         arguments += ", trust_remote_code=True"
     stated = "its card does not say" if licence == UNKNOWN_LICENCE else licence

@@ -17,6 +17,7 @@ from headstart.demo import DEMO, demo_teacher
 from headstart.model.architecture import Architecture
 from headstart.model.card import CARD
 from headstart.model.families import DROPPED
+from headstart.model.transformers_4 import add_old_keys
 from headstart.model.weights import (
     INDEX,
     WHOLE,
@@ -242,11 +243,21 @@ def _telling(name: HubName) -> Iterator[None]:
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> None:
-    """Write weights and config, in shards if need be, into a folder that exists."""
+    """Write weights and config, in shards if need be, into a folder that exists.
+
+    A stock folder has the tensor names of its family's files, by which transformers 4 goes; a
+    layer-wise one has the model's own, since loading it knows no others.
+    """
     from huggingface_hub import save_torch_state_dict
 
-    save_torch_state_dict(dict(tensors), folder, metadata={"format": "pt"})
+    architecture = Architecture.of(config)
+    names = architecture.family.aliases
+    if not architecture.is_layerwise:
+        names = {name: alias for alias, name in names.items()}
+    renamed = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    save_torch_state_dict(renamed, folder, metadata={"format": "pt"})
     config.save_pretrained(folder)
+    add_old_keys(folder)
 
 
 def copy_files(source: Path, folder: Path, patterns: Sequence[str] = TOKENIZER_FILES) -> None:

@@ -34,6 +34,8 @@ class Family:
             the last norm, whose weight is added to one; None where it takes embeddings as they are.
         norm_offset: what the stock code adds to the weights of norms.
         aliases: name in a file -> name in the model, where the two differ.
+        old_names: entry of `rope_parameters` -> what transformers 4 calls it, where the two differ;
+            None where it takes it from elsewhere.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Family:
     scaled_embedding: tuple[str, str] | None = None
     norm_offset: float = 0.0
     aliases: Mapping[str, str] = field(default_factory=dict)
+    old_names: Mapping[str, str | None] = field(default_factory=dict)
 
 
 DECODER = {
@@ -195,6 +198,7 @@ OLMO2 = replace(
     divides=(),
     readers=LAST_READER,
     queries=("model.layers.{i}.self_attn.q_norm.weight",),
+    old_names={"rope_type": "type"},
 )
 
 PHI3 = Family(
@@ -237,6 +241,7 @@ PHI3 = Family(
         ),
     },
     queries=("model.layers.{i}.self_attn.qkv_proj.weight",),
+    old_names={"rope_type": "type", "original_max_position_embeddings": None},
 )
 
 GPT_NEOX = Family(
@@ -295,6 +300,7 @@ GPT_NEOX = Family(
         "gpt_neox.layers.{i}.attention.query_key_value.bias",
     ),
     aliases={"embed_out.weight": "lm_head.weight"},
+    old_names={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
 )
 
 FAMILIES: Mapping[str, Family] = {

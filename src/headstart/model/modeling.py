@@ -12,6 +12,17 @@ from typing import Any
 
 import transformers
 from torch import nn
+
+NEEDED = (5, 17)
+"""The oldest transformers whose configs know `per_layer_config`."""
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < NEEDED:
+    raise ImportError(
+        f"this model's layers differ in size, which needs transformers {NEEDED[0]}.{NEEDED[1]} or "
+        f"newer, and this is {transformers.__version__}; upgrade it, or write a stock checkpoint "
+        "by `headstart export --to hf --pad`"
+    )
+
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer

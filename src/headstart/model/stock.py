@@ -82,9 +82,8 @@ def stock_tensors(
     tensors: Iterable[tuple[str, Tensor]], architecture: Architecture, sizes: Sizes
 ) -> Iterator[tuple[str, Tensor]]:
     """A model's tensors in a stock checkpoint of these sizes, with zeros where it has less."""
-    in_files = {name: alias for alias, name in architecture.family.aliases.items()}
     for name, tensor in tensors:
         rule, layer = architecture.match(name)
         if rule.layout != DROPPED:
             in_layer = sizes_in_layer(architecture.sizes, layer or 0)
-            yield in_files.get(name, name), place_tensor(tensor, rule.layout, in_layer, sizes)
+            yield name, place_tensor(tensor, rule.layout, in_layer, sizes)

@@ -27,7 +27,6 @@ WHOLE_TOKENIZER = "tokenizer_whole.json"
 """The teacher's tokenizer.json, by which llama.cpp's converter knows how texts are cut to words."""
 KEPT = "vocabulary.json"
 """The teacher's ids of the rows that are left, in a trimmed folder."""
-BESIDE_TOKENIZER = (WHOLE_TOKENIZER, KEPT)
 COPIED = (CARD, "chat_template*", "special_tokens_map.json")
 NEEDED_ID_KEYS = ("_token_id", "_token_ids")
 """How keys of configs end that hold ids without which a model means something else."""

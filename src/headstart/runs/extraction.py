@@ -146,10 +146,7 @@ def extract_student(
     teacher = source.teacher
     student = teacher.architecture.student(spec)
     tensors = student_tensors(source, spec, on_tensor)
-    if student.is_layerwise:  # whose loading knows no other names than the model's own
-        aliases = student.family.aliases
-        tensors = {aliases.get(name, name): tensor for name, tensor in tensors.items()}
-    else:
+    if not student.is_layerwise:
         student.config.architectures = teacher.architecture.config.architectures
     (student.config.dtype, _), *others = precisions(tensors.values()).items()
     origin = {
