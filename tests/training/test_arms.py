@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from headstart.losses.distillation import DistillationSettings
 from headstart.losses.next_token import mean_loss
 from headstart.model.checkpoint import Checkpoint
+from headstart.model.transformers_4 import old_entries
 from headstart.system import device
 from headstart.system.errors import UserError
 from headstart.training import arguments, arms, interruption
@@ -72,6 +73,18 @@ def uninterrupted(inputs, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
         return folder, run_arm(DISTILLED, inputs, folder)
 
 
+def evaluate_to(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Let evaluations find these validation losses."""
+    left = iter(losses)
+    tested = {"test_loss": 9.0, "test_standard_error": 0.1}
+
+    def evaluation_loop(*args: Any, metric_key_prefix: str, **kwargs: Any) -> EvalLoopOutput:
+        metrics = tested if metric_key_prefix == "test" else {"eval_loss": next(left)}
+        return EvalLoopOutput(None, None, metrics, 1)
+
+    monkeypatch.setattr(DistillationTrainer, "evaluation_loop", evaluation_loop)
+
+
 def assert_same_run(folder: Path, result: dict[str, Any], uninterrupted: Any, **close: Any) -> None:
     expected_folder, expected = uninterrupted
     assert [point["tokens"] for point in result["curve"]] == [
@@ -111,6 +124,33 @@ def test_result_of_an_arm(uninterrupted, inputs):
     assert len(AutoTokenizer.from_pretrained(folder / "model")) == before.config.vocab_size
 
 
+def test_an_arm_has_its_teachers_tokenizer_byte_for_byte_and_both_kinds_of_keys(
+    inputs, student_folder, teacher_folder, tmp_path, monkeypatch
+):
+    """In the folder of the best evaluation too, which is not the last one."""
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    written = json.loads((teacher / "tokenizer_config.json").read_text())
+    theirs = {
+        "tokenizer_config.json": json.dumps(written | {"tokenizer_class": "LlamaTokenizerFast"}),
+        "tokenizer.model": "sentencepiece",
+        "special_tokens_map.json": '{"eos_token":"<end>"}',
+        "generation_config.json": '{"temperature":0.5,"do_sample":true}',
+        "vocabulary.json": "[0,1]",
+    }
+    for name, text in theirs.items():
+        (teacher / name).write_text(text)
+    theirs["tokenizer.json"] = (teacher / "tokenizer.json").read_text()
+    evaluate_to(monkeypatch, [5.0, 4.0, 3.0, 4.0])
+    run_arm(SUBNET, replace(inputs, teacher=Checkpoint.open(teacher)), tmp_path / "arm")
+    folders = [tmp_path / "arm" / "model", *tmp_path.glob("arm/best-*")]
+    for folder in folders:
+        assert {name: (folder / name).read_text() for name in theirs} == theirs
+        student = json.loads((student_folder / "config.json").read_text())
+        trained = json.loads((folder / "config.json").read_text())
+        assert trained == student | old_entries(student)
+    assert len(folders) == 2
+
+
 def test_a_finished_arm_is_read_not_trained(uninterrupted, inputs, monkeypatch):
     folder, result = uninterrupted
     monkeypatch.setattr(DistillationTrainer, "train", None)
@@ -137,14 +177,7 @@ def test_the_best_weights_are_kept_beside_the_last(inputs, tmp_path):
 
 
 def test_a_diverged_evaluation_is_not_the_best(inputs, tmp_path, monkeypatch):
-    losses = iter([5.0, math.nan, 4.0, math.nan])
-    tested = {"test_loss": 9.0, "test_standard_error": 0.1}
-
-    def evaluation_loop(*args: Any, metric_key_prefix: str, **kwargs: Any) -> EvalLoopOutput:
-        metrics = tested if metric_key_prefix == "test" else {"eval_loss": next(losses)}
-        return EvalLoopOutput(None, None, metrics, 1)
-
-    monkeypatch.setattr(DistillationTrainer, "evaluation_loop", evaluation_loop)
+    evaluate_to(monkeypatch, [5.0, math.nan, 4.0, math.nan])
     result = run_arm(SUBNET, inputs, tmp_path)
     assert result["best"] == {"tokens": result["curve"][2]["tokens"], "loss": 4.0}
     assert [path.name for path in tmp_path.glob("best-*")] == ["best-4"]

@@ -200,7 +200,7 @@ def _schedule(
 
 def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> DistillationTrainer:
     """The trainer of an arm after its last step."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+    from transformers import AutoModelForCausalLM, TrainerState
     from transformers.data import default_data_collator
 
     from headstart.training.interruption import SaveAndStop
@@ -224,7 +224,6 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> DistillationTra
         trainer = DistillationTrainer(
             model=model,
             args=arguments,
-            processing_class=AutoTokenizer.from_pretrained(inputs.teacher.folder),
             data_collator=default_data_collator,
             train_dataset=train_dataset,
             eval_dataset=BlockDataset(validation_blocks, separator=separator),
@@ -233,6 +232,7 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> DistillationTra
             distillation=arm.kd,
             tokens_per_step=schedule.step_tokens,
             evaluation_steps=set(evaluation_steps(schedule.num_steps, settings.evaluations)),
+            tokenizer_folder=inputs.teacher.folder,
             earlier_seconds=seconds_until(schedule.checkpoint),
             flops_per_token=_flops_per_token(arm, inputs),
             peak_flops=1e12 * settings.peak_tflops or peak_flops(arguments.device),

@@ -23,7 +23,7 @@ from headstart.losses.chunked import chunked_sum
 from headstart.losses.distillation import DistillationSettings, Samples, TopK, distillation_loss
 from headstart.losses.next_token import next_token_loss
 from headstart.model.checkpoint import copy_files
-from headstart.model.trim import BESIDE_TOKENIZER
+from headstart.model.transformers_4 import add_old_keys
 from headstart.system.distributed import barrier
 from headstart.system.files import UNFINISHED, apply_umask
 from headstart.system.progress import console
@@ -45,6 +45,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             it is given.
         tokens_per_step: by which the weights' schedule counts.
         evaluation_steps: the optimizer steps after which to evaluate.
+        tokenizer_folder: whose tokenizer is saved beside the weights, if any.
         earlier_seconds: that the run had trained before it was resumed.
         flops_per_token: of a training step, for the share of `peak_flops` that is reached.
         peak_flops: a second, of one device; None where unknown.
@@ -62,6 +63,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         test_dataset: BlockDataset | None = None,
         tokens_per_step: int,
         evaluation_steps: set[int],
+        tokenizer_folder: Path | None = None,
         earlier_seconds: float = 0.0,
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
@@ -69,9 +71,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         **arguments: Any,
     ) -> None:
         assert teacher is None or distillation is not None
+        uses_cache = arguments["model"].config.use_cache
         super().__init__(**arguments)
+        # The Trainer says no for training, whose calls say so here; it would be saved.
+        self.model.config.use_cache = uses_cache
         self.teacher, self.distillation = teacher, distillation
         self.test_dataset = test_dataset
+        self.tokenizer_folder = tokenizer_folder
         self.tokens_per_step = tokens_per_step
         self.started = time.perf_counter() - earlier_seconds
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
@@ -176,16 +182,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save without the second copy of a tied matrix that FSDP's gathered weights have, and with
-        what is left beside a trimmed tokenizer, which transformers does not know."""
+        """Save without the second copy of a tied matrix that FSDP's gathered weights have, with the
+        config of both transformers, and with the teacher's own tokenizer files: written anew, they
+        would be those of transformers 5 alone."""
         if state_dict is not None and self.model.config.tie_word_embeddings:
             tied = self.accelerator.unwrap_model(self.model)._tied_weights_keys or {}
             state_dict = {name: state_dict[name] for name in state_dict if name not in tied}
         super()._save(output_dir, state_dict)
-        if self.processing_class is not None:
-            teacher = Path(self.processing_class.name_or_path)
-            copy_files(teacher, Path(output_dir or self.args.output_dir), BESIDE_TOKENIZER)
-        apply_umask(Path(output_dir or self.args.output_dir))
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            add_old_keys(folder)
+            if self.tokenizer_folder is not None:
+                copy_files(self.tokenizer_folder, folder)
+            apply_umask(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save, and wait for the others: what is written next says that the checkpoint is whole."""
