@@ -210,26 +210,23 @@ def test_llama_cpp_loads_no_qwen2_whose_heads_are_not_as_wide_as_its_stream(
     assert export_gguf(square, tmp_path / "square.gguf", converter=converter).is_file()
 
 
-@pytest.mark.parametrize(
-    ("full", "is_written"),
-    [((5, 11), True), ((5,), False), ((), False), ((2, 5, 11), False), ((4, 10), False)],
-)
-def test_llama_cpp_takes_every_sixth_layer_of_gemma3_for_full(
-    full: tuple[int, ...], is_written: bool, saved: Callable[..., Path], tmp_path: Path
+def test_llama_cpp_loads_no_gemma_3_that_it_would_take_for_another(
+    saved: Callable[..., Path], converter: Path, tmp_path: Path
 ) -> None:
-    teacher = random_teacher("gemma3_text-tied")
-    entries = teacher.config.to_dict() | {
-        "num_hidden_layers": 12,
-        "layer_types": [f"{'full' if i in full else 'sliding'}_attention" for i in range(12)],
-    }
-    folder = saved(type(teacher)(type(teacher.config).from_dict(entries)))
-    (folder / "tokenizer.json").write_text("{}")
-    converter = tmp_path / "convert.py"
-    converter.write_text(CONVERTER)
-    out = tmp_path / "student.gguf"
-    if is_written:
-        assert export_gguf(folder, out, converter=converter).is_file()
-        return
-    with pytest.raises(UserError, match=r"every 6th layer .*search\.grid\.layer_periods, or use"):
-        export_gguf(folder, out, converter=converter)
-    assert not out.exists()
+    config = random_teacher("gemma3_text-tied").config
+
+    def export(name: str) -> Path:
+        folder = saved(AutoModelForCausalLM.from_config(config), name)
+        (folder / "tokenizer.json").write_text("{}")
+        return export_gguf(folder, tmp_path / f"{name}.gguf", converter=converter)
+
+    with pytest.raises(UserError, match=r"layers \[\] .* and here \[1, 3\] do; search with"):
+        export("mixed")
+    config.layer_types = ["sliding_attention"] * 4
+    with pytest.raises(UserError, match=r"scalar of 16, .* are 10000 and 24; use --to hf"):
+        export("scaled")
+    config.query_pre_attn_scalar = 16
+    assert export("known").is_file()
+    config.rope_parameters["sliding_attention"]["rope_theta"] = 500.0
+    with pytest.raises(UserError, match=r"local rope_theta of 10000 .* are 500 and 16;"):
+        export("local")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -30,13 +30,16 @@ from headstart.system.files import (
     write_json,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 Precision = Literal["float32", "bfloat16", "float16"]
 OUTTYPES: dict[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "": "auto"}
 """Precision -> what llama.cpp's converter calls it."""
 SQUARE_IN_LLAMA_CPP = ("qwen2", "olmo2")
 """Families whose heads llama.cpp takes to be as wide together as the residual stream."""
-FULL_ATTENTION_IN_LLAMA_CPP = {"gemma3_text": 6}
-"""Families of which llama.cpp takes every so-manieth layer for one of full attention."""
+WINDOW_PERIOD_IN_LLAMA_CPP, LOCAL_THETA_IN_LLAMA_CPP = 6, 10_000
+"""How many layers of Gemma 3 there are to one that attends to the whole text; how others turn."""
 TRIMMED_CONVERTER = Path(__file__).with_name("trimmed_converter.py")
 """Runs that converter on a model that has lost part of its vocabulary."""
 
@@ -163,15 +166,30 @@ def _check_loads(architecture: Architecture) -> None:
             f"residual stream, and {width} is not {sizes['embed']}; search with "
             "search.grid.square_attention, or use --to hf"
         )
-    period = FULL_ATTENTION_IN_LLAMA_CPP.get(family)
-    kinds = getattr(architecture.config, "layer_types", None) or ()
-    is_full = [kind == "full_attention" for kind in kinds]
-    if period and is_full != [layer % period == period - 1 for layer in range(len(kinds))]:
-        full = ", ".join(str(layer + 1) for layer, full in enumerate(is_full) if full)
+    if family == "gemma3_text":
+        _check_windows(architecture.config)
+
+
+def _check_windows(config: PreTrainedConfig) -> None:
+    """Raise a UserError if llama.cpp would take a Gemma 3 model for another one.
+
+    It reads neither which layers attend to a window only, nor by which frequencies those turn, nor
+    what scores are divided by.
+    """
+    period, theta = WINDOW_PERIOD_IN_LLAMA_CPP, LOCAL_THETA_IN_LLAMA_CPP
+    whole = [layer for layer, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    expected = list(range(period - 1, config.num_hidden_layers, period))
+    local = config.rope_parameters["sliding_attention"]["rope_theta"]
+    if whole != expected:
         raise UserError(
-            f"llama.cpp gives every {period}th layer of a {family} model full attention and the "
-            f"others a window, and here the full ones are {full or 'none'} of {len(kinds)}; "
-            "search with search.grid.layer_periods, or use --to hf"
+            f"llama.cpp takes layers {expected} of a Gemma 3 model of this depth to attend to the "
+            f"whole text, and here {whole} do; search with search.grid.layer_periods, or use --to hf"
+        )
+    if local != theta or config.query_pre_attn_scalar != config.head_dim:
+        raise UserError(
+            f"llama.cpp takes a Gemma 3 model to have a local rope_theta of {theta} and a "
+            f"query_pre_attn_scalar of {config.head_dim}, its head_dim, and here they are "
+            f"{local:g} and {config.query_pre_attn_scalar}; use --to hf"
         )
 
 
