@@ -226,6 +226,8 @@ def test_teacher_computes_what_its_gguf_file_computes(
     token_ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(loaded(token_ids).logits, model(token_ids).logits)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # as transformers 4 knows it
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.eos_token_id == 2
     assert tokenizer("abcab", add_special_tokens=False)["input_ids"] == [7, 6]

@@ -168,6 +168,10 @@ def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = json.dumps({**written, "_name_or_path": name}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    # It names a class that transformers 4 does not know; this name is known to both.
+    path = folder / "tokenizer_config.json"
+    text = path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    path.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
