@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from headstart.losses.chunked import chunked_sum
 from headstart.losses.distillation import DistillationSettings, Samples, TopK, distillation_loss
@@ -182,15 +182,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save without the second copy of a tied matrix that FSDP's gathered weights have, with the
-        config of both transformers, and with the teacher's own tokenizer files: written anew, they
-        would be those of transformers 5 alone."""
+        """Save without the second copy of a tied matrix that FSDP's gathered weights have, with a
+        config that transformers 4 reads too, and with the teacher's own tokenizer files, which
+        saved anew would be those of transformers 5 alone.
+
+        Checkpoints have neither, since the Trainer reads their configs with a warning of old keys.
+        """
         if state_dict is not None and self.model.config.tie_word_embeddings:
             tied = self.accelerator.unwrap_model(self.model)._tied_weights_keys or {}
             state_dict = {name: state_dict[name] for name in state_dict if name not in tied}
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             add_old_keys(folder)
             if self.tokenizer_folder is not None:
                 copy_files(self.tokenizer_folder, folder)
