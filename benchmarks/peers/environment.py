@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ PYARROW = "pyarrow==20.0.0"
 and whittle.importance with it."""
 XLLAMACPP = "xllamacpp"
 """Bindings of llama.cpp as a ready-made wheel."""
+TRANSFORMERS_4 = "transformers==4.57.6"
+"""The last one before 5, which most servers pin."""
+PEFT = "peft==0.21.2"
 WORKER = Path(__file__).with_name("whittle_worker.py")
 
 
@@ -65,6 +69,24 @@ def llama_cpp_python() -> Path:
         RuntimeError: it cannot be installed.
     """
     return _python_with(XLLAMACPP, needs_torch=False)
+
+
+def transformers_4_python() -> Path:
+    """The Python of an environment with the last transformers 4, installed first if need be.
+
+    Raises:
+        RuntimeError: it cannot be installed.
+    """
+    return _python_with(TRANSFORMERS_4)
+
+
+def peft_python() -> Path:
+    """The Python of an environment with PEFT and headstart's own version of transformers.
+
+    Raises:
+        RuntimeError: it cannot be installed.
+    """
+    return _python_with(PEFT, (f"transformers=={version('transformers')}",))
 
 
 def _python_with(
@@ -110,6 +132,25 @@ def _pip_install(python: Path, *arguments: str) -> bool:
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     # pip talks to stdout; ours is for the table.
     return subprocess.run([*command, *arguments], stdout=2, check=False).returncode == 0
+
+
+def ask(python: Path, worker: str, argument: str, **request: Any) -> Any:
+    """The answer of one worker in this folder, the last line that it prints.
+
+    Raises:
+        RuntimeError: it failed; the message ends with its own last line.
+    """
+    finished = subprocess.run(
+        [str(python), "-I", str(WORKER.with_name(worker)), argument],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if finished.returncode:
+        reason = (finished.stderr.strip() or "no message").splitlines()[-1]
+        raise RuntimeError(f"{worker} failed: {reason}")
+    return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
 def ask_whittle(command: str, **request: Any) -> dict[str, Any]:
