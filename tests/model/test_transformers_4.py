@@ -128,3 +128,14 @@ def test_a_layer_wise_student_has_no_old_keys(saved: Any, tmp_path: Path) -> Non
     teacher = random_teacher("llama-tied-gqa")
     folder = extract(saved(teacher), random_layerwise_spec(teacher, 1), tmp_path / "student")
     assert "rope_theta" not in json.loads((folder / "config.json").read_text())
+
+
+def test_no_period_of_windows_stands_beside_the_kinds_of_layers(saved: Any, tmp_path: Path) -> None:
+    """Gemma 3's config has one of six by default, whatever the layers are."""
+    teacher = random_teacher("gemma3_text-tied")
+    folder = extract(saved(teacher), random_spec(teacher, layers=3), tmp_path / "student")
+    config = json.loads((folder / "config.json").read_text())
+    assert len(config["layer_types"]) == 3
+    assert not [key for key in config if "pattern" in key]
+    read = AutoConfig.from_pretrained(folder)
+    assert read.layer_types == config["layer_types"]

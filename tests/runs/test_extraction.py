@@ -207,6 +207,7 @@ def test_a_student_of_two_precisions_says_so(saved, tmp_path):
     assert num_wide and json.loads((student / "config.json").read_text())["dtype"] == "float16"
     origin = json.loads((student / "subnet.json").read_text())
     assert origin["other_precisions"] == {"float32": num_wide}
-    assert f"another precision than most: {num_wide:,} in float32" in (
-        student / "README.md"
-    ).read_text()
+    assert (
+        f"another precision than most: {num_wide:,} in float32"
+        in (student / "README.md").read_text()
+    )

@@ -183,7 +183,8 @@ def _check_windows(config: PreTrainedConfig) -> None:
     if whole != expected:
         raise UserError(
             f"llama.cpp takes layers {expected} of a Gemma 3 model of this depth to attend to the "
-            f"whole text, and here {whole} do; search with search.grid.layer_periods, or use --to hf"
+            f"whole text, and here {whole} do; search with search.grid.layer_periods, or use "
+            "--to hf"
         )
     if local != theta or config.query_pre_attn_scalar != config.head_dim:
         raise UserError(

@@ -18,13 +18,20 @@ from headstart.system.files import write_whole
 
 ON_ITS_OWN = ("rope_theta", "partial_rotary_factor")
 """Entries of `rope_parameters` that are keys of an old config; the others are in `rope_scaling`."""
+PERIOD = "sliding_window_pattern"
 
 
 def add_old_keys(folder: Path) -> None:
-    """Add the keys of transformers 4 to the config.json that transformers 5 has written."""
+    """Add the keys of transformers 4 to the config.json that transformers 5 has written.
+
+    The period of windows goes, since `layer_types` says which layers have one; after layers were
+    removed the two would differ.
+    """
     path = folder / "config.json"
     entries = json.loads(path.read_text(encoding="utf-8"))
     if entries["model_type"] in FAMILIES:
+        if entries.get("layer_types"):
+            entries = {key: entries[key] for key in entries if not key.endswith(PERIOD)}
         text = json.dumps(entries | old_entries(entries), indent=2, sort_keys=True)
         write_whole(path, text + "\n")
 
