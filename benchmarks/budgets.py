@@ -89,12 +89,15 @@ class Ratio:
         hand_shape: layers, width, heads and neurons of a Llama that somebody would choose.
         sweep: budget at which rates are chosen.
         budgets: the smallest and the largest of each start, in tokens; those between double.
+        short: budgets below it are a run of their own, since the smallest of a run decides how long
+            it warms up.
     """
 
     bin: tuple[str, str]
     hand_shape: tuple[int, int, int, int]
     sweep: int
     budgets: Mapping[str, tuple[int, int]]
+    short: int = 0
 
     def budgets_of(self, name: str, share: float = 1.0) -> list[int]:
         """Ascending, up to a share of the largest."""
@@ -114,11 +117,12 @@ RATIOS = {
             "scratch, hand-shaped": (250_000, 1_000_000),
             "slice": (125_000, 1_000_000),
             "slice + search + distillation": (125_000, 500_000),
-            "least squares": (125_000, 4_000_000),
+            "least squares": (31_250, 4_000_000),
             "least squares, 65,536 tokens": (125_000, 2_000_000),
             "least squares + distillation": (125_000, 1_000_000),
             "rotated": (125_000, 500_000),
         },
+        short=125_000,
     ),
     "5": Ratio(
         ("21M", "23M"), (11, 384, 6, 1024), 250_000,
@@ -201,14 +205,21 @@ def arm_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     arms = []
     for seed in options.seeds:
         is_first = seed == FIRST_SEED
-        budgets = ratio.budgets_of(name, 1.0 if is_first else SECOND_SEED_SHARE)
-        if budgets:
-            result = result_of(
-                name, start, folder / ("main" if is_first else f"seed-{seed}"), options,
-                arm={"learning_rate": rate}, budgets=budgets,
+        every = ratio.budgets_of(name, 1.0 if is_first else SECOND_SEED_SHARE)
+        short, long = (
+            [b for b in every if (b < ratio.short) is is_short] for is_short in (True, False)
+        )
+        runs = {"main" if is_first else f"seed-{seed}": long, "short": short if is_first else []}
+        found = [
+            result_of(
+                name, start, folder / run, options, arm={"learning_rate": rate}, budgets=budgets,
                 **({} if is_first else {"seeds": [seed]}),
-            )  # fmt: skip
-            arms.append({**result["arms"][0], "student": result["student"]})
+            )["arms"][0]
+            for run, budgets in runs.items() if budgets
+        ]  # fmt: skip
+        if found:
+            budgets = [budget for arm in reversed(found) for budget in arm["budgets"]]
+            arms.append({**found[0], "budgets": budgets})
     return over_seeds(arms)
 
 
@@ -216,14 +227,15 @@ def over_seeds(arms: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The first seed's entry, with each budget's loss as the mean over the seeds that have it, and
     their `losses`."""
     first, *_ = arms
-    losses = [
-        [arm["budgets"][place]["loss"] for arm in arms if place < len(arm["budgets"])]
-        for place in range(len(first["budgets"]))
-    ]
-    budgets = [
-        {**budget, "loss": fmean(of_seeds), "losses": of_seeds}
-        for budget, of_seeds in zip(first["budgets"], losses, strict=True)
-    ]
+    budgets = []
+    for budget in first["budgets"]:
+        losses = [
+            entry["loss"]
+            for arm in arms
+            for entry in arm["budgets"]
+            if entry["tokens"] == budget["tokens"]
+        ]
+        budgets.append({**budget, "loss": fmean(losses), "losses": losses})
     return {**first, "budgets": budgets}
 
 
