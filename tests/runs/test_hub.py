@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load, save
+from tests.conftest import random_teacher
 from tests.hub import Hub, Repo, serve
 
 pytestmark = pytest.mark.exhaustive
@@ -101,14 +102,20 @@ def headstart(hub: Hub, command: str, asked: dict[str, Any]) -> subprocess.Compl
     folder = Path(asked["output"]).parent
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(asked))
+    return python(hub, folder, CLI, command, str(path))
+
+
+def python(hub: Hub, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process that knows the hub, with its caches in a folder."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(folder / "hf"),
         "HEADSTART_CACHE": str(folder / "cache"),
         "NO_PROXY": "127.0.0.1",
     }
-    arguments = [sys.executable, CLI, command, str(path)]
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
 
 
 def read(path: Path) -> Any:
@@ -203,3 +210,27 @@ def test_what_the_hub_has_not_is_told_in_a_sentence(
     assert "Traceback" not in found.stderr
     assert not (tmp_path / "run").exists()
     assert seconds < 30  # imports included, on a machine that has other work
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_only_the_weights_that_transformers_loads_are_fetched(
+    is_whole: bool, hub: Hub, serving: ExitStack, saved: Any, tmp_path: Path
+) -> None:
+    """Beside them lie others, as in repos that hold a model in several formats."""
+    folder = saved(random_teacher("llama-tied-gqa"), max_shard_size="1GB" if is_whole else "20KB")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    names = sorted(name for name in files if name.endswith(".safetensors"))
+    assert (names == ["model.safetensors"]) is is_whole
+    others = dict.fromkeys(("consolidated.safetensors", "pytorch_model.bin"), b"large")
+    hub.repos["models/org/other"] = Repo({FIRST: files | others}, {"main": FIRST})
+    code = (
+        "from headstart.model.checkpoint import Checkpoint; "
+        "print(*sorted({f.name for f in Checkpoint.open_whole('org/other').files.values()}))"
+    )
+    for _ in range(2):
+        ran = python(hub, tmp_path, "-c", code)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.split() == names
+        fetched = [request for request in hub.requests if request.startswith("GET")]
+        assert not any(name in request for request in fetched for name in others)
+        serving.close()  # and again without a network
