@@ -115,7 +115,7 @@ RATIOS = {
         {
             "scratch": (250_000, 8_000_000),
             "scratch, hand-shaped": (250_000, 1_000_000),
-            "slice": (125_000, 1_000_000),
+            "slice": (125_000, 2_000_000),
             "slice + search + distillation": (125_000, 500_000),
             "least squares": (31_250, 4_000_000),
             "least squares, 65,536 tokens": (125_000, 2_000_000),
