@@ -78,7 +78,8 @@ def answer(run_folder: Path) -> dict[str, Any]:
         del result[key]
     del result["costs"]["search_seconds"]
     for arm in result["arms"]:
-        del arm["seconds"]
+        for entry in (arm, *arm["budgets"]):
+            del entry["seconds"]
     return result
 
 
