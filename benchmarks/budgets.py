@@ -50,7 +50,7 @@ class Start:
         evolution: of the search for the shape; without one, the proportional shape is taken.
         finalists: of that search.
         calibration_tokens: for the importance pass and `init`.
-        hand_shaped: whether the model has `HAND_SHAPES`' shape.
+        hand_shaped: whether the model has the ratio's `hand_shape`.
     """
 
     init: Init = "slice"
@@ -264,6 +264,8 @@ def print_tables(arms: Mapping[str, dict[str, Any]], figure: Path | None) -> Non
             print(f"| {' | '.join(cells)} |")
     others = [name for name in arms if not STARTS[name].is_random]
     goals = best_scratch(arms)
+    if not goals:
+        return
     heads = [f"{name}: tokens | FLOPs" for name in others]
     print(f"\n| scratch's budget | its loss | {' | '.join(heads)} |")
     print(f"| --: | --: |{' --: |' * 2 * len(others)}")

@@ -19,6 +19,7 @@ from headstart.text import corpus as corpus_module
 from headstart.text import plain as plain_module
 from headstart.text.prepare import check_source, prepare
 from headstart.text.settings import SPLITS, DataSettings
+from headstart.text.units import PassedOver, UnitState
 
 
 @pytest.mark.parametrize(
@@ -311,3 +312,17 @@ def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:
     assert count(corpus_module.Corpus("", (plain, packed, table)), range(3)) == 17
     assert count(corpus_module.Corpus("", (tmp_path / "d.txt",)), [0]) is None
     assert count(corpus_module.Corpus("org/name", dataset=HubName("org/name")), [0]) is None
+
+
+def test_the_demos_text_is_no_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody has run `headstart demo --output demo`, a folder is called so."""
+    text = tmp_path / "elsewhere.jsonl"
+    text.write_text(as_jsonl(DOCUMENTS))
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus_module, "demo_corpus", lambda: text)
+    corpus = corpus_module.find_corpus("demo")
+    states = [UnitState({}, is_done=True)]
+    assert corpus.files == (text,) and not PassedOver.of(corpus, states).sentences("text")

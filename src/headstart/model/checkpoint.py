@@ -91,16 +91,16 @@ class Checkpoint:
         self._build()
         missing = self.architecture.places(range(self.architecture.sizes["layers"]))
         unused = []
-        for name, file in self.files.items():
+        for file in sorted(set(self.files.values())):
             with open_shard(file) as shard:
-                part = shard.get_slice(name)
-                shape, kind = tuple(part.get_shape()), part.get_dtype()
-            rule, layer = self.architecture.check_tensor(name, shape)
-            if rule.layout == DROPPED:
-                unused.append((name, rule.pattern))
-                continue
-            refuse_other_kinds(file, name, kind)
-            missing.discard((rule.pattern, layer))
+                for name in shard.keys():  # noqa: SIM118
+                    part = shard.get_slice(name)
+                    rule, layer = self.architecture.check_tensor(name, tuple(part.get_shape()))
+                    if rule.layout == DROPPED:
+                        unused.append((name, rule.pattern))
+                        continue
+                    refuse_other_kinds(file, name, part.get_dtype())
+                    missing.discard((rule.pattern, layer))
         self.architecture.refuse_missing(missing)
         for name, tensor in self.tensors():
             if tensor.is_floating_point():

@@ -49,18 +49,16 @@ class Corpus:
         source: as it was given.
         files: of a local corpus.
         dataset: on the hub, at a commit.
-        left_out: name -> reason of files in the source's folder that are not read.
+        folder: that holds the files, of which one that cannot be read may be passed over; None
+            where the source is a single file or a dataset.
+        left_out: name -> reason of files in that folder that are not read.
     """
 
     source: str
     files: tuple[Path, ...] = ()
     dataset: HubName | None = None
+    folder: Path | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is files of a folder, of which one that cannot be read may be passed over."""
-        return self.files != () and Path(self.source).expanduser().is_dir()
 
 
 def find_corpus(source: str) -> Corpus:
@@ -86,7 +84,7 @@ def find_corpus(source: str) -> Corpus:
                 f"the folder {source} holds no file with text that ends in {READABLE}"
                 f"{found if left_out else ''}"
             )
-        return Corpus(source, tuple(files), left_out=left_out)
+        return Corpus(source, tuple(files), folder=path, left_out=left_out)
     if path.is_file():
         if not builder_of(path):
             raise UserError(f"{source} has an unknown suffix: give a file that ends in {READABLE}")

@@ -319,7 +319,7 @@ def _check_text(corpus: Corpus, settings: DataSettings) -> None:
             if any(texts):
                 return
         except UserError as error:
-            if settings.strict or not corpus.is_folder:
+            if settings.strict or corpus.folder is None:
                 raise
             faults.append(error)
     if faults:

@@ -14,7 +14,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -116,7 +116,7 @@ class Tokenisation:
             on_corrupt=None if self.settings.strict else corrupt.append,
             on_missing=without_column.append,
         )
-        if self.corpus.is_folder and not self.settings.strict:
+        if self.corpus.folder and not self.settings.strict:
             texts = _until_fault(texts, state)
         with ExitStack() as stack:
             files: dict[str, BinaryIO] = {}
@@ -128,7 +128,9 @@ class Tokenisation:
                 files[name].seek(0, 2)
             # While one batch is in the tokenizer's threads, the next one is read.
             encoder = stack.enter_context(ThreadPoolExecutor(1))
-            waiting: deque[Any] = deque()
+            waiting: deque[
+                tuple[int, tuple[list[str], list[str]], list[str], Future[list[np.ndarray]]]
+            ] = deque()
 
             def finish() -> None:
                 num_rows, passed_over, batch, encoded = waiting.popleft()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from headstart.text.corpus import Corpus
 from headstart.text.local import kinds_of, some_of
@@ -73,10 +72,10 @@ class PassedOver:
     @staticmethod
     def of(corpus: Corpus, states: Sequence[UnitState]) -> PassedOver:
         """By the states of the units that were needed."""
-        read, folder = corpus.files[: len(states)], Path(corpus.source).expanduser()
-        names = [str(file.relative_to(folder)) for file in read] if corpus.is_folder else []
+        read, folder = corpus.files[: len(states)], corpus.folder
+        names = [str(file.relative_to(folder)) for file in read] if folder else []
         return PassedOver(
-            files=f"{len(read):,} ({kinds_of(read)})" if corpus.is_folder else "",
+            files=f"{len(read):,} ({kinds_of(read)})" if folder else "",
             files_not_needed=len(corpus.files) - len(read),
             left_out=dict(corpus.left_out),
             faults={
