@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ XLLAMACPP = "xllamacpp"
 TRANSFORMERS_4 = "transformers==4.57.6"
 """The last one before 5, which most servers pin."""
 PEFT = "peft==0.21.2"
-WORKER = Path(__file__).with_name("whittle_worker.py")
+WORKER = "whittle_worker.py"
 
 
 def num_threads() -> int:
@@ -134,22 +135,29 @@ def _pip_install(python: Path, *arguments: str) -> bool:
     return subprocess.run([*command, *arguments], stdout=2, check=False).returncode == 0
 
 
-def ask(python: Path, worker: str, argument: str, **request: Any) -> Any:
+def ask(
+    python: Path,
+    worker: str,
+    command: str,
+    environment: Mapping[str, str] | None = None,
+    **request: Any,
+) -> Any:
     """The answer of one worker in this folder, the last line that it prints.
 
     Raises:
         RuntimeError: it failed; the message ends with its own last line.
     """
     finished = subprocess.run(
-        [str(python), "-I", str(WORKER.with_name(worker)), argument],
+        [str(python), "-I", str(Path(__file__).with_name(worker)), command],
         input=json.dumps(request),
         capture_output=True,
         text=True,
         check=False,
+        env=environment,
     )
     if finished.returncode:
         reason = (finished.stderr.strip() or "no message").splitlines()[-1]
-        raise RuntimeError(f"{worker} failed: {reason}")
+        raise RuntimeError(f"{worker} failed in its command {command!r}: {reason}")
     return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
@@ -176,18 +184,8 @@ def ask_whittle(command: str, **request: Any) -> dict[str, Any]:
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
         }
-        finished = subprocess.run(
-            [str(python), "-I", str(WORKER), command],
-            input=json.dumps({**request, "num_threads": num_threads()}),
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
-    if finished.returncode != 0:
-        reason = (finished.stderr.strip() or "no message").splitlines()[-1]
-        raise RuntimeError(f"{WHITTLE} failed in its command {command!r}: {reason}")
-    answer: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+        request["num_threads"] = num_threads()
+        answer: dict[str, Any] = ask(python, WORKER, command, environment, **request)
     return answer
 
 
