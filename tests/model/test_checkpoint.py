@@ -7,8 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import extract, random_teacher
-from tests.model.oracles import assert_same_tensors, random_spec
-from transformers import AutoModelForCausalLM
+from tests.model.oracles import (
+    assert_same_tensors,
+    random_model,
+    random_spec,
+    reference_logits,
+)
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from headstart.model.checkpoint import Checkpoint
 from headstart.system.errors import UserError
@@ -29,6 +34,40 @@ def test_a_sharded_teacher_gives_the_same_student(teacher, saved, tmp_path):
     sharded = extract(shards, spec, tmp_path / "from-sharded")
     single = extract(saved(teacher), spec, tmp_path / "from-single")
     assert_same_tensors(*(load_file(out / "model.safetensors") for out in (sharded, single)))
+
+
+def test_a_llama_of_any_width_is_the_stock_model_without_its_silent_heads(saved, tmp_path):
+    """Kanana's width is no multiple of its heads; stock code computes it, and its config is shy."""
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=40, head_dim=8, num_attention_heads=5, num_key_value_heads=5,
+        intermediate_size=96, num_hidden_layers=2,
+    )  # fmt: skip
+    model = random_model(config)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data[:, 24:] = 0  # what heads 3 and 4 say
+    folder = saved(model)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "self_attn" in name:
+            kept = tensor[:, :24] if "o_proj" in name else tensor[:24]
+            tensors[name] = kept.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    entries = json.loads((folder / "config.json").read_text())
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    (folder / "config.json").write_text(json.dumps(entries | heads))
+
+    teacher = Checkpoint.open_whole(folder)
+    assert (teacher.architecture.sizes["embed"], teacher.architecture.sizes["kv_groups"]) == (40, 3)
+    tokens = torch.randint(128, (2, 9), generator=torch.Generator().manual_seed(0))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+    for width, is_stock in ((36, True), (38, False)):
+        spec = random_spec(loaded, embed=width, mlp=40)
+        student = Checkpoint.open(extract(folder, spec, tmp_path / str(width)))
+        assert (student.architecture.config.model_type == "llama") is is_stock
+        cut = AutoModelForCausalLM.from_pretrained(student.folder)
+        expected = reference_logits(loaded, tokens, spec)
+        torch.testing.assert_close(cut(tokens).logits.double(), expected, atol=1e-5, rtol=0)
 
 
 # What is refused

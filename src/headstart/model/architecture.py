@@ -18,7 +18,7 @@ from headstart.model import count as counting
 from headstart.model.axes import Sizes, dimension_size, parse_layout, shape_of
 from headstart.model.count import Count, Measure
 from headstart.model.families import DROPPED, FAMILIES, Family
-from headstart.model.layerwise import PREFIX, is_layerwise, layerwise_config
+from headstart.model.layerwise import PREFIX, allow_any_width, is_layerwise, layerwise_config
 from headstart.model.rotary import kept_pairs, student_rope
 from headstart.model.shapes import (
     ConfigPairs,
@@ -121,6 +121,9 @@ class Architecture:
                 "ones; give the original checkpoint, or load this one, dequantize() and save it"
             )
         try:
+            has_own_head_dim = model_type == "llama" and entries.get("head_dim")
+            if has_own_head_dim and entries["hidden_size"] % entries["num_attention_heads"]:
+                allow_any_width()
             config = AutoConfig.from_pretrained(folder)
             if not is_layerwise(config):  # other code does not travel with what is cut
                 vars(config).pop("auto_map", None)
