@@ -99,11 +99,13 @@ class Ratio:
     budgets: Mapping[str, tuple[int, int]]
     short: int = 0
 
-    def budgets_of(self, name: str, share: float = 1.0) -> list[int]:
-        """Ascending, up to a share of the largest."""
+    def budgets_of(self, name: str, is_first_seed: bool) -> list[int]:
+        """Ascending."""
         budget, largest = self.budgets[name]
+        if not is_first_seed:
+            largest = min(largest, OTHER_SEEDS_TOKENS)
         budgets = []
-        while budget <= largest * share:
+        while budget <= largest:
             budgets.append(budget)
             budget *= 2
         return budgets
@@ -128,14 +130,14 @@ RATIOS = {
         ("21M", "23M"), (11, 384, 6, 1024), 250_000,
         {
             "scratch": (250_000, 2_000_000),
-            "slice": (62_500, 250_000),
+            "slice": (125_000, 2_000_000),
             "least squares": (62_500, 500_000),
             "least squares + distillation": (62_500, 250_000),
         },
     ),
 }  # fmt: skip
-SECOND_SEED_SHARE = 0.125
-"""Of the largest budget, that seeds after the first are trained to."""
+OTHER_SEEDS_TOKENS = 1_000_000
+"""The largest budget that seeds after the first are trained to."""
 
 
 def hand_shape(ratio: Ratio, folder: Path) -> str:
@@ -205,7 +207,7 @@ def arm_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     arms = []
     for seed in options.seeds:
         is_first = seed == FIRST_SEED
-        every = ratio.budgets_of(name, 1.0 if is_first else SECOND_SEED_SHARE)
+        every = ratio.budgets_of(name, is_first)
         short, long = (
             [b for b in every if (b < ratio.short) is is_short] for is_short in (True, False)
         )

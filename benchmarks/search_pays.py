@@ -2,12 +2,12 @@
 
     python benchmarks/search_pays.py --data articles.jsonl --output runs/search-pays
 
-Students of one bin, chosen in several ways, all started by least squares and trained at one rate:
-the shape nearest to the teacher's proportions, the product's search, the same finals among shapes
-near those proportions without evolution, and three drawn at random. Prints the test loss after
-equal tokens; and, for every budget of a search, the loss that the proportional shape ends with when
-it trains until it has cost as many FLOPs, between two budgets in a straight line with the logarithm
-of the FLOPs. A killed run goes on.
+Students of one bin, chosen in several ways, all with the same start and rate: the shape nearest to
+the teacher's proportions, the product's search, the same finals among shapes near those
+proportions without evolution, and three drawn at random. Prints the test loss after equal tokens;
+and, for every budget of a search, the loss that the proportional shape ends with when it trains
+until it has cost as many FLOPs, between two budgets in a straight line with the logarithm of the
+FLOPs. A killed run goes on.
 """
 
 from __future__ import annotations
@@ -21,27 +21,26 @@ from statistics import median
 from typing import Any
 
 from budgets import RATIOS, Start, result_of
+from headstart.calibration.start import Init
+from shapes import RATES
 
 RANDOM_SEEDS = (0, 1, 2)
 PROPORTIONAL = "proportional"
-CHOICES = {
-    PROPORTIONAL: Start("least_squares"),
-    "searched": Start("least_squares", evolution={}, finalists=8),
-    "finals near the proportions": Start(
-        "least_squares",
-        evolution={"method": "importance", "population": 64, "generations": 1, "elites": 8},
-        finalists=8,
-    ),
-    **{
-        f"random {seed}": Start(
-            "least_squares",
-            evolution={
-                "method": "random", "population": 1, "generations": 1, "elites": 1, "seed": seed,
-            },
-        )
-        for seed in RANDOM_SEEDS
-    },
-}  # fmt: skip
+
+
+def choices(init: Init) -> dict[str, Start]:
+    """Every way to choose a student, by its name."""
+    one = {"population": 1, "generations": 1, "elites": 1}
+    near = {"method": "importance", "population": 64, "generations": 1, "elites": 8}
+    return {
+        PROPORTIONAL: Start(init),
+        "searched": Start(init, evolution={}, finalists=8),
+        "finals near the proportions": Start(init, evolution=near, finalists=8),
+        **{
+            f"random {seed}": Start(init, evolution={"method": "random", "seed": seed, **one})
+            for seed in RANDOM_SEEDS
+        },
+    }
 
 
 def entry_at(budgets: Sequence[Mapping[str, Any]], tokens: int) -> Mapping[str, Any]:
@@ -63,16 +62,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="text, as for headstart")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--ratio", choices=RATIOS, default="15", help="teacher to student, about")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of learning")
+    parser.add_argument("--init", choices=RATES, default="slice", help="of the students")
+    parser.add_argument("--rate", type=float, help="of learning, instead of the start's own")
     parser.add_argument("--budgets", nargs="+", type=int, default=[250_000])
     options = parser.parse_args()
     found = {}
-    for name, start in CHOICES.items():
+    for name, start in choices(options.init).items():
         budgets = options.budgets
         if name == PROPORTIONAL:  # which is asked what it reaches with the searches' FLOPs
             budgets = [*budgets, *(budgets[-1] << doublings for doublings in (1, 2, 3, 4))]
         folder = options.output / name.replace(" ", "-")
-        arm = {"learning_rate": options.rate}
+        arm = {"learning_rate": options.rate or RATES[options.init]}
         found[name] = result_of(name, start, folder, options, arm=arm, budgets=budgets)
     heads = " | ".join(f"{budget:,} tokens | at equal FLOPs" for budget in options.budgets)
     print(f"\n| choice | layers x width, neurons | search FLOPs | before | {heads} |")

@@ -3,7 +3,7 @@
     python benchmarks/shapes.py --data articles.jsonl --output runs/shapes
 
 Takes shapes spread over the bin, scores each in every way that a search could afford, starts it as
-the product does (least squares, layer by layer) and trains it. Prints the rank correlation of every
+the product does and trains it. Prints the rank correlation of every
 score with the loss after training, and the loss of the student that each score would have chosen.
 The teacher is the demo's with 8,192 rows. A killed run goes on.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headstart.calibration.start import calibrate
+from headstart.calibration.start import Init, calibrate
 from headstart.losses.next_token import mean_loss, next_token_loss
 from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import Recipe, recipe_from_dict
@@ -39,6 +39,8 @@ from headstart.training.arms import ArmInputs, run_arm
 SAMPLED = 4_000
 LAST_NORM_STEPS = 50
 NUM_FINALISTS = 4
+RATES: Mapping[Init, float] = {"slice": 2e-3, "least_squares": 1e-3}
+"""Of learning, that validated best for the proportional shape (budgets.py)."""
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -50,6 +52,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
             "data": {"source": str(options.data), "block_length": 256, "max_tokens": 20_000_000},
             "vocabulary": {"size": options.rows},
             "search": {
+                "init": options.init,
                 "bin": {"low": low, "high": high},
                 "tokens": 16_384,
                 "calibration_tokens": 16_384,
@@ -59,7 +62,9 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
                 "tokens": options.tokens,
                 "validation_tokens": 16_384,
                 "evaluations": 8,
-                "arms": [{"name": "least squares", "learning_rate": options.rate}],
+                "arms": [
+                    {"name": options.init, "learning_rate": options.rate or RATES[options.init]}
+                ],
             },
             "train": {
                 "per_device_train_batch_size": 2,
@@ -109,17 +114,36 @@ class Scores:
         self.sliced = HeldOutLoss(state, self.teacher, self.orders, held_out, 8)
         self.held_out = held_out
 
-    def of(self, candidate: Candidate) -> dict[str, float]:
+    def started(self, candidate: Candidate, init: Init, folder: Path) -> Path:
+        """The student as a product's run would start it, in a folder of its own."""
+        student = folder / init
+        if not student.exists():
+            spec = candidate.spec(self.teacher, self.orders)
+            source = calibrate(self.run.teacher, init, self.calibration_blocks, spec)
+            extract_student(source, spec, student)
+        return student
+
+    def of(self, candidate: Candidate, folder: Path) -> dict[str, float]:
+        """Lower is better in each, were it to tell anything.
+
+        Args:
+            candidate: a shape.
+            folder: of its students.
+        """
         blocks = self.held_out
         targets = blocks[:, 1:].numel()
         sizes = {**self.teacher.sizes, **candidate.sizes()}
         sliced = self.sliced.student(candidate)
         count = self.teacher.count(blocks.shape[1], sizes)
+        layer_by_layer = load_frozen(
+            self.started(candidate, "least_squares", folder), default_device()
+        )
         shares = [candidate.sizes()[axis] / self.teacher.sizes[axis] for axis in SEARCHED]
         return {
             "slice": mean_loss(sliced, blocks, 8),
             "slice, last norm refitted": self._with_last_norm(sliced),
             "refitted": self.refitted(candidate, 0, len(blocks)) / targets,
+            "refitted layer by layer": mean_loss(layer_by_layer, blocks, 8),
             "refitted, KL": self.divergence(candidate, 0, len(blocks)) / targets,
             "distance from proportions": float(np.std(shares)),
             "- parameters outside embeddings": -count.non_embedding_parameters,
@@ -166,17 +190,13 @@ def measured(candidate: Candidate, scores: Scores, folder: Path) -> dict[str, An
     if file.is_file():
         return json.loads(file.read_text())
     run = scores.run
-    spec = candidate.spec(scores.teacher, scores.orders)
-    if not (folder / "student").exists():
-        source = calibrate(run.teacher, "least_squares", scores.calibration_blocks, spec)
-        extract_student(source, spec, folder / "student")
-    student = Checkpoint.open(folder / "student")
+    student = Checkpoint.open(scores.started(candidate, run.recipe.search.init, folder))
     inputs = ArmInputs(student, run.teacher, run.text, run.recipe.pretrain, run.recipe.train)
     trained = run_arm(run.recipe.pretrain.arms[0], inputs, folder / "arm")
     found = {
         "sizes": candidate.sizes(),
         "parameters": student.architecture.count(256).parameters,
-        "scores": scores.of(candidate),
+        "scores": scores.of(candidate, folder),
         "curve": trained["curve"],
         "seconds": trained["seconds"],
     }
@@ -198,13 +218,15 @@ def all_scores(found: Sequence[Mapping[str, Any]], step_tokens: int) -> dict[str
     table = {name: [shape["scores"][name] for shape in found] for name in found[0]["scores"]}
     for place, point in enumerate(found[0]["curve"][:-1]):
         steps = point["tokens"] // step_tokens
-        name = f"after {steps} steps" if steps else "started (layer by layer)"
+        name = f"after {steps} steps" if steps else "as started"
         table[name] = [shape["curve"][place]["loss"] for shape in found]
     for pair in (
         ("refitted", "- parameters outside embeddings"),
         ("refitted", "- width"),
         ("refitted", "distance from proportions"),
         ("slice", "distance from proportions"),
+        ("slice", "- parameters outside embeddings"),
+        ("slice", "refitted layer by layer"),
     ):
         table[" + ".join(pair) + " (ranks)"] = list(sum(ranks(table[name]) for name in pair))
     return table
@@ -217,7 +239,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8192, help="of the vocabulary")
     parser.add_argument("--bin", nargs=2, default=("6.5M", "7.5M"), metavar=("LOW", "HIGH"))
     parser.add_argument("--tokens", type=int, default=256_000, help="of training, for each shape")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of learning")
+    parser.add_argument("--init", choices=RATES, default="least_squares", help="of the students")
+    parser.add_argument("--rate", type=float, help="of learning, instead of the start's own")
     parser.add_argument("--shapes", type=int, default=24)
     options = parser.parse_args()
     with open_run(recipe_of(options)) as run:
