@@ -34,17 +34,15 @@ def trunk(hidden: Tensor, head: Any, teacher_hidden: Tensor, teacher: Any, targe
 def headstart(
     hidden: Tensor, head: Any, teacher_hidden: Tensor, teacher: Any, targets: Tensor
 ) -> Tensor:
-    from headstart.losses.chunked import chunked_sum
-    from headstart.losses.distillation import DistillationSettings, distillation_loss
+    from headstart.losses.distillation import DistillationSettings, summed_distillation_loss
+
+    @torch.no_grad()
+    def teacher_logits(chunk: slice) -> Tensor:
+        return teacher(teacher_hidden[chunk])
 
     settings = DistillationSettings(ALPHA, BETA, TEMPERATURE)
-
-    def token_loss(logits: Tensor, chunk: slice) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = teacher(teacher_hidden[chunk])
-        return distillation_loss(logits, targets[chunk], teacher_logits, settings)
-
-    return chunked_sum(hidden, head.weight, token_loss) / len(targets)
+    loss = summed_distillation_loss(hidden, head.weight, targets, teacher_logits, settings)
+    return loss / len(targets)
 
 
 def whittle(

@@ -59,7 +59,7 @@ def test_chunked_sum_equals_dense(hidden, matrix, token_loss, tokens_per_chunk):
         return token_loss(h @ m.T, slice(None)).sum()
 
     def in_chunks(h: Tensor, m: Tensor) -> Tensor:
-        return chunked_sum(h, m, token_loss, tokens_per_chunk)
+        return chunked_sum(h, m, token_loss, tokens_per_chunk=tokens_per_chunk)
 
     dense = with_gradients(dense_sum, hidden, matrix)
     torch.testing.assert_close(
@@ -71,7 +71,9 @@ def test_chunked_sum_equals_dense(hidden, matrix, token_loss, tokens_per_chunk):
 
 def test_chunked_sum_agrees_with_finite_differences(hidden, matrix, token_loss):
     inputs = (hidden.double().requires_grad_(), matrix.double().requires_grad_())
-    assert torch.autograd.gradcheck(lambda h, m: chunked_sum(h, m, token_loss, 3), inputs)
+    assert torch.autograd.gradcheck(
+        lambda h, m: chunked_sum(h, m, token_loss, tokens_per_chunk=3), inputs
+    )
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -84,7 +86,7 @@ def test_chunked_sum_sees_every_token_once_and_few_at_a_time(hidden, matrix, gra
         return logits.sum(dim=1)
 
     with torch.set_grad_enabled(grad):
-        chunked_sum(hidden, matrix, token_loss, 3)
+        chunked_sum(hidden, matrix, token_loss, tokens_per_chunk=3)
     assert seen == list(range(TOKENS))
 
 
@@ -110,7 +112,7 @@ def test_many_chunks_of_a_bfloat16_matrix_add_up_as_in_float64():
 
 def test_chunked_sum_runs_under_autocast(hidden, matrix, token_loss):
     def in_chunks(h: Tensor, m: Tensor) -> Tensor:
-        return chunked_sum(h, m, token_loss, 3)
+        return chunked_sum(h, m, token_loss, tokens_per_chunk=3)
 
     exact = with_gradients(in_chunks, hidden, matrix)
     with torch.autocast("cpu", torch.bfloat16):

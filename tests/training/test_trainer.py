@@ -321,12 +321,31 @@ def test_seconds_are_those_of_the_last_log(tmp_path):
 @pytest.mark.parametrize("bf16", [True, False])
 def test_logits_have_the_precision_of_training(make_trainer, online_teacher, monkeypatch, bf16):
     seen: set[torch.dtype] = set()
-    loss = trainer_module.distillation_loss
+    trainer = make_trainer(online_teacher, bf16=bf16, use_cpu=True)
+    loss = trainer.distillation_loss
 
-    def watched(logits: Tensor, *rest: Any) -> Tensor:
+    def watched(logits: Tensor, *rest: Any) -> Any:
         seen.add(logits.dtype)
         return loss(logits, *rest)
 
-    monkeypatch.setattr(trainer_module, "distillation_loss", watched)
-    make_trainer(online_teacher, bf16=bf16, use_cpu=True).train()
+    monkeypatch.setattr(trainer, "distillation_loss", watched)
+    trainer.train()
     assert seen == {torch.bfloat16 if bf16 else torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
+)
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_compiled_step_is_the_step(
+    make_trainer, online_teacher, model, train_blocks, backend, learns
+):
+    teacher = online_teacher if learns else None
+    expected = copy.deepcopy(model)
+    manual_step(expected, train_blocks, teacher)
+    torch._dynamo.reset()
+    make_trainer(teacher, torch_compile=True, torch_compile_backend=backend).train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headstart.losses.next_token import _widened, cross_entropy
+from headstart.losses.chunked import chunked_sum
+from headstart.losses.gradients import distillation_and_gradient, log_probabilities, widened
+from headstart.losses.next_token import cross_entropy
 from headstart.system.errors import UserError
 
 Divergence = Literal["forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon"]
@@ -133,8 +135,8 @@ def forward_kl(
 
     Source: Hinton et al. (arXiv 1503.02531), section 2.
     """
-    teacher = _log_probabilities(teacher_logits, temperature)
-    return _divergence(teacher, _log_probabilities(student_logits, temperature))
+    teacher = log_probabilities(teacher_logits, temperature)
+    return _divergence(teacher, log_probabilities(student_logits, temperature))
 
 
 def reverse_kl(
@@ -155,8 +157,8 @@ def symmetric_kl(
     temperature: float = 1.0,
 ) -> Float[Tensor, " tokens"]:
     """The mean of KL(teacher || student) and KL(student || teacher) of each token."""
-    student = _log_probabilities(student_logits, temperature)
-    teacher = _log_probabilities(teacher_logits, temperature)
+    student = log_probabilities(student_logits, temperature)
+    teacher = log_probabilities(teacher_logits, temperature)
     return ((teacher.exp() - student.exp()) * (teacher - student)).sum(dim=-1) / 2
 
 
@@ -172,8 +174,8 @@ def jensen_shannon(
 
     Source: generalised Jensen-Shannon of GKD (arXiv 2306.13649), section 2, whose beta is m.
     """
-    student = _log_probabilities(student_logits, temperature)
-    teacher = _log_probabilities(teacher_logits, temperature)
+    student = log_probabilities(student_logits, temperature)
+    teacher = log_probabilities(teacher_logits, temperature)
     middle = torch.logaddexp(teacher + math.log(mixture), student + math.log(1 - mixture))
     of_teacher, of_student = _divergence(teacher, middle), _divergence(student, middle)
     return mixture * of_teacher + (1 - mixture) * of_student
@@ -197,7 +199,7 @@ def top_k(
     teacher_logits: Float[Tensor, "tokens vocab"], count: int, temperature: float = 1.0
 ) -> TopK:
     """A teacher's `count` likeliest tokens at a temperature; all where it knows fewer."""
-    teacher = _log_probabilities(teacher_logits, temperature)
+    teacher = log_probabilities(teacher_logits, temperature)
     kept, ids = teacher.topk(min(count, teacher.shape[-1]), dim=-1)
     return TopK(ids, kept, teacher.scatter(-1, ids, -math.inf).logsumexp(dim=-1))
 
@@ -210,7 +212,7 @@ def top_k_kl(
     A lower bound of `forward_kl`, and equal to it when every token is kept. Unlike a top k that is
     scaled to sum to one it asks the student for no more than the teacher's share of the top.
     """
-    student = _log_probabilities(student_logits, temperature)
+    student = log_probabilities(student_logits, temperature)
     loss = _divergence(teacher.log_probabilities, student.gather(-1, teacher.ids))
     if teacher.ids.shape[-1] < student.shape[-1]:
         tail = student.scatter(-1, teacher.ids, -math.inf).logsumexp(dim=-1)
@@ -243,7 +245,7 @@ def sample(
     They are drawn from its probabilities to the power `1 / sampling_temperature`, and weighted by
     what that makes too likely or too rare.
     """
-    logits = _widened(teacher_logits) / temperature
+    logits = widened(teacher_logits) / temperature
     teacher = torch.log_softmax(logits, dim=-1)
     proposal = torch.log_softmax(logits / sampling_temperature, dim=-1)
     ids = torch.multinomial(proposal.exp(), count, replacement=True)
@@ -259,7 +261,7 @@ def sampled_kl(
     Source: random sampling of "Sparse Logit Sampling" (arXiv 2503.16870), with weights that are
     left as they are where the paper scales them to sum to one.
     """
-    student = _log_probabilities(student_logits, temperature)
+    student = log_probabilities(student_logits, temperature)
     gap = teacher.log_probabilities - student.gather(-1, teacher.ids)
     return (teacher.weights * gap).sum(dim=-1)
 
@@ -315,8 +317,44 @@ def distillation_loss(
     return alpha * hard + beta * soft
 
 
-def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(_widened(logits) / temperature, dim=-1)
+def summed_distillation_loss(
+    hidden: Float[Tensor, "tokens embed"],
+    output_matrix: Float[Tensor, "vocab embed"],
+    targets: Int[Tensor, " tokens"],
+    teacher_outputs: Callable[[slice], Tensor | TopK | Samples],
+    settings: DistillationSettings,
+    tokens_seen: float = 0.0,
+    on_parts: Callable[[Tensor, Tensor], None] = lambda hard, soft: None,
+    loss_and_gradient: Callable[..., tuple[Tensor, ...]] = distillation_and_gradient,
+) -> Float[Tensor, ""]:
+    """The sum of `distillation_loss` over tokens, without the logits of all at once.
+
+    Args:
+        hidden: the student's final hidden states.
+        output_matrix: turns them into logits.
+        targets: the tokens of the text.
+        teacher_outputs: what the teacher says of a slice of the tokens.
+        settings: divergence and weights.
+        tokens_seen: where the schedule of the weights stands.
+        on_parts: called with both parts of the loss of each token, chunk by chunk.
+        loss_and_gradient: there to be given compiled; for forward KL over all tokens.
+    """
+    alpha, beta = settings.weights(tokens_seen)
+    is_plain = settings.divergence == "forward_kl" and not settings.top_k and not settings.samples
+
+    def token_loss(logits: Tensor, chunk: slice) -> Tensor:
+        wanted, outputs = targets[chunk], teacher_outputs(chunk)
+        return distillation_loss(logits, wanted, outputs, settings, tokens_seen, on_parts)
+
+    def in_closed_form(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        wanted, outputs = targets[chunk], teacher_outputs(chunk)
+        hard, soft, gradient = loss_and_gradient(
+            logits, wanted, outputs, alpha, beta, settings.temperature
+        )
+        on_parts(hard, soft)
+        return alpha * hard + beta * soft, gradient
+
+    return chunked_sum(hidden, output_matrix, token_loss, in_closed_form if is_plain else None)
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headstart.losses.chunked import chunked_sum
+from headstart.losses.gradients import cross_entropy_and_gradient, widened
 from headstart.text.blocks import document_positions
 
 if TYPE_CHECKING:
@@ -21,13 +22,20 @@ def next_token_loss(
     hidden: Float[Tensor, "batch tokens embed"],
     output_matrix: Float[Tensor, "vocab embed"],
     blocks: Int[Tensor, "batch tokens"],
+    loss_and_gradient: Callable[
+        [Tensor, Tensor], tuple[Tensor, Tensor]
+    ] = cross_entropy_and_gradient,
 ) -> Float[Tensor, ""]:
-    """Summed cross-entropy of every token but each block's first, in nats."""
+    """Summed cross-entropy of every token but each block's first, in nats.
+
+    `loss_and_gradient` is there to be given compiled.
+    """
     targets = blocks[:, 1:].flatten()
     return chunked_sum(
         hidden[:, :-1].flatten(0, 1),
         output_matrix,
         lambda logits, chunk: cross_entropy(logits, targets[chunk]),
+        lambda logits, chunk: loss_and_gradient(logits, targets[chunk]),
     )
 
 
@@ -76,9 +84,4 @@ def cross_entropy(
     logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
 ) -> Float[Tensor, " tokens"]:
     """Negative log-likelihood of each target, in nats."""
-    return functional.cross_entropy(_widened(logits), targets, reduction="none")
-
-
-def _widened(logits: Tensor) -> Tensor:
-    """Lower precisions as float32; float32 and float64 as they are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(widened(logits), targets, reduction="none")

@@ -136,6 +136,7 @@ def training_arguments(
         "warmup_steps": 0.05,
         "weight_decay": 0.1,
         "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # it would ask the device at every step
         "save_strategy": "steps",
         "save_steps": 0.2,
         "save_total_limit": 1,

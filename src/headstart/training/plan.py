@@ -73,7 +73,7 @@ class ArmPlan:
         state_bytes: on each GPU, of weights, gradients, optimizer and teacher.
         activation_bytes: on each GPU, an estimate.
         dense_logits_bytes: that both models' float32 logits of a batch would take.
-        chunk_bytes: that they take at once, as losses are computed in chunks.
+        chunk_bytes: that a chunk of them and its gradient take at once, with all copies.
         cache_bytes: of the teacher cache on disk, for one pass over the tokens.
     """
 
@@ -109,7 +109,7 @@ def plan_arm(
     teacher_flops = runs * teacher_tokens * whole.inference_flops_per_token
     num_models, vocab = (2 if arm.kd else 1), student_sizes["vocab"]
     batch_tokens = batch.blocks * batch.block_length
-    num_logits = batch_tokens * vocab * num_models
+    num_logits = batch_tokens * vocab
     bytes_per_batch_token = activation_bytes_per_token(student_sizes, batch.checkpoints)
     state_bytes, cache_bytes = TRAINED_BYTES_PER_PARAMETER * student.parameters, 0
     if arm.kd and arm.kd.cache:
@@ -126,8 +126,8 @@ def plan_arm(
         hours=(student_flops + teacher_flops) / flops_per_second / 3600,
         state_bytes=state_bytes,
         activation_bytes=batch_tokens * bytes_per_batch_token,
-        dense_logits_bytes=4 * num_logits,
-        chunk_bytes=min(4 * num_logits, CHUNK_BYTES * num_models),
+        dense_logits_bytes=4 * num_logits * num_models,
+        chunk_bytes=min(4 * num_logits, CHUNK_BYTES["cuda"]) * (5 if arm.kd else 2),
         cache_bytes=cache_bytes,
     )
 

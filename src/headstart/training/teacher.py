@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -37,15 +38,23 @@ class Teacher:
         positions: Int[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens embed"]:
         """Final hidden states of a batch; positions that begin anew begin a new document."""
-        outputs = self.model.base_model(blocks, position_ids=positions, use_cache=False)
+        with self._precision():
+            outputs = self.model.base_model(blocks, position_ids=positions, use_cache=False)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "chunk embed"]) -> Float[Tensor, "chunk vocab"]:
         """Logits of some of those hidden states."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        with self._precision():
+            logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Half-precision weights compute as they are; float32 ones as the training around them."""
+        if self.model.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, enabled=False)
 
 
 def load_teacher(folder: Path, device: torch.device, sharded: bool = False) -> Teacher:

@@ -19,8 +19,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from headstart.losses.chunked import chunked_sum
-from headstart.losses.distillation import DistillationSettings, Samples, TopK, distillation_loss
+from headstart.losses.distillation import (
+    DistillationSettings,
+    Samples,
+    TopK,
+    summed_distillation_loss,
+)
+from headstart.losses.gradients import cross_entropy_and_gradient, distillation_and_gradient
 from headstart.losses.next_token import next_token_loss
 from headstart.model.checkpoint import copy_files
 from headstart.model.transformers_4 import add_old_keys
@@ -81,6 +86,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.tokens_per_step = tokens_per_step
         self.started = time.perf_counter() - earlier_seconds
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.hidden: list[Tensor] = []
+        """What the model's last forward pass ended in, until it is taken."""
+        self.model.base_model.register_forward_hook(
+            lambda model, inputs, outputs: self.hidden.append(outputs.last_hidden_state)
+        )
+        self.cross_entropy = self._compiled(cross_entropy_and_gradient)
+        self.distillation_loss = self._compiled(distillation_and_gradient)
         self.sums = torch.zeros(3, device=self.args.device)
         """Of cross-entropy, weighted divergence and tokens, since they were last logged."""
         self.logged_step, self.logged_at = -1, 0.0
@@ -106,7 +118,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if beta > 0:
                 total = self._distil(hidden, matrix, inputs)
             else:
-                hard = next_token_loss(hidden, matrix, blocks)
+                hard = next_token_loss(hidden, matrix, blocks, self.cross_entropy)
                 if distillation:
                     self._add_up(hard)
                 total = alpha * hard
@@ -250,17 +262,24 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Final hidden states, and the matrix that turns them into logits."""
         # Through the wrapped model, so that DDP sees the call; one position's logits are
         # the fewest that it can be asked for.
-        outputs = model(
+        model(
             input_ids=inputs["input_ids"],
             position_ids=inputs.get("position_ids"),
-            output_hidden_states=True,
             logits_to_keep=1,
             use_cache=False,
         )
         matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
         # FSDP2 keeps the root's parameters whole from its forward pass to its backward pass.
         assert not isinstance(matrix, DTensor)
-        return outputs.hidden_states[-1], matrix
+        return self.hidden.pop(), matrix
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function, compiled as the model is."""
+        if not self.args.torch_compile:
+            return function
+        backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+        compiled: Callable[..., Any] = torch.compile(function, backend=backend, mode=mode)
+        return compiled
 
     @property
     def _tokens_seen(self) -> int:
@@ -269,20 +288,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _distil(self, hidden: Tensor, matrix: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         settings, blocks = self.distillation, inputs["input_ids"]
         assert settings is not None
-        targets = blocks[:, 1:].flatten()
-        teacher_outputs = self._teacher_outputs(inputs)
-
-        def token_loss(logits: Tensor, chunk: slice) -> Tensor:
-            return distillation_loss(
-                logits,
-                targets[chunk],
-                teacher_outputs(chunk),
-                settings,
-                self._tokens_seen,
-                self._add_up,
-            )
-
-        return chunked_sum(hidden[:, :-1].flatten(0, 1), matrix, token_loss)
+        return summed_distillation_loss(
+            hidden[:, :-1].flatten(0, 1),
+            matrix,
+            blocks[:, 1:].flatten(),
+            self._teacher_outputs(inputs),
+            settings,
+            self._tokens_seen,
+            self._add_up,
+            self.distillation_loss,
+        )
 
     def _teacher_outputs(
         self, inputs: dict[str, Tensor]
