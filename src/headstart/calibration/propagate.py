@@ -258,9 +258,8 @@ class _Refit:
         linear, gram = self.student.linear(pattern, layer), moments.gram
         stem = pattern.format(i=layer).removesuffix("weight")
         names = [f"{stem}{kind}" for kind, _ in linear.named_parameters()]
-        mean_square = gram.diagonal()[: linear.in_features].mean().item()
-        ridge = torch.full_like(gram.diagonal(), self.prior * mean_square)
-        ridge[linear.in_features :] = 0  # a bias needs none
+        ridge = torch.zeros_like(gram.diagonal())  # a bias needs none
+        ridge[: linear.in_features] = self.prior * gram.diagonal()[: linear.in_features].mean()
         factor = torch.linalg.cholesky(gram + (ridge + torch.finfo(gram.dtype).tiny).diag())
         for rows in torch.arange(linear.out_features).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
             before = _columns([self.tensors[name] for name in names], rows, gram)

@@ -52,9 +52,10 @@ class Teacher:
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Half-precision weights compute as they are; float32 ones as the training around them."""
-        if self.model.dtype == torch.float32:
+        kind = self.model.device.type
+        if self.model.dtype == torch.float32 or not torch.amp.is_autocast_available(kind):
             return nullcontext()
-        return torch.autocast(self.model.device.type, enabled=False)
+        return torch.autocast(kind, enabled=False)
 
 
 def load_teacher(folder: Path, device: torch.device, sharded: bool = False) -> Teacher:
