@@ -70,7 +70,7 @@ def main() -> None:
     for name, start in choices(options.init).items():
         budgets = options.budgets
         if name == PROPORTIONAL:  # which is asked what it reaches with the searches' FLOPs
-            budgets = [*budgets, *(budgets[-1] << doublings for doublings in (1, 2, 3, 4))]
+            budgets = [*budgets, *(budgets[-1] << doublings for doublings in (1, 2, 3))]
         folder = options.output / name.replace(" ", "-")
         arm = {"learning_rate": options.rate or RATES[options.init]}
         found[name] = result_of(name, start, folder, options, arm=arm, budgets=budgets)

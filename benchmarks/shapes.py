@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from headstart.system.files import write_json
 from headstart.training.arms import ArmInputs, run_arm
 
 SAMPLED = 4_000
+CALIBRATION_TOKENS, FEWER_TOKENS = 16_384, (1024, 4096)
 LAST_NORM_STEPS = 50
 NUM_FINALISTS = 4
 RATES: Mapping[Init, float] = {"slice": 2e-3, "least_squares": 1e-3}
@@ -55,7 +56,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
                 "init": options.init,
                 "bin": {"low": low, "high": high},
                 "tokens": 16_384,
-                "calibration_tokens": 16_384,
+                "calibration_tokens": CALIBRATION_TOKENS,
                 "finalists": {"count": 0},
             },
             "pretrain": {
@@ -114,13 +115,16 @@ class Scores:
         self.sliced = HeldOutLoss(state, self.teacher, self.orders, held_out, 8)
         self.held_out = held_out
 
-    def started(self, candidate: Candidate, init: Init, folder: Path) -> Path:
-        """The student as a product's run would start it, in a folder of its own."""
-        student = folder / init
+    def started(
+        self, candidate: Candidate, init: Init, folder: Path, num_tokens: int = CALIBRATION_TOKENS
+    ) -> Path:
+        """The student as a run with so many calibration tokens would start it, in a folder of its
+        own."""
+        student = folder / (init if num_tokens == CALIBRATION_TOKENS else f"{init}-{num_tokens}")
         if not student.exists():
             spec = candidate.spec(self.teacher, self.orders)
-            source = calibrate(self.run.teacher, init, self.calibration_blocks, spec)
-            extract_student(source, spec, student)
+            blocks = self.run.text.sample("train", num_tokens)
+            extract_student(calibrate(self.run.teacher, init, blocks, spec), spec, student)
         return student
 
     def of(self, candidate: Candidate, folder: Path) -> dict[str, float]:
@@ -135,15 +139,22 @@ class Scores:
         sizes = {**self.teacher.sizes, **candidate.sizes()}
         sliced = self.sliced.student(candidate)
         count = self.teacher.count(blocks.shape[1], sizes)
-        layer_by_layer = load_frozen(
-            self.started(candidate, "least_squares", folder), default_device()
-        )
+        layer_by_layer = {
+            f"refitted layer by layer, {num_tokens:,} tokens": mean_loss(
+                load_frozen(
+                    self.started(candidate, "least_squares", folder, num_tokens), default_device()
+                ),
+                blocks,
+                8,
+            )
+            for num_tokens in (*FEWER_TOKENS, CALIBRATION_TOKENS)
+        }
         shares = [candidate.sizes()[axis] / self.teacher.sizes[axis] for axis in SEARCHED]
         return {
             "slice": mean_loss(sliced, blocks, 8),
             "slice, last norm refitted": self._with_last_norm(sliced),
             "refitted": self.refitted(candidate, 0, len(blocks)) / targets,
-            "refitted layer by layer": mean_loss(layer_by_layer, blocks, 8),
+            **layer_by_layer,
             "refitted, KL": self.divergence(candidate, 0, len(blocks)) / targets,
             "distance from proportions": float(np.std(shares)),
             "- parameters outside embeddings": -count.non_embedding_parameters,
@@ -186,22 +197,26 @@ SEARCHED = ("layers", "embed", "kv_groups", "mlp")
 
 def measured(candidate: Candidate, scores: Scores, folder: Path) -> dict[str, Any]:
     """Everything about one shape, or what was found before."""
-    file = folder / "found.json"
-    if file.is_file():
-        return json.loads(file.read_text())
     run = scores.run
-    student = Checkpoint.open(scores.started(candidate, run.recipe.search.init, folder))
-    inputs = ArmInputs(student, run.teacher, run.text, run.recipe.pretrain, run.recipe.train)
-    trained = run_arm(run.recipe.pretrain.arms[0], inputs, folder / "arm")
-    found = {
-        "sizes": candidate.sizes(),
-        "parameters": student.architecture.count(256).parameters,
-        "scores": scores.of(candidate, folder),
-        "curve": trained["curve"],
-        "seconds": trained["seconds"],
-    }
-    write_json(file, found)
-    return found
+
+    def trained() -> dict[str, Any]:
+        student = Checkpoint.open(scores.started(candidate, run.recipe.search.init, folder))
+        inputs = ArmInputs(student, run.teacher, run.text, run.recipe.pretrain, run.recipe.train)
+        arm = run_arm(run.recipe.pretrain.arms[0], inputs, folder / "arm")
+        parameters = student.architecture.count(256).parameters
+        sizes = candidate.sizes()
+        return {"sizes": sizes, "parameters": parameters, "curve": arm["curve"]}
+
+    found = remembered(folder / "found.json", trained)
+    scored = remembered(folder / "scores.json", lambda: scores.of(candidate, folder))
+    return {**found, "scores": scored}
+
+
+def remembered(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, or what is made and then put there."""
+    if not file.is_file():
+        write_json(file, make())
+    return json.loads(file.read_text())
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
@@ -226,7 +241,7 @@ def all_scores(found: Sequence[Mapping[str, Any]], step_tokens: int) -> dict[str
         ("refitted", "distance from proportions"),
         ("slice", "distance from proportions"),
         ("slice", "- parameters outside embeddings"),
-        ("slice", "refitted layer by layer"),
+        ("slice", f"refitted layer by layer, {FEWER_TOKENS[0]:,} tokens"),
     ):
         table[" + ".join(pair) + " (ranks)"] = list(sum(ranks(table[name]) for name in pair))
     return table

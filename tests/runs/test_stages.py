@@ -50,6 +50,7 @@ def recipe(teacher_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: Any)
         "output": str(tmp_path / "run"),
         "data": {"source": str(corpus), "block_length": BLOCK_LENGTH},
         "search": {
+            "init": "least_squares",
             "bin": {"low": 30_000, "high": 45_000},
             "grid": {"embed_step": 12, "mlp_step": 16},
             "tokens": 256,

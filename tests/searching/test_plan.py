@@ -192,7 +192,7 @@ def test_flops_are_of_calibration_and_scores(order: Any, layer_order: Any, passe
 
 
 def test_finals_are_paid_for_training_and_scoring() -> None:
-    finals = FinalistSettings(count=2, steps=10, batch_size=3)
+    finals = FinalistSettings(count=2, refitted=False, steps=10, batch_size=3)
     plan, plain = (
         plan_search(TEACHER, settings, BLOCK_LENGTH)
         for settings in (replace(SETTINGS, finalists=finals, order="teacher"), SETTINGS)
@@ -202,12 +202,14 @@ def test_finals_are_paid_for_training_and_scoring() -> None:
     trained, scored = 10 * 3 * BLOCK_LENGTH, 256
     tokens = 2 * (3 * trained + scored) + scored  # the proportional shape is scored for them
     assert plan.finals_flops == pytest.approx(tokens * per_token, rel=1e-5)
-    refitted = replace(SETTINGS, init="least_squares", finalists=finals)
-    without = replace(refitted, finalists=FinalistSettings(count=0))
-    once, never = (plan_search(TEACHER, of, BLOCK_LENGTH) for of in (refitted, without))
-    # Every finalist is refitted as the student will be, once more, and that is in the plan already.
-    refit = never.flops[0] - plain.flops[0]
-    assert once.finals_flops == pytest.approx(plan.finals_flops + 2 * refit, rel=1e-5)
+    without = replace(SETTINGS, init="least_squares")
+    refit = plan_search(TEACHER, without, BLOCK_LENGTH).flops[0] - plain.flops[0]
+    num_tokens = SETTINGS.calibration_tokens
+    finals = replace(finals, refitted=True, calibration_tokens=num_tokens)
+    for init in ("slice", "least_squares"):
+        settings = replace(SETTINGS, init=init, finalists=finals)
+        refitted = plan_search(TEACHER, settings, BLOCK_LENGTH)
+        assert refitted.finals_flops == pytest.approx(plan.finals_flops + 2 * refit, rel=1e-5)
     assert plan.seconds()[0] == pytest.approx((plan.flops[0] + plan.finals_flops) / 1e6)
 
 

@@ -175,12 +175,16 @@ def test_narrower_heads_and_divergence_and_finals(
     assert last["steps"] == 4
 
 
-@pytest.mark.parametrize("init", ["slice", "least_squares", "rotate+least_squares"])
-def test_finalists_are_scored_as_the_student_that_is_extracted(
-    init: Any, checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
+@pytest.mark.parametrize(
+    ("init", "refitted"),
+    [("slice", True), ("slice", False), ("least_squares", True), ("rotate+least_squares", True)],
+)
+def test_finalists_are_scored_as_a_student_that_is_extracted(
+    init: Any, refitted: bool, checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
 ) -> None:
     """Without a step of training, on the same tokens; the proportional shape is among them."""
-    finalists = FinalistSettings(count=2, steps=0)
+    num_tokens = SETTINGS.calibration_tokens
+    finalists = FinalistSettings(count=2, refitted=refitted, calibration_tokens=num_tokens)
     settings = replace(SETTINGS, init=init, finalists=finalists)
     result = search(checkpoint, blocks, settings, tmp_path)
     finals = [candidate for candidate in result["candidates"] if "trained_loss" in candidate]
@@ -189,7 +193,10 @@ def test_finalists_are_scored_as_the_student_that_is_extracted(
     assert winner["trained_loss"] == min(candidate["trained_loss"] for candidate in finals)
     tokens = blocks.sample("train", settings.calibration_tokens)
     spec_file = tmp_path / "search.json"
-    extract_found(checkpoint, spec_file, tmp_path / "student", calibration_blocks=tokens)
+    judged_by = "least_squares" if init == "slice" and refitted else init
+    extract_found(
+        checkpoint, spec_file, tmp_path / "student", init=judged_by, calibration_blocks=tokens
+    )
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
     held_out = blocks.sample("search", settings.tokens)
     with torch.no_grad():
@@ -199,7 +206,7 @@ def test_finalists_are_scored_as_the_student_that_is_extracted(
 
 def test_what_is_paid_is_told(checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path) -> None:
     """docs/search.md, section search.json: every key, and the sums from the models' own counts."""
-    finalists = FinalistSettings(count=2, steps=5, batch_size=3)
+    finalists = FinalistSettings(count=2, calibration_tokens=600, steps=5, batch_size=3)
     settings = replace(SETTINGS, finalists=finalists, order="taylor")
     result = search(checkpoint, blocks, settings, tmp_path)
     assert result.keys() == {

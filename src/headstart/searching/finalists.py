@@ -1,8 +1,8 @@
-"""The last round of a search: the best candidates are started as the student will be, trained a
-little, and scored again.
+"""The last round of a search: the best candidates are refitted and scored again.
 
-A loss as a plain slice says how much of the teacher survived the cut. A loss after the student's
-own start and a few steps says more about how well a candidate will learn.
+A loss as a plain slice says how much of the teacher survived the cut. The loss after a refit layer
+by layer, which makes up for what was cut, says how low a candidate will be after training, whether
+or not the student is refitted itself (docs/benchmarks/shapes.md).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headstart.calibration.start import Init
 from headstart.losses.next_token import mean_loss, next_token_loss
 from headstart.searching.candidate import Candidate
 from headstart.searching.fitness import HeldOutLoss
@@ -34,26 +35,37 @@ SHAPE_FACTOR = 1.4
 
 @dataclass(frozen=True)
 class FinalistSettings:
-    """How finalists are trained.
+    """How finalists are judged.
 
     Attributes:
         count: candidates, each of another shape; 0 for no last round.
-        steps: optimizer steps of AdamW; 0 to score them as they start.
+        refitted: whether they are refitted by least squares even where the student will be a plain
+            slice; without it they are started as the student.
+        calibration_tokens: of a refit, unless the search has measured the teacher for its
+            candidates already.
+        steps: optimizer steps of AdamW before they are scored.
         learning_rate: reached after a tenth of the steps, then constant.
         batch_size: blocks of training text in a step.
     """
 
     count: int = 8
-    steps: int = 20
+    refitted: bool = True
+    calibration_tokens: int = 4096
+    steps: int = 0
     learning_rate: float = 1e-3
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        check_least(self, "search.finalists.", count=0, steps=0, batch_size=1)
+        check_least(self, "search.finalists.", count=0, calibration_tokens=1, steps=0, batch_size=1)
         if self.learning_rate <= 0:
             raise UserError(
                 f"search.finalists.learning_rate is {self.learning_rate}; it must be above 0"
             )
+
+
+def finals_init(init: Init, settings: FinalistSettings) -> Init:
+    """How finalists get their weights, where the student gets its own by `init`."""
+    return "least_squares" if init == "slice" and settings.refitted else init
 
 
 def choose_finalists(
@@ -91,7 +103,7 @@ def run_finals(
     start: Callable[[Candidate], PreTrainedModel],
     on_score: Callable[[Evaluated], None] = lambda score: None,
 ) -> list[Evaluated]:
-    """Train each finalist on the same blocks and score it on the tokens of the search.
+    """Start each finalist, train it on the same blocks, and score it on the tokens of the search.
 
     Processes under torchrun share the finalists.
 

@@ -25,6 +25,7 @@ from headstart.searching.costs import (
     fitness_preparation_flops,
     importance_flops,
 )
+from headstart.searching.finalists import finals_init
 from headstart.searching.orders import measured_kinds
 from headstart.searching.racing import rung_blocks
 from headstart.searching.run import space_of
@@ -49,7 +50,7 @@ class SearchPlan:
         tokens: that scoring them reads at least (all but the elites drop out at the first rung),
             and at most (none drops out).
         flops: of the same, with the calibration.
-        finals_flops: of the last round's training and scoring.
+        finals_flops: of the last round's refits, training and scoring.
         flops_per_second: of a large matrix product on this machine, measured now.
     """
 
@@ -115,7 +116,8 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
         for number, num_cuts in zip(tokens, cuts, strict=True)
     )
     calibration = _calibration_flops(teacher, settings, samples, context_length)
-    finals, refit = settings.finalists, _refit_flops(teacher, settings, samples, context_length)
+    finals = settings.finalists
+    refits = _finals_flops(teacher, settings, samples, context_length)
     trained_tokens = finals.steps * finals.batch_size * context_length
     finals_tokens = finals.count * (3 * trained_tokens + all_tokens)
     proportional = (all_tokens * flops_per_token + flops_per_cut) if finals.count else 0
@@ -129,9 +131,7 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
         num_candidates=num_candidates,
         tokens=tokens,
         flops=(calibration + least_flops, calibration + most_flops),
-        finals_flops=round(
-            proportional + finals_tokens * plain_flops_per_token + finals.count * refit
-        ),
+        finals_flops=round(proportional + finals_tokens * plain_flops_per_token + refits),
         flops_per_second=_flops_per_second(),
     )
 
@@ -143,20 +143,39 @@ def _calibration_flops(
     num_blocks = -(-settings.calibration_tokens // context_length)
     kinds = measured_kinds(settings) or ()
     flops = importance_flops(teacher, kinds, num_blocks * context_length, context_length)
-    if is_measured(settings.init, settings.scored_as) or not can_propagate(teacher):
+    is_refitted = settings.init != "slice" and not can_propagate(teacher)
+    if is_refitted or is_measured(settings.init, settings.scored_as):
         flops += calibration_flops(teacher, settings.init, num_blocks, context_length)
-    return flops + _refit_flops(teacher, settings, samples, context_length)
+    if settings.init == "slice":
+        return flops
+    return flops + _refit_flops(teacher, samples, num_blocks, context_length)
 
 
 def _refit_flops(
-    teacher: Architecture, settings: SearchSettings, samples: Sequence[Sizes], context_length: int
+    teacher: Architecture, samples: Sequence[Sizes], num_blocks: int, context_length: int
 ) -> int:
-    """Of starting one candidate as the student will be."""
-    if settings.init == "slice":
-        return 0
-    num_blocks = -(-settings.calibration_tokens // context_length)
+    """Of refitting one candidate layer by layer."""
     refits = (propagation_flops(teacher, sizes, num_blocks, context_length) for sizes in samples)
     return round(statistics.mean(refits))
+
+
+def _finals_flops(
+    teacher: Architecture, settings: SearchSettings, samples: Sequence[Sizes], context_length: int
+) -> int:
+    """Of refitting all finalists, and of the teacher's moments if the search has not got them."""
+    finals = settings.finalists
+    init, has_moments = (
+        finals_init(settings.init, finals),
+        is_measured(settings.init, settings.scored_as),
+    )
+    if init == "slice" or not finals.count:
+        return 0
+    num_tokens = settings.calibration_tokens if has_moments else finals.calibration_tokens
+    num_blocks = -(-num_tokens // context_length)
+    flops = finals.count * _refit_flops(teacher, samples, num_blocks, context_length)
+    if not has_moments and not can_propagate(teacher):
+        flops += calibration_flops(teacher, init, num_blocks, context_length)
+    return flops
 
 
 def plan_table(plan: SearchPlan, title: str) -> Table:

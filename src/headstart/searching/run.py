@@ -28,7 +28,7 @@ from headstart.searching.costs import (
     importance_flops,
 )
 from headstart.searching.evolution import evolve, ranked
-from headstart.searching.finalists import choose_finalists, run_finals
+from headstart.searching.finalists import choose_finalists, finals_init, run_finals
 from headstart.searching.fitness import (
     DivergenceFromTeacher,
     HeldOutLoss,
@@ -206,7 +206,7 @@ class _Search:
         }
 
     def _search_flops(self, scores: list[Evaluated], finals: list[Evaluated]) -> int:
-        """Of all scores, and of the finals' training."""
+        """Of all scores, and of the finals."""
         settings, context_length = self.settings, self.context_length
         finalists = settings.finalists
         train_tokens = finalists.steps * finalists.batch_size * context_length
@@ -221,27 +221,34 @@ class _Search:
                 num_cuts = 1
             flops += score.tokens * int(per_token)
             flops += num_cuts * candidate_cut_flops(self.teacher, sizes, settings)
+        measured = 0
         for final in finals:
             spec = final.candidate.spec(self.teacher, self.orders)
-            flops += start_flops(self._calibration(spec), spec)
+            calibration = self._finals_calibration(spec)
+            measured = max(measured, calibration.flops)
+            flops += start_flops(calibration, spec)
             per_token = self.amount(final.candidate, "flops_per_token")
             flops += (final.tokens + 3 * train_tokens) * per_token
-        return flops
+        # Else those of the search itself, which were counted.
+        return flops if is_measured(settings.init, settings.scored_as) else flops + measured
 
-    def _calibration(self, spec: SubnetSpec) -> Calibration:
-        """What a student of this search is cut out of, and how."""
+    def _finals_calibration(self, spec: SubnetSpec) -> Calibration:
+        """What a finalist is cut out of, and how."""
         settings = self.settings
-        if settings.init == "slice":
+        init = finals_init(settings.init, settings.finalists)
+        if init == "slice":
             return self.cut
-        tokens = self.blocks.sample("train", settings.calibration_tokens)
-        return calibrate(self.whole, settings.init, tokens, spec)
+        num_tokens = settings.finalists.calibration_tokens
+        if is_measured(settings.init, settings.scored_as):
+            num_tokens = settings.calibration_tokens
+        return calibrate(self.whole, init, self.blocks.sample("train", num_tokens), spec)
 
     def _started(self, candidate: Candidate) -> PreTrainedModel:
-        """A candidate with the weights that the student would begin with."""
-        if self.settings.init == "slice":
+        """A candidate with the weights that it has in the finals."""
+        if finals_init(self.settings.init, self.settings.finalists) == "slice":
             return self.fitness.student(candidate)
         spec = candidate.spec(self.teacher, self.orders)
-        tensors = student_tensors(self._calibration(spec), spec)
+        tensors = student_tensors(self._finals_calibration(spec), spec)
         on_device = ((name, tensor.to(self.model.device)) for name, tensor in tensors.items())
         return assemble_student(on_device, self.teacher, spec)
 
@@ -291,7 +298,5 @@ class _Search:
                 settings,
                 self.journal,
                 start=self._started,
-                on_score=lambda score: advance(
-                    1, f"{score.loss:.3f} nats after {score.steps} steps"
-                ),
+                on_score=lambda score: advance(1, f"{score.loss:.3f} nats"),
             )

@@ -37,13 +37,13 @@ class SearchSettings:
         unit_noise: see `Space.unit_noise`.
         evolution: population and operators.
         racing: token budgets on which poor candidates are dropped early.
-        finalists: the short training that decides among the best.
+        finalists: the last round, which decides among the best.
         tokens: held-out tokens on which candidates are scored.
         calibration_tokens: training tokens of the importance pass, and of what `init` needs.
         batch_size: blocks per forward pass; 0 for as many as fit.
     """
 
-    init: Init = "least_squares"
+    init: Init = "slice"
     scored_as: Literal["slice", "refitted"] = "slice"
     space: SpaceName = "coarse-uniform"
     order: Literal["activation", "contribution", "magnitude", "taylor", "teacher"] = "activation"
