@@ -115,10 +115,15 @@ def _parser() -> argparse.ArgumentParser:
             "--block-length", type=int, default=DataSettings.block_length, help="tokens"
         )
 
-    add(
+    running = add(
         _run,
         "headstart run recipes/demo.yaml --output runs/mine --data corpus.jsonl",
-        usage="[RECIPE] [--key VALUE ...] [--debug]",
+        "headstart run recipes/paper/pythia-6.9b.yaml --bin 1b --arm subnet+kd",
+        usage="[RECIPE] [--bin NAME] [--arm NAME] [--key VALUE ...] [--debug]",
+    )
+    running.add_argument("--bin", metavar="NAME", help="of several bins, this one alone")
+    running.add_argument(
+        "--arm", metavar="NAME", help="this arm alone, beside other processes with others"
     )
     add(
         _demo,
@@ -268,16 +273,24 @@ def _quiet() -> None:
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     """Search, extract, pretrain and report, as a recipe says."""
-    from headstart.runs.stages import run_recipe
+    from headstart.runs.run import bin_recipe
+    from headstart.runs.stages import run_arm_alone, run_recipe
 
-    run_recipe(_load(options, overrides))
+    recipe = _load(options, overrides)
+    if options.bin:
+        recipe = bin_recipe(recipe, options.bin)
+    if options.arm:
+        run_arm_alone(recipe, options.arm)
+    else:
+        run_recipe(recipe)
 
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run recipes/demo.yaml: a real teacher and real text, on a CPU in minutes."""
+    from headstart.runs.stages import run_recipe
     from headstart.system.files import shipped
 
-    _run(options, [str(shipped("demo.yaml")), *overrides])
+    run_recipe(_load(options, [str(shipped("demo.yaml")), *overrides]))
 
 
 def _search(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -228,6 +228,14 @@ def error_sentences(result: Result) -> list[str]:
     return [sentence] if errors else []
 
 
+def missing_sentences(result: Result) -> list[str]:
+    """Which arms of the recipe are not in the comparison, since they are not trained yet."""
+    there = {arm["name"] for arm in result["arms"]}
+    names = [arm["name"] for arm in result["recipe"]["pretrain"]["arms"]]
+    missing = [name for name in names if name not in there]
+    return [f"Not trained yet: {', '.join(missing)}."] if missing else []
+
+
 BUDGET_COLUMNS = (
     "arm",
     "budget",

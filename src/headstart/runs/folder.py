@@ -14,6 +14,7 @@ from headstart.recipe import Recipe, recipe_to_dict
 from headstart.system.errors import UserError
 from headstart.system.files import UNFINISHED, read_json, remove, write_json, write_whole
 from headstart.system.locks import locked as lock
+from headstart.system.progress import console
 from headstart.system.settings import differences, with_defaults
 
 LOCK = ".lock"
@@ -44,12 +45,14 @@ def check_run_folder(recipe: Recipe) -> None:
             )
     elif folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output")
-    elif folder.exists() and not all(
-        path.name == LOCK or path.name.startswith(UNFINISHED) for path in folder.iterdir()
-    ):
-        raise UserError(
-            f"{folder} is not empty and holds no headstart run; choose another --output"
-        )
+    elif folder.exists():
+        # Each bin's own folder is checked by itself; one may have been begun alone.
+        known = {LOCK, *(of_bin.label() for of_bin in recipe.search.bins)}
+        names = {path.name for path in folder.iterdir()} - known
+        if not all(name.startswith(UNFINISHED) for name in names):
+            raise UserError(
+                f"{folder} is not empty and holds no headstart run; choose another --output"
+            )
 
 
 def pin_recipe(recipe: Recipe) -> Path:
@@ -98,15 +101,23 @@ def pin_inputs(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder while the body runs.
+def locked(folder: Path, waits: bool = False) -> Iterator[None]:
+    """Keep other processes out of a run's or an arm's folder while the body runs.
+
+    Folders below it that have a lock of their own are not kept.
+
+    Args:
+        folder: made if it is not there, and removed if nothing comes of it.
+        waits: for another process, instead of refusing.
 
     Raises:
         UserError: another process works in it, or it cannot be made.
     """
 
-    def refuse(owner: str) -> None:
-        raise UserError(f"{owner} works in {folder}; wait for it or choose another --output")
+    def busy(owner: str) -> None:
+        if not waits:
+            raise UserError(f"{owner} works in {folder}; wait for it or choose another --output")
+        console.print(f"{owner} works in {folder}; waiting for it")
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,12 +127,20 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder} cannot be made ({error.strerror}); choose another --output"
         ) from error
-    with lock(folder / LOCK, on_busy=refuse):
-        for left in list(folder.rglob(f"{UNFINISHED}*")):  # by a process that was killed
-            remove(left)
+    with lock(folder / LOCK, on_busy=busy):
+        _remove_unfinished(folder)
         try:
             yield
         finally:
             if {path.name for path in folder.iterdir()} <= {LOCK}:  # nothing came of it
                 (folder / LOCK).unlink(missing_ok=True)
                 folder.rmdir()
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed has left."""
+    for path in list(folder.iterdir()):
+        if path.name.startswith(UNFINISHED):
+            remove(path)
+        elif path.is_dir() and not path.is_symlink() and not (path / LOCK).exists():
+            _remove_unfinished(path)

@@ -46,7 +46,7 @@ def result_of(
     inputs: ArmInputs,
     teacher_loss: float,
     baselines: list[dict[str, Any]],
-    trained: list[dict[str, Any]],
+    trained: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """The content of `result.json`; docs/result.md documents it.
 
@@ -56,7 +56,7 @@ def result_of(
         inputs: student, teacher and text of the arms.
         teacher_loss: on the test split, in nats per token.
         baselines: name, parameters, bits per byte and losses of each, in nats per teacher's token.
-        trained: what `run_variants` returned for each arm.
+        trained: what `run_variants` returned, by the name of each arm that is trained.
     """
     teacher, student = inputs.teacher.architecture, inputs.student.architecture
     block_length = recipe.data.block_length
@@ -66,9 +66,11 @@ def result_of(
     outcome = read_json(folder / "search.json")
     costs = {key: origin.get(key, 0) for key in SEARCH_COSTS}
     arms = [
-        _arm_entry(arm, run_result, inputs, costs)
-        for arm, run_result in zip(recipe.pretrain.arms, trained, strict=True)
+        _arm_entry(arm, trained[arm.name], inputs, costs)
+        for arm in recipe.pretrain.arms
+        if arm.name in trained
     ]
+    budget = next(iter(trained.values()))
     compare(arms, recipe.pretrain.target)
     split: SplitName = "test" if len(recipe.pretrain.budget_tokens) > 1 else "validation"
     look_ahead(arms)
@@ -100,11 +102,11 @@ def result_of(
             "bin": origin.get("bin", [student_count.parameters] * 2),
         },
         "budget": {
-            "tokens": trained[0]["tokens"],
-            "tokens_per_step": trained[0]["tokens_per_step"],
+            "tokens": budget["tokens"],
+            "tokens_per_step": budget["tokens_per_step"],
             "block_length": block_length,
-            "validation_tokens": trained[0]["validation_tokens"],
-            "test_tokens": trained[0]["test_tokens"],
+            "validation_tokens": budget["validation_tokens"],
+            "test_tokens": budget["test_tokens"],
             "bytes_per_token": inputs.blocks.bytes_per_token("test"),
         },
         "costs": {

@@ -10,7 +10,8 @@ A run folder holds:
     search.html               a page about it
     student/                  the extracted sub-network
     compared.json             losses of the teacher and of the baselines
-    arms/NAME/                checkpoints and TensorBoard logs; then model/ and arm.json
+    arms/NAME/                checkpoints and TensorBoard logs; then model/ and arm.json; it has a
+                              lock of its own
     result.json, report.html  the answer
     error.txt                 the traceback of the last failure that was not the user's mistake
 
@@ -94,8 +95,21 @@ def bin_recipes(recipe: Recipe) -> list[Recipe]:
     ]
 
 
+def bin_recipe(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of one bin's own run, in the folder that it has in the run of them all.
+
+    Raises:
+        UserError: the recipe has no several bins, or none of that name.
+    """
+    recipes = {of_bin.search.bin.label(): of_bin for of_bin in bin_recipes(recipe)}
+    if not recipe.search.bins or name not in recipes:
+        found = ", ".join(recipes) if recipe.search.bins else "the recipe has no search.bins"
+        raise UserError(f"--bin is {name!r}; choose one of these: {found}")
+    return recipes[name]
+
+
 @contextmanager
-def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
+def open_run(recipe: Recipe, student: str = "", waits: bool = False) -> Iterator[Run]:
     """Check a recipe, prepare its text, hash its inputs, and lock its folder for the body.
 
     Under torchrun every process calls it, and the main one decides.
@@ -103,6 +117,7 @@ def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
     Args:
         recipe: what is asked.
         student: folder of an extracted student; the recipe's own, or none, if empty.
+        waits: for another process that works in the folder, instead of refusing.
 
     Raises:
         UserError: the first mistake found, with its mend. Nothing costly has run by then, and
@@ -117,7 +132,7 @@ def open_run(recipe: Recipe, student: str = "") -> Iterator[Run]:
             for folder_recipe in recipes:
                 check_run_folder(folder_recipe)
             for folder_recipe in recipes:
-                stack.enter_context(locked(Path(folder_recipe.output)))
+                stack.enter_context(locked(Path(folder_recipe.output), waits))
             return found
 
         teacher, given, revisions = from_main(check_and_lock)

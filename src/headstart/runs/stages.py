@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ from headstart.reports.table import (
     forecast_sentences,
     headline,
     load_result,
+    missing_sentences,
     result_table,
 )
 from headstart.runs.extraction import extract_found
+from headstart.runs.folder import locked
 from headstart.runs.result import result_of
 from headstart.runs.revisions import at_commits, find_revisions
 from headstart.runs.run import Run, checked_teacher, open_run
@@ -57,8 +60,9 @@ from headstart.text.prepare import check_vocabulary, prepare
 from headstart.text.settings import SplitName
 from headstart.training.arms import ArmInputs
 from headstart.training.cache import CacheIdentity, TeacherCache, write_cache
+from headstart.training.settings import Arm
 from headstart.training.teacher import Teacher
-from headstart.training.variants import run_variants
+from headstart.training.variants import are_trained, run_variants
 
 Baselines = Sequence[tuple[str, Checkpoint, TokenBlocks]]
 """Models that arms are compared with: name in the recipe, checkpoint, and text in its tokens."""
@@ -113,12 +117,39 @@ def extract_stage(run: Run) -> Checkpoint:
 
 def pretrain_stage(run: Run, student: Checkpoint, baselines: Baselines) -> dict[str, Any]:
     """Train every arm, compare, and write `result.json` and `report.html`."""
-    recipe = run.recipe
+    inputs = arm_inputs(run, student)
+    for arm in run.recipe.pretrain.arms:
+        train_stage(run, arm, inputs)
+    return report_stage(run, inputs, baselines)
+
+
+def arm_inputs(run: Run, student: Checkpoint) -> ArmInputs:
+    """What every arm of a run needs."""
     shapes = from_main(lambda: _shapes(run, student))
-    inputs = ArmInputs(student, run.teacher, run.text, recipe.pretrain, recipe.train, shapes)
-    trained = [
-        run_variants(arm, inputs, run.folder / "arms" / arm.name) for arm in recipe.pretrain.arms
-    ]
+    recipe = run.recipe
+    return ArmInputs(student, run.teacher, run.text, recipe.pretrain, recipe.train, shapes)
+
+
+def train_stage(run: Run, arm: Arm, inputs: ArmInputs) -> None:
+    """Train an arm, or go on with it, unless that is done; other processes are kept out of its
+    folder."""
+    folder = run.folder / "arms" / arm.name
+    with ExitStack() as stack:
+        from_main(lambda: stack.enter_context(locked(folder)))
+        run_variants(arm, inputs, folder)
+
+
+def report_stage(run: Run, inputs: ArmInputs, baselines: Baselines) -> dict[str, Any]:
+    """Compare the arms that are trained, and write `result.json` and `report.html`."""
+    recipe, arms = run.recipe, run.folder / "arms"
+    done = from_main(
+        lambda: [
+            arm
+            for arm in recipe.pretrain.arms
+            if are_trained(arm, recipe.pretrain, arms / arm.name)
+        ]
+    )
+    trained = {arm.name: run_variants(arm, inputs, arms / arm.name) for arm in done}
 
     def report() -> dict[str, Any]:
         teacher, *others = _compared(run, baselines)
@@ -126,9 +157,9 @@ def pretrain_stage(run: Run, student: Checkpoint, baselines: Baselines) -> dict[
         result |= {"revisions": dict(run.revisions), "vocabulary_sizes": _vocabulary_sizes(run)}
         write_json(run.folder / "result.json", result)
         for entry in result["arms"]:
-            model = run.folder / "arms" / entry["name"] / entry["folder"] / "model"
+            model = arms / entry["name"] / entry["folder"] / "model"
             if entry["init"] == "subnet" and model.is_dir():
-                _describe(model, student.folder, entry, result)
+                _describe(model, inputs.student.folder, entry, result)
         return run_report(run.folder)
 
     return from_main(report)
@@ -244,6 +275,33 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         ]
 
 
+def run_arm_alone(recipe: Recipe, name: str) -> dict[str, Any]:
+    """All stages for one arm of a single bin, beside other processes with other arms.
+
+    Search and extraction are done by whichever process comes first, while the others wait; each
+    reports what is trained by then.
+
+    Raises:
+        UserError: the recipe has no such arm, or several bins; or another process trains the arm.
+    """
+    arms = {arm.name: arm for arm in recipe.pretrain.arms}
+    if name not in arms:
+        raise UserError(f"--arm is {name!r}; choose one of {', '.join(arms)}")
+    if recipe.search.bins:
+        raise UserError(f"--arm {name} needs --bin, since the recipe has several bins")
+    with process_group():
+        with open_run(recipe, waits=True) as run:
+            baselines = baselines_of(run)
+            from_main(lambda: check_caches(run))
+            if run.student is None:
+                search_stage(run)
+            inputs = arm_inputs(run, run.student or extract_stage(run))
+        train_stage(run, arms[name], inputs)
+        with ExitStack() as stack:
+            from_main(lambda: stack.enter_context(locked(run.folder, waits=True)))
+            return report_stage(run, inputs, baselines)
+
+
 def run_search(recipe: Recipe) -> list[dict[str, Any]]:
     """Prepare the text and search each bin.
 
@@ -330,6 +388,7 @@ def run_report(folder: Path) -> dict[str, Any]:
         forecast_sentences,
         bits_sentences,
         baseline_sentences,
+        missing_sentences,
     ):
         for sentence in sentences(result):
             output.print(sentence)

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from headstart.system.files import read_json
 from headstart.training.arms import ArmInputs, run_arm
-from headstart.training.settings import Arm
+from headstart.training.settings import Arm, PretrainSettings
 
 
 def variants_of(arm: Arm, seeds: tuple[int, ...]) -> dict[str, Arm]:
@@ -29,6 +30,13 @@ def variants_of(arm: Arm, seeds: tuple[int, ...]) -> dict[str, Arm]:
             single = replace(arm, learning_rate=rate, learning_rates=(), train=train)
             variants["/".join(parts)] = single
     return variants
+
+
+def are_trained(arm: Arm, settings: PretrainSettings, folder: Path) -> bool:
+    """Whether every variant of an arm has reached every budget."""
+    results = [read_json(folder / name / "arm.json") for name in variants_of(arm, settings.seeds)]
+    needed = len(settings.budget_tokens)
+    return all(result is not None and len(result["budgets"]) == needed for result in results)
 
 
 def run_variants(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:

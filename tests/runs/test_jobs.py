@@ -1,0 +1,148 @@
+"""Parts of a run as jobs of their own, side by side; together they give the run's answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from headstart.cli import main
+from headstart.recipe import recipe_from_dict
+from headstart.runs.folder import locked
+from headstart.runs.stages import run_recipe
+
+CLI = str(Path(__file__).parents[1] / "float32_cli.py")
+BINS = [{"low": "30K", "high": "35K"}, {"low": "40K", "high": "45K", "name": "large"}]
+
+
+@pytest.fixture
+def tree(teacher_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> dict[str, Any]:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    return {
+        "teacher": str(teacher_folder),
+        "output": str(tmp_path / "whole"),
+        "data": {"source": str(corpus), "block_length": 32},
+        "search": {
+            "bins": BINS,
+            "grid": {"embed_step": 12, "mlp_step": 16},
+            "tokens": 256,
+            "calibration_tokens": 512,
+            "evolution": {"population": 4, "generations": 2, "elites": 2},
+            "finalists": {"count": 2, "calibration_tokens": 256},
+        },
+        "pretrain": {
+            "tokens": 900,
+            "validation_tokens": 256,
+            "test_tokens": 256,
+            "evaluations": 2,
+            "arms": [
+                {"name": "scratch", "init": "random", "learning_rate": 3e-3},
+                {"name": "subnet", "learning_rate": 3e-3},
+                {"name": "subnet+kd", "learning_rate": 3e-3, "kd": {"alpha": 0.5}},
+            ],
+        },
+        "train": {"per_device_train_batch_size": 4},
+    }
+
+
+def written(tree: dict[str, Any], folder: Path) -> list[str]:
+    """The command of a recipe file for another folder, without the arm."""
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump({**tree, "output": str(folder)}))
+    return ["run", str(file)]
+
+
+def answer(folder: Path) -> dict[str, Any]:
+    """result.json without what depends on the clock or the place."""
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    for key in ("created", "command", "recipe"):
+        del result[key]
+    del result["costs"]["search_seconds"]
+    for arm in result["arms"]:
+        for entry in (arm, *arm["budgets"]):
+            del entry["seconds"]
+    return result
+
+
+def test_jobs_at_once_give_the_runs_answer(tree: dict[str, Any], tmp_path: Path) -> None:
+    run_recipe(recipe_from_dict(tree))
+    command = written(tree, tmp_path / "jobs")
+    arms = [arm["name"] for arm in tree["pretrain"]["arms"]]
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, CLI, *command, "--bin", "large", "--arm", arm],
+            env=os.environ,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for arm in arms
+    ]
+    said = [job.communicate(timeout=300) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], said
+    assert sum("waiting for it" in stderr for _, stderr in said) >= 1
+    assert answer(tmp_path / "jobs" / "large") == answer(tmp_path / "whole" / "large")
+    run_recipe(recipe_from_dict({**tree, "output": str(tmp_path / "jobs")}))  # the other bin
+    for folder in ("30K-35K", "large"):
+        assert answer(tmp_path / "jobs" / folder) == answer(tmp_path / "whole" / folder)
+
+
+def test_what_is_there_is_reported(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*written(tree, tmp_path / "jobs"), "--bin", "large", "--arm"]
+    assert main([*command, "subnet"]) == 0
+    assert "Not trained yet: scratch, subnet+kd." in capsys.readouterr().out
+    folder = tmp_path / "jobs" / "large"
+    (subnet,) = answer(folder)["arms"]
+    assert (subnet["name"], subnet["reference"]) == ("subnet", None)
+    assert main([*command, "scratch"]) == 0
+    scratch, again = answer(folder)["arms"]
+    assert scratch["name"] == "scratch" == again["reference"]
+    assert again["curve"] == subnet["curve"]
+    assert main(["report", str(folder)]) == 0
+    assert "Not trained yet: subnet+kd." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (["--bin", "huge"], "--bin is 'huge'; choose one of these: 30K-35K, large"),
+        (["--bin", "large", "--arm", "x"], "--arm is 'x'; choose one of scratch, subnet, subnet"),
+        (["--arm", "scratch"], "--arm scratch needs --bin, since the recipe has several bins"),
+    ],
+)
+def test_a_part_that_is_not_there_is_refused(
+    part: list[str],
+    message: str,
+    tree: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*written(tree, tmp_path / "jobs"), *part]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_an_arm_is_for_one_process_at_a_time(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*written(tree, tmp_path / "jobs"), "--bin", "large", "--arm"]
+    folder = tmp_path / "jobs" / "large" / "arms" / "scratch"
+    folder.parent.mkdir(parents=True)
+    assert main([*command, "subnet"]) == 2  # which is no run yet
+    folder.parent.rmdir()
+    assert main([*command, "subnet"]) == 0
+    with locked(folder):
+        kept = folder / ".unfinished-model-x"
+        kept.write_text("")
+        capsys.readouterr()
+        assert main([*command, "scratch"]) == 2
+        assert f"works in {folder}" in capsys.readouterr().err
+        assert kept.exists()  # another process may be writing it
