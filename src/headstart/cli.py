@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument(
         "--arm", metavar="NAME", help="this arm alone, beside other processes with others"
     )
+    add(_jobs, "headstart jobs recipes/paper/pythia-6.9b.yaml", usage="[RECIPE] [--key VALUE ...]")
     add(
         _demo,
         "headstart demo",
@@ -283,6 +285,17 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
         run_arm_alone(recipe, options.arm)
     else:
         run_recipe(recipe)
+
+
+def _jobs(options: argparse.Namespace, overrides: list[str]) -> None:
+    """List the parts of a recipe, one a line, each to be given to a headstart run of its own."""
+    from headstart.runs.run import bin_recipes
+
+    recipe = _load(options, overrides)
+    for of_bin in bin_recipes(recipe):
+        bin = ["--bin", of_bin.search.bin.label()] if recipe.search.bins else []
+        for arm in recipe.pretrain.arms:
+            print(shlex.join([*bin, "--arm", arm.name]))
 
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -18,6 +18,7 @@ from headstart.runs.folder import locked
 from headstart.runs.stages import run_recipe
 
 CLI = str(Path(__file__).parents[1] / "float32_cli.py")
+CLUSTER = Path(__file__).parents[2] / "recipes" / "cluster"
 BINS = [{"low": "30K", "high": "35K"}, {"low": "40K", "high": "45K", "name": "large"}]
 
 
@@ -146,3 +147,66 @@ def test_an_arm_is_for_one_process_at_a_time(
         assert main([*command, "scratch"]) == 2
         assert f"works in {folder}" in capsys.readouterr().err
         assert kept.exists()  # another process may be writing it
+
+
+PARTS = [
+    f"--bin {bin} --arm {arm}"
+    for bin in ("30K-35K", "large")
+    for arm in ("scratch", "subnet", "subnet+kd")
+]
+
+
+def test_the_parts_of_a_recipe_are_listed(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (_, file) = written(tree, tmp_path / "jobs")
+    assert main(["jobs", file]) == 0
+    assert capsys.readouterr().out.splitlines() == PARTS
+    assert main(["jobs", file, "--search.bins", "[]", "--search.bin.around", "30K"]) == 0
+    assert capsys.readouterr().out.splitlines() == [part.split(" ", 2)[2] for part in PARTS[:3]]
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> dict[str, str]:
+    """An environment whose `srun` runs what follows, and whose `torchrun` says it."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    scripts = {
+        "srun": 'exec "$@"',
+        "torchrun": 'printf "%s\n" "$@"',
+        "headstart": f'exec {sys.executable} -m headstart.cli "$@"',
+    }
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_the_slurm_script_gives_every_job_its_part(
+    tree: dict[str, Any], tmp_path: Path, commands: dict[str, str]
+) -> None:
+    (_, file) = written(tree, tmp_path / "jobs")
+    for number in (1, 6):
+        environment = {**commands, "SLURM_ARRAY_TASK_ID": str(number), "SLURM_GPUS_ON_NODE": "8"}
+        script = ["bash", str(CLUSTER / "slurm.sh"), file]
+        said = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
+        launch = ["--nproc-per-node", "8", "-m", "headstart.cli", "run", file]
+        assert said.stdout.splitlines() == [*launch, *PARTS[number - 1].split()]
+
+
+def test_the_skypilot_job_runs_its_part(
+    tree: dict[str, Any], tmp_path: Path, commands: dict[str, str]
+) -> None:
+    (_, file) = written(tree, tmp_path / "jobs")
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
+    given = {"RECIPE": file, "PART": PARTS[4], "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    assert given.keys() >= {name for name, value in task["envs"].items() if value is None}
+    said = subprocess.run(
+        ["bash", "-euc", task["run"]],
+        env={**commands, **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    launch = ["--nproc-per-node", "8", "-m", "headstart.cli", "run", file]
+    assert said.stdout.splitlines() == [*launch, *PARTS[4].split()]
