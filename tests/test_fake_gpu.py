@@ -36,7 +36,7 @@ from headstart.model.architecture import Architecture
 from headstart.model.cut import assemble_student, slice_tensors
 from headstart.searching.candidate import Candidate, Orders
 from headstart.searching.fitness import DivergenceFromTeacher, HeldOutLoss
-from headstart.searching.importance import OBSERVERS, measure_importance
+from headstart.searching.importance import measure_importance
 from headstart.searching.units import Units
 from headstart.training.teacher import Teacher
 from headstart.training.trainer import DistillationTrainer
@@ -158,7 +158,7 @@ def test_scoring_a_candidate_waits_for_its_score_alone(kind, fitness, gpu):
 
 
 @KINDS
-@pytest.mark.parametrize("units", ["magnitude", *OBSERVERS.keys() - {"block_influence"}])
+@pytest.mark.parametrize("units", ["magnitude", "activation", "contribution", "taylor"])
 def test_importance_waits_for_its_four_scores_however_much_text(kind, units, gpu):
     teacher, counts = gpu.model(kind), []
     for num_batches in (1, 3):

@@ -281,6 +281,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     recipe = _load(options, overrides)
     if options.bin:
         recipe = bin_recipe(recipe, options.bin)
+        options.run_folder = Path(recipe.output)
     if options.arm:
         run_arm_alone(recipe, options.arm)
     else:

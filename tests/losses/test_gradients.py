@@ -40,6 +40,14 @@ def test_distillation_and_its_gradient_are_torchs(alpha, beta, temperature):
     assert torch.equal(student, kept[0]) and torch.equal(teacher, kept[1])  # neither is written to
 
 
+def test_losses_are_as_precise_under_autocast():
+    student, teacher = (logits(seed, torch.bfloat16) for seed in (0, 1))
+    expected = distillation_and_gradient(student, TARGETS, teacher, 0.3, 0.8, 2.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distillation_and_gradient(student, TARGETS, teacher, 0.3, 0.8, 2.5)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_half_precision_logits_are_widened_and_keep_their_gradients_precision():
     student, teacher = (logits(seed, torch.bfloat16) for seed in (0, 1))
     exact = distillation_and_gradient(student.double(), TARGETS, teacher.double(), 0.3, 0.8, 1.0)

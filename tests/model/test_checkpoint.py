@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_a_llama_of_any_width_is_the_stock_model_without_its_silent_heads(saved,
 
     teacher = Checkpoint.open_whole(folder)
     assert (teacher.architecture.sizes["embed"], teacher.architecture.sizes["kv_groups"]) == (40, 3)
+    assert pickle.loads(pickle.dumps(teacher)).architecture.sizes == teacher.architecture.sizes
     tokens = torch.randint(128, (2, 9), generator=torch.Generator().manual_seed(0))
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)

@@ -172,7 +172,7 @@ def commands(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "commands"
     folder.mkdir()
     scripts = {
-        "srun": 'exec "$@"',
+        "srun": 'shift; exec "$@"',  # its own option
         "torchrun": 'printf "%s\n" "$@"',
         "headstart": f'exec {sys.executable} -m headstart.cli "$@"',
     }
@@ -186,9 +186,12 @@ def test_the_slurm_script_gives_every_job_its_part(
     tree: dict[str, Any], tmp_path: Path, commands: dict[str, str]
 ) -> None:
     (_, file) = written(tree, tmp_path / "jobs")
+    script = ["bash", str(CLUSTER / "slurm.sh"), file]
+    beyond = {**commands, "SLURM_ARRAY_TASK_ID": "7"}
+    said = subprocess.run(script, env=beyond, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (2, "")
     for number in (1, 6):
         environment = {**commands, "SLURM_ARRAY_TASK_ID": str(number), "SLURM_GPUS_ON_NODE": "8"}
-        script = ["bash", str(CLUSTER / "slurm.sh"), file]
         said = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
         launch = ["--nproc-per-node", "8", "-m", "headstart.cli", "run", file]
         assert said.stdout.splitlines() == [*launch, *PARTS[number - 1].split()]

@@ -51,15 +51,15 @@ def distillation_and_gradient(
     student = log_probabilities(student_logits, temperature)
     teacher = log_probabilities(teacher_logits, temperature)
     probabilities = teacher.exp()
-    soft = temperature**2 * torch.linalg.vecdot(probabilities, teacher.sub_(student))
+    soft = temperature**2 * teacher.sub_(student).mul_(probabilities).sum(dim=-1)
     if temperature == 1:
         hard, gradient = -_of_targets(student, targets), student.exp_()
-        gradient.mul_(alpha + beta).sub_(probabilities, alpha=beta)
+        gradient.mul_(alpha + beta).sub_(probabilities.mul_(beta))
         _subtract_at(gradient, targets, alpha)
     else:
         hard, gradient = cross_entropy_and_gradient(widened(student_logits), targets)
         difference = student.exp_().sub_(probabilities)
-        gradient.mul_(alpha).add_(difference, alpha=beta * temperature)
+        gradient.mul_(alpha).add_(difference.mul_(beta * temperature))
     return hard, soft, gradient.to(student_logits.dtype)
 
 

@@ -18,7 +18,7 @@ from headstart.model import count as counting
 from headstart.model.axes import Sizes, dimension_size, parse_layout, shape_of
 from headstart.model.count import Count, Measure
 from headstart.model.families import DROPPED, FAMILIES, Family
-from headstart.model.layerwise import PREFIX, allow_any_width, is_layerwise, layerwise_config
+from headstart.model.layerwise import PREFIX, is_layerwise, layerwise_config
 from headstart.model.rotary import kept_pairs, student_rope
 from headstart.model.shapes import (
     ConfigPairs,
@@ -123,7 +123,7 @@ class Architecture:
         try:
             has_own_head_dim = model_type == "llama" and entries.get("head_dim")
             if has_own_head_dim and entries["hidden_size"] % entries["num_attention_heads"]:
-                allow_any_width()
+                from headstart.model import any_width  # noqa: F401  # which lets them through
             config = AutoConfig.from_pretrained(folder)
             if not is_layerwise(config):  # other code does not travel with what is cut
                 vars(config).pop("auto_map", None)

@@ -53,23 +53,6 @@ def register() -> None:
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
 
 
-@cache
-def allow_any_width() -> None:
-    """Have transformers load Llamas whose width is no multiple of their number of heads.
-
-    Kanana's is none. Its heads have a size of their own, so the stock model computes it rightly;
-    only the stock config refuses it.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
-
-    from headstart.model.modeling import AnyShape
-
-    stock: Any = LlamaForCausalLM.config_class
-    of_any_width = type(stock.__name__, (AnyShape, stock), {})
-    AutoConfig.register(stock.model_type, of_any_width, exist_ok=True)
-    AutoModelForCausalLM.register(of_any_width, LlamaForCausalLM, exist_ok=True)
-
-
 def register_when_needed() -> None:
     """Arrange that `register` runs when a config is first loaded.
 

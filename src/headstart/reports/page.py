@@ -19,6 +19,7 @@ from headstart.reports.table import (
     error_sentences,
     forecast_sentences,
     match_sentence,
+    missing_sentences,
     result_rows,
     size_text,
 )
@@ -79,6 +80,7 @@ def _results(result: Result) -> dict[str, Any]:
             *error_sentences(result),
             *bits_sentences(result),
             *baseline_sentences(result),
+            *missing_sentences(result),
             *_sweep_sentences(result),
         ],
     }

@@ -1,10 +1,10 @@
-"""The folder of a run: whose it is, and that one process at a time works in it."""
+"""The folder of a run: whose it is, and that one process at a time works in it, or in an arm's."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ def locked(folder: Path, waits: bool = False) -> Iterator[None]:
         finally:
             if {path.name for path in folder.iterdir()} <= {LOCK}:  # nothing came of it
                 (folder / LOCK).unlink(missing_ok=True)
-                folder.rmdir()
+                with suppress(OSError):  # another process has begun there
+                    folder.rmdir()
 
 
 def _remove_unfinished(folder: Path) -> None:

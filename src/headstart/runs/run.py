@@ -56,7 +56,7 @@ class Run:
 
     Attributes:
         recipe: of a single bin, unless the run has several; with the budget in tokens.
-        folder: of the run, to which this process has the lock.
+        folder: of the run.
         teacher: its checkpoint with the vocabulary that is left, already hashed.
         text: in tokens.
         student: one that was extracted before; None where a search finds it.
@@ -128,11 +128,17 @@ def open_run(recipe: Recipe, student: str = "", waits: bool = False) -> Iterator
         recipes = [recipe, *bin_recipes(recipe)] if recipe.search.bins else [recipe]
 
         def check_and_lock() -> tuple[Checkpoint, Checkpoint | None, dict[str, str]]:
+            folders = [Path(folder_recipe.output) for folder_recipe in recipes]
+            if waits:  # first, since what is there may be another's by the end
+                for folder_recipe in recipes:
+                    check_run_folder(folder_recipe)
+                for folder in folders:
+                    stack.enter_context(locked(folder, waits))
             found = _checked(recipe, student or recipe.student)
             for folder_recipe in recipes:
                 check_run_folder(folder_recipe)
-            for folder_recipe in recipes:
-                stack.enter_context(locked(Path(folder_recipe.output), waits))
+            for folder in folders if not waits else ():
+                stack.enter_context(locked(folder))
             return found
 
         teacher, given, revisions = from_main(check_and_lock)

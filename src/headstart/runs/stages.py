@@ -243,13 +243,13 @@ def baselines_of(run: Run) -> Baselines:
     return found
 
 
-def check_caches(run: Run) -> None:
-    """Find out, before arms are trained, whether teacher caches are those of this run.
+def check_caches(run: Run, arms: Sequence[Arm]) -> None:
+    """Find out, before arms are trained, whether their teacher caches are those of this run.
 
     Raises:
         UserError: one is missing, unfinished, or of another teacher, text or setting.
     """
-    for arm in run.recipe.pretrain.arms:
+    for arm in arms:
         if arm.kd and arm.kd.cache:
             identity = CacheIdentity.of(arm.kd, run.teacher.hash, run.text.fingerprint)
             TeacherCache(arm.kd.cache, identity)
@@ -265,7 +265,7 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     """
     with open_run(recipe) as run:
         baselines = baselines_of(run)
-        from_main(lambda: check_caches(run))
+        from_main(lambda: check_caches(run, recipe.pretrain.arms))
         if run.student is None:
             for of_bin in run.bins():
                 search_stage(of_bin)
@@ -292,7 +292,7 @@ def run_arm_alone(recipe: Recipe, name: str) -> dict[str, Any]:
     with process_group():
         with open_run(recipe, waits=True) as run:
             baselines = baselines_of(run)
-            from_main(lambda: check_caches(run))
+            from_main(lambda: check_caches(run, [arms[name]]))
             if run.student is None:
                 search_stage(run)
             inputs = arm_inputs(run, run.student or extract_stage(run))
@@ -320,7 +320,7 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
     student = recipe.student or str(Path(recipe.output) / "student")
     with open_run(recipe, student) as run:
         baselines = baselines_of(run)
-        from_main(lambda: check_caches(run))
+        from_main(lambda: check_caches(run, recipe.pretrain.arms))
         assert run.student is not None
         return pretrain_stage(run, run.student, baselines)
 

@@ -14,7 +14,7 @@ from headstart.system.errors import UserError
 from headstart.system.files import write_whole
 from headstart.system.settings import differences, tree_of, with_defaults
 
-JOURNAL_FORMAT = "headstart-search/3"
+JOURNAL_FORMAT = "headstart-search/4"
 PROPORTIONAL = "proportional"
 """Origin of candidates that have about the teacher's proportions."""
 
@@ -28,11 +28,11 @@ class Evaluated:
         origin: "sample", "mutation", "crossover", "immigrant" or "proportional".
         candidate: what it keeps.
         parameters: of the sub-network.
-        loss: nats per token over `tokens`; of a finalist, after its training.
+        loss: nats per token over `tokens`; of a finalist, after its refit and training.
         tokens: of the search split on which the loss was taken, from the first on.
         seconds: that it took.
         steps: of training before the loss was taken; 0 for none.
-        started: whether the candidate had the weights that a student begins with, as finalists do.
+        started: whether it is the score of a finalist, which is refitted or started as a student.
     """
 
     generation: int

@@ -29,7 +29,7 @@ def outcome_of(
 
     Args:
         scores: the last score of every candidate, in the order in which they were proposed.
-        finals: those after the short training, if there was one.
+        finals: those of the last round, if there was one.
         amount: (candidate, measure) -> what it comes to.
         search_flops: of all scores and finals.
     """

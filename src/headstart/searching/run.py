@@ -229,8 +229,12 @@ class _Search:
             flops += start_flops(calibration, spec)
             per_token = self.amount(final.candidate, "flops_per_token")
             flops += (final.tokens + 3 * train_tokens) * per_token
-        # Else those of the search itself, which were counted.
-        return flops if is_measured(settings.init, settings.scored_as) else flops + measured
+        if is_measured(settings.init, settings.scored_as):  # once, for the whole search
+            return flops
+        same_tokens = finalists.calibration_tokens == settings.calibration_tokens
+        if settings.init != "slice" and same_tokens:  # once, with the student
+            return flops
+        return flops + measured
 
     def _finals_calibration(self, spec: SubnetSpec) -> Calibration:
         """What a finalist is cut out of, and how."""

@@ -62,6 +62,11 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         check_least(self, "search.", tokens=1, calibration_tokens=1, batch_size=0)
+        if self.init == "slice" and self.scored_as == "refitted":
+            raise UserError(
+                "search.scored_as is refitted and search.init is slice, which measures no "
+                "activations to refit by; set search.init to least_squares, or leave out scored_as"
+            )
         if not 0 <= self.unit_noise <= 1:
             raise UserError(f"search.unit_noise is {self.unit_noise}; it must be in [0, 1]")
         if self.bins and self.bin != BinSettings():

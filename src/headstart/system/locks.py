@@ -30,7 +30,11 @@ def locked(file: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         on_busy(_owner(file))
-        lock.acquire()
+        while not lock.is_locked:
+            try:
+                lock.acquire()
+            except FileNotFoundError:  # its owner has removed the folder
+                file.parent.mkdir(parents=True, exist_ok=True)
     try:
         _name_owner(file)
         yield

@@ -34,6 +34,7 @@ PASSED_OVER = {
     "batch_eval_metrics": "evaluations measure the loss alone",
     "bf16_full_eval": "evaluations have the precision of the weights",
     "dataloader_drop_last": "evaluations count every block, and training takes whole steps",
+    "ddp_static_graph": "losses are computed outside of the model's forward pass",
     "disable_tqdm": "headstart shows a bar of its own",
     "do_eval": "it is for training scripts",
     "do_predict": "it is for training scripts",

@@ -87,9 +87,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.started = time.perf_counter() - earlier_seconds
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.hidden: list[Tensor] = []
-        """What the model's last forward pass ended in, until it is taken."""
+        """What the model's forward pass ended in, until it is taken."""
+        hidden = self.hidden  # a hook that knew the trainer would keep the model with it
         self.model.base_model.register_forward_hook(
-            lambda model, inputs, outputs: self.hidden.append(outputs.last_hidden_state)
+            lambda model, inputs, outputs: hidden.append(outputs.last_hidden_state)
         )
         self.cross_entropy = self._compiled(cross_entropy_and_gradient)
         self.distillation_loss = self._compiled(distillation_and_gradient)
@@ -271,7 +272,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         matrix = self.accelerator.unwrap_model(model).get_output_embeddings().weight
         # FSDP2 keeps the root's parameters whole from its forward pass to its backward pass.
         assert not isinstance(matrix, DTensor)
-        return self.hidden.pop(), matrix
+        hidden = self.hidden[-1]
+        self.hidden.clear()
+        return hidden, matrix
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function, compiled as the model is."""
