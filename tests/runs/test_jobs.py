@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.runs.test_stages import answer
 
 from headstart.cli import main
 from headstart.recipe import recipe_from_dict
@@ -57,18 +57,6 @@ def written(tree: dict[str, Any], folder: Path) -> list[str]:
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump({**tree, "output": str(folder)}))
     return ["run", str(file)]
-
-
-def answer(folder: Path) -> dict[str, Any]:
-    """result.json without what depends on the clock or the place."""
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    for key in ("created", "command", "recipe"):
-        del result[key]
-    del result["costs"]["search_seconds"]
-    for arm in result["arms"]:
-        for entry in (arm, *arm["budgets"]):
-            del entry["seconds"]
-    return result
 
 
 def test_jobs_at_once_give_the_runs_answer(tree: dict[str, Any], tmp_path: Path) -> None:
