@@ -66,7 +66,7 @@ def test_jobs_at_once_give_the_runs_answer(tree: dict[str, Any], tmp_path: Path)
     jobs = [
         subprocess.Popen(
             [sys.executable, CLI, *command, "--bin", "large", "--arm", arm],
-            env=os.environ,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # as this process, which results name
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -231,7 +231,8 @@ def error_sentences(result: Result) -> list[str]:
 def missing_sentences(result: Result) -> list[str]:
     """Which arms of the recipe are not in the comparison, since they are not trained yet."""
     there = {arm["name"] for arm in result["arms"]}
-    names = [arm["name"] for arm in result["recipe"]["pretrain"]["arms"]]
+    asked = result["recipe"].get("pretrain", {}).get("arms", [])  # a result may be made by hand
+    names = [arm["name"] for arm in asked]
     missing = [name for name in names if name not in there]
     return [f"Not trained yet: {', '.join(missing)}."] if missing else []
 

@@ -42,7 +42,7 @@ def proportional_shape(
     teacher: Architecture, search: SearchSettings, block_length: int
 ) -> Architecture:
     """The shape in a bin that is nearest to the teacher's proportions, with layers all alike."""
-    settings = replace(search, init="slice", space="coarse-uniform")
+    settings = replace(search, init="slice", scored_as="slice", space="coarse-uniform")
     (candidate,) = space_of(teacher, settings, block_length).proportional(1)
     return teacher.student(candidate.spec(teacher, Orders.of_teacher(teacher.sizes)))
 
