@@ -1,7 +1,7 @@
 """Losses of a chunk of tokens with the gradients of their sums, without autograd.
 
-Autograd would read and write the logits about three times as often. Each function fits into a few
-kernels when it is compiled.
+Autograd would pass over the logits more often, and a chunk's arithmetic could not be compiled into
+a few kernels (benchmarks/loss_passes.py counts both).
 """
 
 from __future__ import annotations

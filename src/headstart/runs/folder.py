@@ -104,7 +104,7 @@ def pin_inputs(folder: Path, inputs: dict[str, Any]) -> None:
 def locked(folder: Path, waits: bool = False) -> Iterator[None]:
     """Keep other processes out of a run's or an arm's folder while the body runs.
 
-    Folders below it that have a lock of their own are not kept.
+    Folders below it that have a lock of their own stay open to others.
 
     Args:
         folder: made if it is not there, and removed if nothing comes of it.
