@@ -140,7 +140,7 @@ def test_losses_after_training_rank_first_and_raced_out_ones_last() -> None:
     )
     rows = best_table(search)
     assert [row["parameters"] for row in rows] == ["4", "2", "1", "3"]
-    assert [row["trained"] for row in rows] == ["5.500", "6.000", "–", "–"]
+    assert [row["last round"] for row in rows] == ["5.500", "6.000", "–", "–"]
     assert [row["rank"] for row in rows] == ["1, winner", "2", "3", "4"]
 
 
@@ -161,7 +161,7 @@ def test_table_has_ranges_and_only_the_axes_there_are() -> None:
     first = make_candidate(0, 1, 5.0) | {"sizes": {"layers": 2, "kv_groups": [1, 4]}}
     second = make_candidate(0, 2, 6.0) | {"sizes": {"layers": 3, "head_dim": 8}}
     better, worse = best_table(make_search(first, second))
-    assert "trained" not in better
+    assert "last round" not in better
     assert (better["layers"], better["kv groups"], better["head dim"]) == ("2", "1–4", "–")
     assert (worse["layers"], worse["kv groups"], worse["head dim"]) == ("3", "–", "8")
 
@@ -191,7 +191,7 @@ def test_page_has_the_section_under_a_header(tmp_path: Path) -> None:
     (header,) = re.findall(r"<header>.*?</header>", page, re.DOTALL)
     assert text_of(ElementTree.fromstring(header)) == (
         "headstart search · org/teacher 12.3M parameters at a loss of 9.400 nats before training: "
-        "the best of 2 candidates A short training takes it to 4.250 nats. "
+        "the best of 2 candidates The last round takes it to 4.250 nats. "
         "11.0M to 13.0M parameters · 196,608 tokens in 1m35s"
     )
     assert "space: fine-uniform\nevolution:\n  population: 16\n" in page
@@ -202,7 +202,7 @@ def test_page_says_nothing_of_a_training_that_was_not(tmp_path: Path) -> None:
     del search["candidates"][0]["trained_loss"]
     del search["settings"]
     page = read_page(search, tmp_path)
-    assert "short training" not in page
+    assert "last round" not in page
     assert "<h2>Settings</h2>" not in page
 
 

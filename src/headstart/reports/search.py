@@ -134,7 +134,7 @@ def _best(search: Search) -> dict[str, Any]:
             cells[measure_text(search)] = f"{amount_of(candidate):,}"
         cells[fitness_text(search)] = _nats(loss_of(candidate))
         if trained:
-            cells["trained"] = _nats(loss_of(candidate, "trained_loss"))
+            cells["last round"] = _nats(loss_of(candidate, "trained_loss"))
         sizes = candidate["sizes"]
         for axis in axes:
             cells[axis.replace("_", " ")] = size_text(sizes[axis]) if axis in sizes else NOTHING
