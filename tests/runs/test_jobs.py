@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.runs.test_stages import answer
+from tests.runs.conftest import answer
 
 from headstart.cli import main
 from headstart.recipe import recipe_from_dict
@@ -23,33 +23,11 @@ BINS = [{"low": "30K", "high": "35K"}, {"low": "40K", "high": "45K", "name": "la
 
 
 @pytest.fixture
-def tree(teacher_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> dict[str, Any]:
-    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
-    return {
-        "teacher": str(teacher_folder),
-        "output": str(tmp_path / "whole"),
-        "data": {"source": str(corpus), "block_length": 32},
-        "search": {
-            "bins": BINS,
-            "grid": {"embed_step": 12, "mlp_step": 16},
-            "tokens": 256,
-            "calibration_tokens": 512,
-            "evolution": {"population": 4, "generations": 2, "elites": 2},
-            "finalists": {"count": 2, "calibration_tokens": 256},
-        },
-        "pretrain": {
-            "tokens": 900,
-            "validation_tokens": 256,
-            "test_tokens": 256,
-            "evaluations": 2,
-            "arms": [
-                {"name": "scratch", "init": "random", "learning_rate": 3e-3},
-                {"name": "subnet", "learning_rate": 3e-3},
-                {"name": "subnet+kd", "learning_rate": 3e-3, "kd": {"alpha": 0.5}},
-            ],
-        },
-        "train": {"per_device_train_batch_size": 4},
-    }
+def tree(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The small recipe with two bins and finalists, as a whole run of it."""
+    search = {**recipe["search"], "bins": BINS, "finalists": {"count": 2}}
+    del search["bin"]
+    return {**recipe, "output": str(tmp_path / "whole"), "search": search}
 
 
 def written(tree: dict[str, Any], folder: Path) -> list[str]:

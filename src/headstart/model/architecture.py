@@ -112,7 +112,7 @@ class Architecture:
                 f"{path} is no model config ({type(error).__name__}: {error}); fetch the model "
                 "again"
             ) from error
-        _known_family(model_type)
+        family = _known_family(model_type)
         if quantised := entries.get("quantization_config"):
             named = quantised if isinstance(quantised, dict) else {}
             raise UserError(
@@ -121,8 +121,9 @@ class Architecture:
                 "ones; give the original checkpoint, or load this one, dequantize() and save it"
             )
         try:
-            has_own_head_dim = model_type == "llama" and entries.get("head_dim")
-            if has_own_head_dim and entries["hidden_size"] % entries["num_attention_heads"]:
+            if entries.get("head_dim") and any(
+                entries[part] % entries[by] for by, part in family.divides
+            ):
                 from headstart.model import any_width  # noqa: F401  # which lets them through
             config = AutoConfig.from_pretrained(folder)
             if not is_layerwise(config):  # other code does not travel with what is cut

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from headstart.recipe import Recipe, recipe_to_dict
+from headstart.system.distributed import from_main
 from headstart.system.errors import UserError
 from headstart.system.files import UNFINISHED, read_json, remove, write_json, write_whole
 from headstart.system.locks import locked as lock
@@ -136,6 +137,14 @@ def locked(folder: Path, waits: bool = False) -> Iterator[None]:
                 (folder / LOCK).unlink(missing_ok=True)
                 with suppress(OSError):  # another process has begun there
                     folder.rmdir()
+
+
+@contextmanager
+def locked_by_main(folder: Path, waits: bool = False) -> Iterator[None]:
+    """`locked` for processes that torchrun has started: all go in together."""
+    with ExitStack() as stack:
+        from_main(lambda: stack.enter_context(locked(folder, waits)))
+        yield
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -70,7 +70,7 @@ def result_of(
         for arm in recipe.pretrain.arms
         if arm.name in trained
     ]
-    budget = next(iter(trained.values()))
+    first = next(iter(trained.values()))
     compare(arms, recipe.pretrain.target)
     split: SplitName = "test" if len(recipe.pretrain.budget_tokens) > 1 else "validation"
     look_ahead(arms)
@@ -102,11 +102,11 @@ def result_of(
             "bin": origin.get("bin", [student_count.parameters] * 2),
         },
         "budget": {
-            "tokens": budget["tokens"],
-            "tokens_per_step": budget["tokens_per_step"],
+            "tokens": first["tokens"],
+            "tokens_per_step": first["tokens_per_step"],
             "block_length": block_length,
-            "validation_tokens": budget["validation_tokens"],
-            "test_tokens": budget["test_tokens"],
+            "validation_tokens": first["validation_tokens"],
+            "test_tokens": first["test_tokens"],
             "bytes_per_token": inputs.blocks.bytes_per_token("test"),
         },
         "costs": {

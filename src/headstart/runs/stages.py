@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from headstart.reports.table import (
     result_table,
 )
 from headstart.runs.extraction import extract_found
-from headstart.runs.folder import locked
+from headstart.runs.folder import locked_by_main
 from headstart.runs.result import result_of
 from headstart.runs.revisions import at_commits, find_revisions
 from headstart.runs.run import Run, checked_teacher, open_run
@@ -134,8 +133,7 @@ def train_stage(run: Run, arm: Arm, inputs: ArmInputs) -> None:
     """Train an arm, or go on with it, unless that is done; other processes are kept out of its
     folder."""
     folder = run.folder / "arms" / arm.name
-    with ExitStack() as stack:
-        from_main(lambda: stack.enter_context(locked(folder)))
+    with locked_by_main(folder):
         run_variants(arm, inputs, folder)
 
 
@@ -297,8 +295,7 @@ def run_arm_alone(recipe: Recipe, name: str) -> dict[str, Any]:
                 search_stage(run)
             inputs = arm_inputs(run, run.student or extract_stage(run))
         train_stage(run, arms[name], inputs)
-        with ExitStack() as stack:
-            from_main(lambda: stack.enter_context(locked(run.folder, waits=True)))
+        with locked_by_main(run.folder, waits=True):
             return report_stage(run, inputs, baselines)
 
 

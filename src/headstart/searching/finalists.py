@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from headstart.calibration.start import Init
 from headstart.losses.next_token import mean_loss, next_token_loss
 from headstart.searching.candidate import Candidate
 from headstart.searching.fitness import HeldOutLoss
@@ -61,11 +60,6 @@ class FinalistSettings:
             raise UserError(
                 f"search.finalists.learning_rate is {self.learning_rate}; it must be above 0"
             )
-
-
-def finals_init(init: Init, settings: FinalistSettings) -> Init:
-    """How finalists get their weights, where the student gets its own by `init`."""
-    return "least_squares" if init == "slice" and settings.refitted else init
 
 
 def choose_finalists(

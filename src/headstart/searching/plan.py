@@ -15,7 +15,7 @@ from rich.table import Table
 
 from headstart.calibration.costs import propagation_flops
 from headstart.calibration.propagate import can_propagate
-from headstart.calibration.start import calibration_flops, cut_architecture, is_measured
+from headstart.calibration.start import calibration_flops, cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
 from headstart.model.count import Measure, inference_flops_per_token
@@ -25,7 +25,6 @@ from headstart.searching.costs import (
     fitness_preparation_flops,
     importance_flops,
 )
-from headstart.searching.finalists import finals_init
 from headstart.searching.orders import measured_kinds
 from headstart.searching.racing import rung_blocks
 from headstart.searching.run import space_of
@@ -117,7 +116,7 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
     )
     calibration = _calibration_flops(teacher, settings, samples, context_length)
     finals = settings.finalists
-    refits = _finals_flops(teacher, settings, samples, context_length)
+    refits = _finals_refit_flops(teacher, settings, samples, context_length)
     trained_tokens = finals.steps * finals.batch_size * context_length
     finals_tokens = finals.count * (3 * trained_tokens + all_tokens)
     proportional = (all_tokens * flops_per_token + flops_per_cut) if finals.count else 0
@@ -144,7 +143,7 @@ def _calibration_flops(
     kinds = measured_kinds(settings) or ()
     flops = importance_flops(teacher, kinds, num_blocks * context_length, context_length)
     is_refitted = settings.init != "slice" and not can_propagate(teacher)
-    if is_refitted or is_measured(settings.init, settings.scored_as):
+    if is_refitted or settings.is_measured:
         flops += calibration_flops(teacher, settings.init, num_blocks, context_length)
     if settings.init == "slice":
         return flops
@@ -159,21 +158,16 @@ def _refit_flops(
     return round(statistics.mean(refits))
 
 
-def _finals_flops(
+def _finals_refit_flops(
     teacher: Architecture, settings: SearchSettings, samples: Sequence[Sizes], context_length: int
 ) -> int:
     """Of refitting all finalists, and of the teacher's moments if the search has not got them."""
-    finals = settings.finalists
-    init, has_moments = (
-        finals_init(settings.init, finals),
-        is_measured(settings.init, settings.scored_as),
-    )
-    if init == "slice" or not finals.count:
+    init, count = settings.finals_init, settings.finalists.count
+    if init == "slice" or not count:
         return 0
-    num_tokens = settings.calibration_tokens if has_moments else finals.calibration_tokens
-    num_blocks = -(-num_tokens // context_length)
-    flops = finals.count * _refit_flops(teacher, samples, num_blocks, context_length)
-    if not has_moments and not can_propagate(teacher):
+    num_blocks = -(-settings.finals_calibration_tokens // context_length)
+    flops = count * _refit_flops(teacher, samples, num_blocks, context_length)
+    if not settings.is_measured and not can_propagate(teacher):
         flops += calibration_flops(teacher, init, num_blocks, context_length)
     return flops
 

@@ -11,7 +11,6 @@ from headstart.calibration.start import (
     Calibration,
     calibrate,
     cut_architecture,
-    is_measured,
     start_flops,
     student_tensors,
 )
@@ -28,7 +27,7 @@ from headstart.searching.costs import (
     importance_flops,
 )
 from headstart.searching.evolution import evolve, ranked
-from headstart.searching.finalists import choose_finalists, finals_init, run_finals
+from headstart.searching.finalists import choose_finalists, run_finals
 from headstart.searching.fitness import (
     DivergenceFromTeacher,
     HeldOutLoss,
@@ -97,7 +96,7 @@ def search(
             _journal(folder, identity, orders, settings)  # refuses another search's folder
             return outcome
         source = Calibration(teacher)
-        if is_measured(settings.init, settings.scored_as):
+        if settings.is_measured:
             tokens = blocks.sample("train", settings.calibration_tokens)
             source = from_main(lambda: calibrate(teacher, settings.init, tokens))
         model = load_frozen(source.teacher.folder, default_device())
@@ -229,27 +228,22 @@ class _Search:
             flops += start_flops(calibration, spec)
             per_token = self.amount(final.candidate, "flops_per_token")
             flops += (final.tokens + 3 * train_tokens) * per_token
-        if is_measured(settings.init, settings.scored_as):  # once, for the whole search
-            return flops
-        same_tokens = finalists.calibration_tokens == settings.calibration_tokens
-        if settings.init != "slice" and same_tokens:  # once, with the student
-            return flops
-        return flops + measured
+        same_tokens = settings.finals_calibration_tokens == settings.calibration_tokens
+        is_the_students = settings.init != "slice" and same_tokens
+        # Measured once, and then counted with the search itself or with the student.
+        return flops if settings.is_measured or is_the_students else flops + measured
 
     def _finals_calibration(self, spec: SubnetSpec) -> Calibration:
         """What a finalist is cut out of, and how."""
         settings = self.settings
-        init = finals_init(settings.init, settings.finalists)
-        if init == "slice":
+        if settings.finals_init == "slice":
             return self.cut
-        num_tokens = settings.finalists.calibration_tokens
-        if is_measured(settings.init, settings.scored_as):
-            num_tokens = settings.calibration_tokens
-        return calibrate(self.whole, init, self.blocks.sample("train", num_tokens), spec)
+        tokens = self.blocks.sample("train", settings.finals_calibration_tokens)
+        return calibrate(self.whole, settings.finals_init, tokens, spec)
 
     def _started(self, candidate: Candidate) -> PreTrainedModel:
         """A candidate with the weights that it has in the finals."""
-        if finals_init(self.settings.init, self.settings.finalists) == "slice":
+        if self.settings.finals_init == "slice":
             return self.fitness.student(candidate)
         spec = candidate.spec(self.teacher, self.orders)
         tensors = student_tensors(self._finals_calibration(spec), spec)

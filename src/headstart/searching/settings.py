@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from headstart.calibration.start import Init
+from headstart.calibration.start import Init, is_measured
 from headstart.searching.bins import BinSettings
 from headstart.searching.evolution import EvolutionSettings
 from headstart.searching.finalists import FinalistSettings
@@ -59,6 +59,21 @@ class SearchSettings:
     tokens: int = 16_384
     calibration_tokens: int = 32_768
     batch_size: int = 0
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the search measures the teacher's activations, for candidates or a rotation."""
+        return is_measured(self.init, self.scored_as)
+
+    @property
+    def finals_init(self) -> Init:
+        """How finalists get their weights."""
+        return "least_squares" if self.init == "slice" and self.finalists.refitted else self.init
+
+    @property
+    def finals_calibration_tokens(self) -> int:
+        """Of each finalist's refit: those that the teacher was measured on, if it was."""
+        return self.calibration_tokens if self.is_measured else self.finalists.calibration_tokens
 
     def __post_init__(self) -> None:
         check_least(self, "search.", tokens=1, calibration_tokens=1, batch_size=0)

@@ -297,9 +297,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             blocks[:, 1:].flatten(),
             self._teacher_outputs(inputs),
             settings,
-            self._tokens_seen,
-            self._add_up,
-            self.distillation_loss,
+            tokens_seen=self._tokens_seen,
+            on_parts=self._add_up,
+            loss_and_gradient=self.distillation_loss,
         )
 
     def _teacher_outputs(
