@@ -383,15 +383,12 @@ def test_a_baseline_that_is_not_there_is_told_before_text_is_read(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_teacher_cache_that_is_not_there_is_told_before_text_is_read(
+def test_a_teacher_cache_nowhere_is_told_before_text_is_read(
     arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arms = f"[{{name: cached, kd: {{top_k: 3, cache: {tmp_path / 'nowhere'}}}}}]"
+    arms = "[{name: cached, kd: {top_k: 3, cache: nosuchprotocol://x}}]"
     assert run_with(arguments, pretrain__arms=arms) == 2
-    assert (
-        "nowhere holds no teacher cache; write it with `headstart cache-teacher`"
-        in one_sentence(capsys)
-    )
+    assert "kd.cache nosuchprotocol://x cannot be read" in one_sentence(capsys)
     assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
 
 

@@ -201,6 +201,14 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument(
         "--mfu", type=float, default=0.4, help="share of the peak that is reached"
     )
+    preparing = add(
+        _prepare,
+        "headstart prepare recipe.yaml --processes 16",
+        usage="[RECIPE] [--processes N] [--key VALUE ...] [--debug]",
+    )
+    preparing.add_argument(
+        "--processes", type=int, default=1, help="that share the files; each has threads too"
+    )
     add(
         _cache_teacher,
         "headstart cache-teacher recipe.yaml",
@@ -432,6 +440,26 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
     recipe = _load(options, overrides)
     print_plans(recipe, Hardware(options.gpus, options.peak_tflops, options.mfu))
+
+
+def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Read and tokenise the text of a recipe, on machines that need no GPU."""
+    from headstart.runs.stages import run_prepare
+    from headstart.system.distributed import is_main, start_processes
+    from headstart.text.prepare import check_source
+
+    recipe = _load(options, overrides)
+    if options.processes < 1:
+        raise UserError(f"--processes is {options.processes}; use at least 1")
+    if options.processes > 1:
+        check_source(recipe.data)
+        start_processes(options.processes, ["-m", "headstart.cli", "prepare", *overrides])
+    text = run_prepare(recipe)
+    if is_main():
+        for name, counts in text.manifest["splits"].items():
+            blocks, tokens = counts["blocks"], counts["packed_tokens"]
+            print(f"{name}: {tokens:,} tokens in {blocks:,} blocks")
+        print(f"text: {text.folder}")
 
 
 def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:

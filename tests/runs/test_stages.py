@@ -22,7 +22,7 @@ import yaml
 from safetensors.torch import load_file
 from tests.conftest import extract
 from tests.runs.conftest import BLOCK_LENGTH, answer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from headstart.calibration.costs import propagation_flops
 from headstart.cli import main
@@ -31,6 +31,7 @@ from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.spec import SubnetSpec
 from headstart.recipe import recipe_from_dict
+from headstart.runs import caches
 from headstart.runs.extraction import extract_found
 from headstart.runs.plan import print_search_plans
 from headstart.runs.stages import run_cache_teacher, run_pretrain, run_recipe, run_search
@@ -375,13 +376,62 @@ def with_cache(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**recipe, "pretrain": {**recipe["pretrain"], "arms": arms}}
 
 
-def test_a_run_from_a_cached_teacher(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_text_is_prepared_ahead(
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["prepare", str(path)]) == 0
+    told = capsys.readouterr().out
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", lambda *_, **__: pytest.fail("again"))
+    run_search(recipe_from_dict(recipe))
+    folder = Path(told.splitlines()[-1].removeprefix("text: "))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    inputs = json.loads((Path(recipe["output"]) / "inputs.json").read_text())
+    assert inputs["data"] == manifest["fingerprint"]
+    assert f"train: {manifest['splits']['train']['packed_tokens']:,} tokens" in told
+
+
+@pytest.mark.exhaustive
+def test_processes_prepare_what_one_does(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    start, folders = [sys.executable, "-m", "headstart.cli", "prepare", str(path)], []
+    for count in ("1", "2"):
+        environment = {**os.environ, "HEADSTART_CACHE": str(tmp_path / count)}
+        told = subprocess.run(
+            [*start, "--processes", count],
+            env=environment, check=True, capture_output=True, text=True, timeout=300,
+        ).stdout  # fmt: skip
+        folders.append(Path(told.splitlines()[-1].removeprefix("text: ")))
+    alone, shared = folders
+    assert {file.name for file in alone.iterdir()} == {file.name for file in shared.iterdir()}
+    for file in alone.iterdir():
+        assert file.read_bytes() == (shared / file.name).read_bytes()
+
+
+def test_processes_are_one_or_more(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["prepare", str(path), "--processes", "0"]) == 2
+    assert "--processes is 0; use at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_a_run_from_a_cached_teacher(
+    recipe: dict[str, Any], tmp_path: Path, is_ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = with_cache(recipe, tmp_path / "outputs")
-    with pytest.raises(ValueError, match="holds no teacher cache; write it with"):
-        run_recipe(recipe_from_dict(recipe))
-    assert not (tmp_path / "run" / "search.json").exists()  # before anything costly
-    (manifest,) = run_cache_teacher(recipe_from_dict(recipe)).values()
+    if is_ahead:
+        run_cache_teacher(recipe_from_dict(recipe))
+        monkeypatch.setattr(caches, "write_cache", lambda *_, **__: pytest.fail("written twice"))
     (result,) = run_recipe(recipe_from_dict(recipe))
+    manifest = json.loads((tmp_path / "outputs" / "cache.json").read_text())
     arm = result["arms"][1]
     num_tokens = manifest["blocks"] * manifest["block_length"]
     point = arm["curve"][-1]
@@ -389,6 +439,17 @@ def test_a_run_from_a_cached_teacher(recipe: dict[str, Any], tmp_path: Path) -> 
     student_flops = result["student"]["training_flops_per_token"] * point["tokens"]
     upfront = result["costs"]["calibration_flops"] + result["costs"]["search_flops"]
     assert point["flops"] == upfront + student_flops + teacher_flops
+
+
+def test_a_cache_of_another_text_is_refused_before_the_search(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = with_cache(recipe, tmp_path / "outputs")
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "cache.json").write_text("{}")
+    with pytest.raises(ValueError, match="was written for another teacher"):
+        run_recipe(recipe_from_dict(recipe))
+    assert not (tmp_path / "run" / "search.json").exists()
 
 
 def test_a_cache_that_no_arm_asks_for_is_refused(recipe: dict[str, Any]) -> None:

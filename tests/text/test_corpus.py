@@ -1,25 +1,21 @@
 """Every source gives the same documents, and what cannot be read is told in a sentence."""
 
 import gzip
-import json
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from tests.text.documents import DOCUMENTS, SETTINGS, as_jsonl, blocks_by_hand, write_source
 
 from headstart.system.errors import UserError
-from headstart.system.hub import HubName
 from headstart.text import corpus as corpus_module
 from headstart.text import plain as plain_module
 from headstart.text.prepare import check_source, prepare
 from headstart.text.settings import SPLITS, DataSettings
-from headstart.text.units import PassedOver, UnitState
+from headstart.text.units import PassedOver, Taken
 
 
 @pytest.mark.parametrize(
@@ -295,25 +291,6 @@ def test_halves_of_characters_are_replaced(tmp_path: Path) -> None:
     assert found == ["whole \U0001f600", "\ufffd half", "half \ufffd", "\ufffd\ufffd turned"]
 
 
-def test_rows_are_counted_where_that_is_cheap(tmp_path: Path) -> None:
-    lines = [{"text": f"document {number}"} for number in range(7)]
-    plain = tmp_path / "a.jsonl"
-    plain.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    packed = tmp_path / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    table = tmp_path / "c.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines[:3]), table)
-    count = corpus_module.count_rows
-    assert [count(corpus_module.Corpus("", (file,)), [0]) for file in (plain, packed, table)] == [
-        7,
-        7,
-        3,
-    ]
-    assert count(corpus_module.Corpus("", (plain, packed, table)), range(3)) == 17
-    assert count(corpus_module.Corpus("", (tmp_path / "d.txt",)), [0]) is None
-    assert count(corpus_module.Corpus("org/name", dataset=HubName("org/name")), [0]) is None
-
-
 def test_the_demos_text_is_no_folder_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,5 +301,5 @@ def test_the_demos_text_is_no_folder_of_that_name(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus_module, "demo_corpus", lambda: text)
     corpus = corpus_module.find_corpus("demo")
-    states = [UnitState({}, is_done=True)]
-    assert corpus.files == (text,) and not PassedOver.of(corpus, states).sentences("text")
+    taken = {0: Taken([], is_whole=True)}
+    assert corpus.files == (text,) and not PassedOver.of(corpus, taken).sentences("text")

@@ -148,7 +148,6 @@ def test_a_killed_preparation_goes_on(
     name: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 20)
-    monkeypatch.setattr(tokenise_module, "BATCHES_PER_RECORD", 2)
     whole_call, texts = PreTrainedTokenizerFast.__call__, []
 
     def die_after_120(self: object, batch: list[str], **options: object) -> object:
@@ -159,12 +158,10 @@ def test_a_killed_preparation_goes_on(
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(PreTrainedTokenizerFast, "__call__", die_after_120)
         prepare(settings, tokenizer, tmp_path / "cache")
-    (unfinished,) = (tmp_path / "cache").glob("*.unfinished")
-    (unfinished / ".unfinished-1@host@unit-00000.json-x").write_text("{")
-    for record in unfinished.glob("unit-*.json"):
-        if not json.loads(record.read_text())["is_done"]:
-            for part in unfinished.glob(f"{record.stem}.*.part"):
-                part.write_bytes(part.read_bytes() + b"junk")  # written after the last record
+    for unit in (tmp_path / "cache" / "units").iterdir():
+        if "fault" not in (unit / "batches.jsonl").read_text():
+            for file in unit.iterdir():  # written after the last batch
+                file.write_bytes(file.read_bytes() + b'{"rows": 7')
     seen: list[str] = []
 
     def watch(self: object, batch: list[str], **options: object) -> object:
@@ -177,10 +174,7 @@ def test_a_killed_preparation_goes_on(
     for split in SPLITS:
         expected = blocks_by_hand(DOCUMENTS, split, settings)
         np.testing.assert_array_equal(prepared.split(split), expected)
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
-        prepared.folder.name,
-        ".locks",
-    }
+    assert names_in(tmp_path / "cache") == {prepared.folder.name, "units", ".locks"}
     assert {path.suffix for path in prepared.folder.iterdir()} == {".bin", ".json"}
 
 
@@ -196,7 +190,6 @@ def test_a_read_that_fails_loses_nothing_and_the_same_command_goes_on(
     failure: Exception, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 20)
-    monkeypatch.setattr(tokenise_module, "BATCHES_PER_RECORD", 2)
     fails = True
 
     def rows(texts: list[str]) -> Iterator[dict[str, str]]:
@@ -225,9 +218,10 @@ def test_a_read_that_fails_loses_nothing_and_the_same_command_goes_on(
     settings = replace(SETTINGS, source=source)
     with pytest.raises(OSError, match=f"reading .* failed .*{failure.args[-1]}.* is kept"):
         prepare(settings, tokenizer, tmp_path / "cache")
-    (unfinished,) = (tmp_path / "cache").glob("*.unfinished")
-    record = json.loads((unfinished / "unit-00000.json").read_text())
-    assert 80 <= record["rows"] <= 130 and not record["is_done"]
+    (unit,) = (tmp_path / "cache" / "units").iterdir()
+    batches = [json.loads(line) for line in (unit / "batches.jsonl").read_text().splitlines()]
+    num_read = sum(batch["rows"] for batch in batches)
+    assert 80 <= num_read <= 130
 
     fails = False
     seen: list[str] = []
@@ -239,7 +233,7 @@ def test_a_read_that_fails_loses_nothing_and_the_same_command_goes_on(
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watch)
     prepared = prepare(settings, tokenizer, tmp_path / "cache")
-    assert len(seen) == len(DOCUMENTS) - record["rows"]
+    assert len(seen) == len(DOCUMENTS) - num_read
     for split in SPLITS:
         expected = blocks_by_hand(DOCUMENTS, split, settings)
         np.testing.assert_array_equal(prepared.split(split), expected)
@@ -271,20 +265,6 @@ def test_two_processes_write_the_bytes_of_one(tmp_path: Path, tokenizer: Path) -
         assert (shared / path.name).read_bytes() == path.read_bytes()
 
 
-def test_reading_stops_at_the_tokens_asked_for(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 10)
-    for name in ("a.jsonl", "folder"):
-        settings = replace(SETTINGS, source=str(write_source(tmp_path, name)), max_tokens=500)
-        prepared = prepare(settings, tokenizer, tmp_path / "cache")
-        counts = prepared.manifest["splits"]
-        assert counts["train"]["tokens"] == 500
-        assert sum(count["documents"] for count in counts.values()) < 80
-        expected = blocks_by_hand(DOCUMENTS, "train", settings)[: 500 // SETTINGS.block_length]
-        np.testing.assert_array_equal(prepared.split("train"), expected)
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_corrupt_lines_are_counted_or_named(
     name: str, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
@@ -308,7 +288,4 @@ def test_corrupt_lines_are_counted_or_named(
     check_source(strict)
     with pytest.raises(ValueError, match=rf"cannot read .*{name}, line 41: .*; mend or remove it"):
         prepare(strict, tokenizer, tmp_path / "cache")
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
-        prepared.folder.name,
-        ".locks",
-    }
+    assert names_in(tmp_path / "cache") == {prepared.folder.name, "units", ".locks"}

@@ -38,16 +38,23 @@ from headstart.system.distributed import from_main, process_group
 from headstart.system.errors import UserError
 from headstart.system.settings import settings_from_tree, tree_of
 from headstart.text.blocks import TokenBlocks
+from headstart.text.needs import Needed
 from headstart.text.prepare import check_vocabulary, prepare
+from headstart.text.settings import SplitName
 from headstart.training.arguments import (
     check_step,
     tokens_per_step,
     training_arguments,
 )
 from headstart.training.budgets import budgets_of
-from headstart.training.cache import check_begun
+from headstart.training.cache import check_cache
 from headstart.training.settings import PROPORTIONAL, PretrainSettings
 from headstart.training.trials import check_arguments
+
+LEAST_TRAINING_TOKENS = 1_000_000
+"""Read in any case, so that a budget of less than one step finds a whole one."""
+BYTES_MARGIN = 1.02
+"""A budget in bytes becomes tokens by the validation split, whose tokens may be shorter."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def open_run(recipe: Recipe, student: str = "", waits: bool = False) -> Iterator
         teacher, given, revisions = from_main(check_and_lock)
         data = at_commits(recipe, revisions).data
         teacher = from_main(lambda: trimmed_teacher(teacher, recipe.vocabulary, data))
-        text = prepare(data, teacher.folder)
+        text = prepare(data, teacher.folder, needed=needed_text(recipe))
 
         def check_and_pin() -> Checkpoint:
             inputs = _inputs(recipe, teacher, given, text) | {REVISIONS: revisions}
@@ -157,6 +164,27 @@ def open_run(recipe: Recipe, student: str = "", waits: bool = False) -> Iterator
         bytes_per_token = text.bytes_per_token("validation")
         recipe = replace(recipe, pretrain=in_tokens(recipe.pretrain, bytes_per_token))
         yield Run(recipe, Path(recipe.output), teacher, text, given, revisions)
+
+
+def needed_text(recipe: Recipe) -> Needed:
+    """How much text a run reads at most, whatever it runs on: its largest budget, what is measured,
+    and what is held out."""
+    search, pretrain = recipe.search, recipe.pretrain
+    finals = search.finalists
+    train = [
+        LEAST_TRAINING_TOKENS,
+        search.calibration_tokens,
+        finals.calibration_tokens,
+        finals.steps * finals.batch_size * recipe.data.block_length,
+        *(() if pretrain.bytes else pretrain.budget_tokens),
+    ]
+    tokens: dict[SplitName, int] = {
+        "train": max(train),
+        "search": search.tokens,
+        "validation": pretrain.validation_tokens,
+        "test": pretrain.test_tokens,
+    }
+    return Needed(tokens, math.ceil(BYTES_MARGIN * pretrain.bytes))
 
 
 def in_tokens(settings: PretrainSettings, bytes_per_token: float) -> PretrainSettings:
@@ -197,7 +225,7 @@ def _checked(
                 "or 0 for all"
             )
         if arm.kd and arm.kd.cache:
-            check_begun(arm.kd.cache)
+            check_cache(arm.kd.cache)
     if student_folder:
         student = _given_student(Path(student_folder), recipe, architecture)
         arm_shapes(shapes - {PROPORTIONAL}, architecture, recipe.search, recipe.data.block_length)

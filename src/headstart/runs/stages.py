@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,29 +38,26 @@ from headstart.reports.table import (
     missing_sentences,
     result_table,
 )
+from headstart.runs.caches import cached_distillation, check_caches, write_caches
 from headstart.runs.extraction import extract_found
 from headstart.runs.folder import locked_by_main
 from headstart.runs.result import result_of
 from headstart.runs.revisions import at_commits, find_revisions
-from headstart.runs.run import Run, checked_teacher, open_run
+from headstart.runs.run import Run, needed_text, open_run
 from headstart.runs.shapes import arm_shapes
 from headstart.runs.trimming import vocabulary_sizes
 from headstart.runs.vocabulary import check_trims, trimmed_teacher
 from headstart.searching.bins import BinSettings
-from headstart.searching.fitness import fitting_batch_size
 from headstart.searching.run import search
-from headstart.system.device import default_device, load_frozen
-from headstart.system.distributed import from_main, is_main, process_group, world_size
+from headstart.system.distributed import from_main, is_main, process_group
 from headstart.system.errors import UserError
 from headstart.system.files import write_json
-from headstart.system.progress import output, progress
+from headstart.system.progress import output
 from headstart.text.blocks import TokenBlocks
-from headstart.text.prepare import check_vocabulary, prepare
-from headstart.text.settings import SplitName
+from headstart.text.prepare import check_source, check_vocabulary, prepare
+from headstart.text.settings import DataSettings, SplitName
 from headstart.training.arms import ArmInputs
-from headstart.training.cache import CacheIdentity, TeacherCache, write_cache
 from headstart.training.settings import Arm
-from headstart.training.teacher import Teacher
 from headstart.training.variants import are_trained, run_variants
 
 Baselines = Sequence[tuple[str, Checkpoint, TokenBlocks]]
@@ -131,9 +128,11 @@ def arm_inputs(run: Run, student: Checkpoint) -> ArmInputs:
 
 def train_stage(run: Run, arm: Arm, inputs: ArmInputs) -> None:
     """Train an arm, or go on with it, unless that is done; other processes are kept out of its
-    folder."""
+    folder. What is missing of its teacher cache is written first."""
     folder = run.folder / "arms" / arm.name
     with locked_by_main(folder):
+        if not from_main(lambda: are_trained(arm, run.recipe.pretrain, folder)):
+            write_caches(run.teacher, run.text, [arm])
         run_variants(arm, inputs, folder)
 
 
@@ -235,22 +234,10 @@ def baselines_of(run: Run) -> Baselines:
     for name, model in zip(names, pinned.pretrain.baselines, strict=True):
         baseline = Checkpoint.open(model)
         baseline.architecture.check_context(pinned.data.block_length)
-        text = prepare(pinned.data, baseline.folder)
+        text = prepare(pinned.data, baseline.folder, needed=needed_text(run.recipe))
         check_vocabulary(text, baseline.architecture.config.vocab_size)
         found.append((name, baseline, text))
     return found
-
-
-def check_caches(run: Run, arms: Sequence[Arm]) -> None:
-    """Find out, before arms are trained, whether their teacher caches are those of this run.
-
-    Raises:
-        UserError: one is missing, unfinished, or of another teacher, text or setting.
-    """
-    for arm in arms:
-        if arm.kd and arm.kd.cache:
-            identity = CacheIdentity.of(arm.kd, run.teacher.hash, run.text.fingerprint)
-            TeacherCache(arm.kd.cache, identity)
 
 
 def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
@@ -263,7 +250,7 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     """
     with open_run(recipe) as run:
         baselines = baselines_of(run)
-        from_main(lambda: check_caches(run, recipe.pretrain.arms))
+        from_main(lambda: check_caches(run.teacher, run.text, recipe.pretrain.arms))
         if run.student is None:
             for of_bin in run.bins():
                 search_stage(of_bin)
@@ -290,7 +277,7 @@ def run_arm_alone(recipe: Recipe, name: str) -> dict[str, Any]:
     with process_group():
         with open_run(recipe, waits=True) as run:
             baselines = baselines_of(run)
-            from_main(lambda: check_caches(run, [arms[name]]))
+            from_main(lambda: check_caches(run.teacher, run.text, [arms[name]]))
             if run.student is None:
                 search_stage(run)
             inputs = arm_inputs(run, run.student or extract_stage(run))
@@ -317,13 +304,24 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
     student = recipe.student or str(Path(recipe.output) / "student")
     with open_run(recipe, student) as run:
         baselines = baselines_of(run)
-        from_main(lambda: check_caches(run, recipe.pretrain.arms))
+        from_main(lambda: check_caches(run.teacher, run.text, recipe.pretrain.arms))
         assert run.student is not None
         return pretrain_stage(run, run.student, baselines)
 
 
+def run_prepare(recipe: Recipe) -> TokenBlocks:
+    """Read and tokenise the text of a run, as all of its stages find it then.
+
+    Of the teacher nothing is read but its config and tokenizer, unless its vocabulary is trimmed.
+
+    Raises:
+        UserError: as `prepare`; or the vocabulary cannot be trimmed so.
+    """
+    return _teacher_and_text(recipe, Checkpoint.open)[1]
+
+
 def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Write the teacher cache of every arm that distils from one.
+    """Write the teacher cache of every arm that distils from one, ahead of the run.
 
     Returns:
         The manifest of each cache, by its path.
@@ -331,45 +329,36 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: no arm has a cache, or a folder holds another one.
     """
-    settings = [arm.kd for arm in recipe.pretrain.arms if arm.kd and arm.kd.cache]
-    if not settings:
+    arms = recipe.pretrain.arms
+    if not cached_distillation(arms):
         raise UserError(
             "no arm of the recipe distils from a cache; set kd.cache, and kd.top_k or kd.samples, "
             "in pretrain.arms"
         )
+    with process_group():
+        teacher, text = _teacher_and_text(recipe, Checkpoint.open_whole)
+        from_main(lambda: check_caches(teacher, text, arms))
+        return write_caches(teacher, text, arms)
 
-    def hashed_teacher() -> tuple[Checkpoint, Recipe]:
+
+def _teacher_and_text(
+    recipe: Recipe, open_teacher: Callable[[str], Checkpoint]
+) -> tuple[Checkpoint, TokenBlocks]:
+    """The teacher of a recipe, hashed, and its text in tokens, without a run folder."""
+
+    def found() -> tuple[Checkpoint, DataSettings]:
         pinned = at_commits(recipe, find_revisions(recipe))
-        checkpoint = checked_teacher(pinned)
-        check_trims(checkpoint, pinned.vocabulary)
-        checkpoint = trimmed_teacher(checkpoint, pinned.vocabulary, pinned.data)
-        assert checkpoint.hash
-        return checkpoint, pinned
+        check_source(pinned.data)
+        teacher = open_teacher(pinned.teacher)
+        teacher.architecture.check_context(pinned.data.block_length)
+        check_trims(teacher, pinned.vocabulary)
+        return trimmed_teacher(teacher, pinned.vocabulary, pinned.data), pinned.data
 
     with process_group():
-        checkpoint, pinned = from_main(hashed_teacher)
-        blocks = prepare(pinned.data, checkpoint.folder)
-        from_main(lambda: check_vocabulary(blocks, checkpoint.architecture.config.vocab_size))
-        split, device = blocks.split("train"), default_device()
-        teacher = Teacher(load_frozen(checkpoint.folder, device))
-        batch_size = fitting_batch_size(
-            checkpoint.architecture.sizes, split.shape[1], device, teacher.model.dtype.itemsize
-        )
-        written = {}
-        for kd in settings:
-            identity = CacheIdentity.of(kd, checkpoint.hash, blocks.fingerprint)
-            num_tokens = split.size // world_size()
-            with progress(f"cache {kd.cache}", num_tokens, "tokens") as advance:
-                written[kd.cache] = write_cache(
-                    kd.cache,
-                    identity,
-                    teacher,
-                    split,
-                    batch_size,
-                    separator=blocks.separator,
-                    on_blocks=lambda count: advance(count * split.shape[1]),
-                )
-        return written
+        teacher, data = from_main(found)
+        text = prepare(data, teacher.folder, needed=needed_text(recipe))
+        from_main(lambda: check_vocabulary(text, teacher.architecture.config.vocab_size))
+        return teacher, text
 
 
 def run_report(folder: Path) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import distributed
@@ -49,6 +50,21 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def start_processes(count: int, arguments: list[str]) -> NoReturn:
+    """Become so many processes of this machine that work together, without its GPUs.
+
+    They share its cores. Each runs Python with these arguments.
+    """
+    threads = str(max((os.cpu_count() or 1) // count, 1))
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads,
+        "RAYON_NUM_THREADS": threads,  # of tokenizers
+    }  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, *launcher, *arguments]
+    os.execve(sys.executable, command, environment)
 
 
 def barrier() -> None:

@@ -14,10 +14,14 @@ from torch import Tensor
 PIECE_BYTES = 1 << 20
 
 
+def hash_bytes(content: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(content)
+
+
 def hash_json(value: Any) -> str:
     """The hash of a value that JSON can write, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return xxhash.xxh3_128_hexdigest(text.encode())
+    return hash_bytes(text.encode())
 
 
 def hash_files(files: Iterable[Path]) -> str:

@@ -56,7 +56,7 @@ class TokenBlocks:
         if name not in SPLITS:
             raise UserError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
         if "parts" in self.manifest:
-            folders = [self.folder.parent / part["fingerprint"] for part in self.manifest["parts"]]
+            folders = [self.folder.parent / part["folder"] for part in self.manifest["parts"]]
             parts = [finished_blocks(folder) for folder in folders]
             if None in parts:
                 raise UserError(f"a corpus of the mixture in {self.folder} is gone: run again")
@@ -77,7 +77,7 @@ class TokenBlocks:
         """
         array = self.split(name)
         count = min(-(-num_tokens // array.shape[1]), len(array))
-        rows = [place * len(array) // count for place in _halving_order(count)]
+        rows = [place * len(array) // count for place in halving_order(count)]
         order = np.column_stack([np.zeros(count, int), np.array(rows, int)])
         return MixedBlocks([array], order)
 
@@ -86,12 +86,12 @@ class TokenBlocks:
         return torch.from_numpy(self.spread(name, num_tokens)[:].astype(np.int64))
 
 
-def _halving_order(count: int) -> list[int]:
+def halving_order(count: int) -> list[int]:
     """The numbers below a count, so that those of any beginning are at about even distances.
 
     Source: the radical inverse in base 2 (van der Corput, 1935).
 
-    >>> _halving_order(8), _halving_order(5)
+    >>> halving_order(8), halving_order(5)
     ([0, 4, 2, 6, 1, 5, 3, 7], [0, 4, 2, 1, 3])
     """
     order, num_bits = [0], max(0, count - 1).bit_length()

@@ -1,9 +1,7 @@
 """Where the text comes from: local files of several formats, or a dataset on the hub, streamed."""
 
 import glob
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -11,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
-import zstandard
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
@@ -20,7 +16,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from headstart.demo import DEMO, demo_corpus
 from headstart.system.errors import UserError
-from headstart.system.hashing import hash_files
+from headstart.system.hashing import hash_bytes
 from headstart.system.hub import HubName
 from headstart.text.local import (
     READABLE,
@@ -30,15 +26,12 @@ from headstart.text.local import (
     is_plain_text,
     json_lines,
     opened,
-    rows_in,
     some_of,
 )
 from headstart.text.plain import plain_documents
 
-CORRUPT = (
-    OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException,
-)  # fmt: skip
-"""What packed or damaged files raise."""
+BEGINNING_BYTES = 1 << 12
+"""Of a file, that are read to tell it from others. A longer one is another when it has changed."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +89,6 @@ def find_corpus(source: str) -> Corpus:
     raise UserError(f"{source} does not exist: give a file, a folder or a dataset id")
 
 
-def count_rows(corpus: Corpus, units: Iterable[int]) -> int | None:
-    """How many rows some units hold, for a progress bar; None where counting is not cheap.
-
-    Parquet files say it, and a .jsonl file has one a line; other sources would have to be parsed.
-    """
-    if not corpus.files:
-        return None
-    try:
-        counts = [rows_in(corpus.files[unit]) for unit in units]
-    except CORRUPT:
-        return None  # reading the file will say what is wrong with it
-    known = [count for count in counts if count is not None]
-    return sum(known) or None if len(known) == len(counts) else None
-
-
 def dataset_commit(name: HubName) -> str:
     """The commit that a revision is now, so that what is read is what the fingerprint names.
 
@@ -133,14 +111,23 @@ def dataset_commit(name: HubName) -> str:
 
 
 def inputs_of(corpus: Corpus) -> list[dict[str, Any]]:
-    """What identifies the content that is read, in its order."""
+    """What identifies the content of each file, or of a dataset.
+
+    Files may be far larger than what is read of them, so no content is hashed but their beginnings.
+    """
     if dataset := corpus.dataset:
         config = {"config": dataset.config} if dataset.config else {}
         return [{"name": dataset.repo, "revision": dataset.revision, **config}]
-    return [
-        {"name": file.name, "size_bytes": file.stat().st_size, "hash": hash_files([file])}
-        for file in corpus.files
-    ]
+    return [_file_identity(file) for file in corpus.files]
+
+
+def _file_identity(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        beginning = stream.read(BEGINNING_BYTES)
+    status = file.stat()
+    identity = {"name": file.name, "size_bytes": status.st_size, "begins": hash_bytes(beginning)}
+    is_whole = status.st_size <= BEGINNING_BYTES
+    return identity if is_whole else {**identity, "changed_ns": status.st_mtime_ns}
 
 
 def units_of(corpus: Corpus) -> int:

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import zstandard
 
 from headstart.system.errors import UserError
@@ -105,26 +104,19 @@ def some_of(names: Iterable[str]) -> str:
 def kinds_of(files: Iterable[Path]) -> str:
     """How many files of each suffix there are; plain text, which may be a README, by name."""
     every = list(files)
-    counts = Counter("".join(file.suffixes[-1 - _is_packed(file) :]) for file in every)
+    counts = Counter("".join(file.suffixes[-1 - is_compressed(file) :]) for file in every)
     texts = {file.name for file in every if is_plain_text(file)}
     named = f" ({some_of(sorted(texts))})" if texts and len(counts) > 1 else ""
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common()) + named
 
 
-def _is_packed(file: Path) -> bool:
+def is_packed(file: Path) -> bool:
+    """Whether a file is compressed as a whole, or in itself as .parquet is."""
+    return is_compressed(file) or file.suffix.lower() == ".parquet"
+
+
+def is_compressed(file: Path) -> bool:
     return file.suffix.lower() in OPENERS
-
-
-def rows_in(file: Path) -> int | None:
-    """How many rows a file holds, where that is cheap to know; errors as in reading it."""
-    if file.suffix.lower() == ".parquet":
-        return int(pyarrow.parquet.read_metadata(file).num_rows)
-    if not is_json_lines(file):
-        return None
-    with opened(file, "rb") as stream:
-        pieces = iter(lambda: stream.read(1 << 20), b"")
-        num_lines: int = sum(piece.count(b"\n") for piece in pieces)
-    return num_lines
 
 
 def json_lines(

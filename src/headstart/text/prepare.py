@@ -7,9 +7,9 @@ cache. What is written is one flat binary file per split and a manifest that say
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,10 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headstart.demo import DEMO
-from headstart.system.distributed import from_main, is_main
+from headstart.system.distributed import from_main
 from headstart.system.errors import UserError
-from headstart.system.files import (
-    UNFINISHED,
-    cache_root,
-    finished_folder,
-    remove,
-    remove_abandoned,
-    write_json,
-)
-from headstart.system.hashing import hash_json
+from headstart.system.files import cache_root, finished_folder, remove_abandoned, write_json
+from headstart.system.hashing import hash_files, hash_json
 from headstart.system.hub import HubName
 from headstart.system.locks import locked
 from headstart.system.memo import LOCKS
@@ -43,14 +36,14 @@ from headstart.text.corpus import (
 )
 from headstart.text.local import is_plain_text
 from headstart.text.mixture import mixed_order
-from headstart.text.settings import FRACTIONS, SPLITS, DataSettings
-from headstart.text.tokenise import Tokenisation, remove_parts
+from headstart.text.needs import Needed
+from headstart.text.settings import FRACTIONS, SPLITS, DataSettings, SplitName
+from headstart.text.tokenise import UNIT_SETTINGS, Tokenisation
+from headstart.text.units import PassedOver, total_counts
 
-LAYOUT_VERSION = 5
-"""Part of the fingerprint: raise it when the same inputs give other bytes."""
-FINGERPRINTED = (
-    "text_column", "block_length", *FRACTIONS, "seed", "max_tokens", "strict", "document_separator",
-)  # fmt: skip
+LAYOUT_VERSION = 6
+"""Raise it when the same inputs give other bytes."""
+RELEVANT = (*UNIT_SETTINGS, "block_length", "max_tokens")
 """The settings that decide the bytes. Where the same content lies is not among them."""
 BLOCKS_PER_CHECK = 4096
 MIN_BLOCK_LENGTH = 8
@@ -71,7 +64,10 @@ def check_source(settings: DataSettings) -> None:
 
 
 def prepare(
-    settings: DataSettings, tokenizer: str | Path, cache_folder: Path | None = None
+    settings: DataSettings,
+    tokenizer: str | Path,
+    cache_folder: Path | None = None,
+    needed: Needed | None = None,
 ) -> TokenBlocks:
     """Tokenise a corpus into blocks of equal length, or find that done already.
 
@@ -87,8 +83,10 @@ def prepare(
     Args:
         settings: What to read and how to cut it.
         tokenizer: Checkpoint folder or hub id whose tokenizer is used.
-        cache_folder: Where prepared corpora are kept, one folder per fingerprint of the inputs'
-            content, the tokenizer and the settings; `cache_root() / "data"` when None.
+        cache_folder: Where prepared corpora are kept, and what was read of each file;
+            `cache_root() / "data"` when None.
+        needed: How much of the text a run needs, which is read from all over it; everything when
+            None. `settings.max_tokens` goes before it.
 
     Raises:
         UserError: As `check_source`; or a file is corrupt, the tokenizer does not load or has no
@@ -97,10 +95,12 @@ def prepare(
     cache_folder = cache_folder or cache_root() / "data"
     from_main(lambda: remove_abandoned(cache_folder))
     loaded = load_tokenizer(tokenizer)
-    parts = [_prepare_one(part, loaded, cache_folder) for part in parts_of(settings)]
-    blocks = parts[0]
-    if settings.mixture:
-        blocks = _mixed(parts, [part.weight for part in settings.mixture], cache_folder)
+    weights = [part.weight for part in settings.mixture] or [1.0]
+    parts = []
+    for part, weight in zip(parts_of(settings), weights, strict=True):
+        of_part = needed.share(weight / sum(weights)) if needed is not None else None
+        parts.append(_prepare_one(part, loaded, cache_folder, of_part))
+    blocks = _mixed(parts, weights, cache_folder) if settings.mixture else parts[0]
     return replace(blocks, separate_documents=settings.separate_documents)
 
 
@@ -146,40 +146,78 @@ def parts_of(settings: DataSettings) -> list[DataSettings]:
 
 
 def _prepare_one(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, cache_folder: Path
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_folder: Path,
+    needed: Needed | None,
 ) -> TokenBlocks:
+    if settings.max_tokens:
+        needed = Needed({"train": settings.max_tokens})
     corpus, inputs = from_main(lambda: _identified(settings))
-    tokenizer_hash = _tokenizer_hash(tokenizer)
-    relevant = {key: getattr(settings, key) for key in FINGERPRINTED}
-    fingerprint = hash_json([LAYOUT_VERSION, inputs, tokenizer_hash, relevant])
-    folder = cache_folder / fingerprint
-    unfinished = folder.with_name(f"{fingerprint}.unfinished")
+    relevant = {key: getattr(settings, key) for key in RELEVANT}
+    of_tokenizer = _tokenizer_hash(tokenizer)
+    sought = [LAYOUT_VERSION, inputs, of_tokenizer, relevant, asdict(needed) if needed else None]
+    folder = cache_folder / hash_json(sought)
     with _one_run_at_a_time(folder):
         if finished := from_main(lambda: finished_blocks(folder)):
             return finished
         if _is_pinned(settings):
             from_main(lambda: _check_text(corpus, settings))
         vocabulary = max(tokenizer.get_vocab().values()) + 1
-        dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
-        try:
-            begin = first_token(tokenizer)
-            counts = Tokenisation(corpus, unfinished, settings, tokenizer, dtype, begin).run()
-            _count_blocks(counts["splits"], settings, any(map(is_plain_text, corpus.files)))
-        except UserError:
-            if is_main():  # nothing that goes on from here would end otherwise
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+        tokenisation = Tokenisation(
+            corpus=corpus,
+            cache_folder=cache_folder,
+            settings=settings,
+            tokenizer=tokenizer,
+            tokenizer_hash=of_tokenizer,
+            dtype=np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32),
+            begin=first_token(tokenizer),
+            needed=needed,
+        )
+        shares = tokenisation.read()
         manifest = {
-            "fingerprint": fingerprint,
             "settings": relevant | {"source": settings.source},
             "inputs": inputs,
-            "tokenizer": tokenizer_hash,
+            "tokenizer": of_tokenizer,
             "vocabulary": vocabulary,
             "end_token": int(tokenizer.eos_token_id),
-            "dtype": dtype.name,
-            **counts,
+            "dtype": tokenisation.dtype.name,
         }
-        from_main(lambda: _finish(unfinished, folder, manifest))
+        return from_main(lambda: _joined(tokenisation, shares, folder, manifest))
+
+
+def _joined(
+    tokenisation: Tokenisation, shares: Mapping[int, float], folder: Path, manifest: dict[str, Any]
+) -> TokenBlocks:
+    """Put the tokens that were read one after another, in whole blocks, with a manifest.
+
+    The text is known by its tokens, so that it is the same wherever and however often it was read.
+    """
+    settings, corpus = tokenisation.settings, tokenisation.corpus
+    taken = tokenisation.taken(shares)
+    splits = total_counts(taken.values())
+    passed_over = PassedOver.of(corpus, taken)
+    if passed_over.faults and not any(count["documents"] for count in splits.values()):
+        raise UserError(next(iter(passed_over.faults.values())))
+    shutil.rmtree(folder, ignore_errors=True)  # if its files were cut short
+    with finished_folder(folder) as unfinished:
+        for name, count in splits.items():
+            with (unfinished / f"{name}.bin").open("wb") as whole:
+                for tokens in tokenisation.tokens(name, taken):
+                    whole.write(tokens.tobytes())
+                count["packed_tokens"] = whole.tell() // tokenisation.dtype.itemsize
+        _count_blocks(splits, settings, any(map(is_plain_text, corpus.files)))
+        files = [unfinished / f"{name}.bin" for name in splits]
+        for file, count in zip(files, splits.values(), strict=True):
+            os.truncate(file, count["blocks"] * settings.block_length * tokenisation.dtype.itemsize)
+        content = [settings.block_length, manifest["dtype"], manifest["end_token"]]
+        fingerprint = hash_json([LAYOUT_VERSION, content, hash_files(files)])
+        manifest = {
+            "fingerprint": fingerprint, **manifest, "splits": splits, **asdict(passed_over),
+        }  # fmt: skip
+        write_json(unfinished / "manifest.json", manifest)
+    for sentence in passed_over.sentences(settings.text_column):
+        console.print(sentence, highlight=False)
     return TokenBlocks(folder, manifest)
 
 
@@ -190,19 +228,6 @@ def _identified(settings: DataSettings) -> tuple[Corpus, list[dict[str, Any]]]:
     if not _is_pinned(settings):
         _check_text(corpus, settings)
     return corpus, inputs_of(corpus)
-
-
-def _finish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Cut the splits to whole blocks and put the finished folder in its place."""
-    block_bytes = manifest["settings"]["block_length"] * np.dtype(manifest["dtype"]).itemsize
-    for name, count in manifest["splits"].items():
-        os.truncate(unfinished / f"{name}.bin", count["blocks"] * block_bytes)
-    write_json(unfinished / "manifest.json", manifest)
-    remove_parts(unfinished)
-    for left in unfinished.glob(f"{UNFINISHED}*"):  # by processes that were killed before
-        remove(left)
-    shutil.rmtree(folder, ignore_errors=True)  # if its files were cut short
-    unfinished.rename(folder)
 
 
 @contextmanager
@@ -219,7 +244,7 @@ def _one_run_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _count_blocks(
-    counts: dict[str, dict[str, int]], settings: DataSettings, is_plain: bool
+    counts: dict[SplitName, dict[str, int]], settings: DataSettings, is_plain: bool
 ) -> None:
     """Add the whole blocks of each split, or say which has none though it has a share."""
     if settings.max_tokens:
@@ -240,11 +265,11 @@ def _count_blocks(
 def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -> TokenBlocks:
     """The mixture of prepared corpora: their order on disk, and counts by their shares."""
     mixed = [
-        {"fingerprint": part.manifest["fingerprint"], "weight": weight}
+        {"folder": part.folder.name, "fingerprint": part.fingerprint, "weight": weight}
         for part, weight in zip(parts, weights, strict=True)
     ]
-    fingerprint = hash_json([LAYOUT_VERSION, mixed])
-    folder = cache_folder / fingerprint
+    folder = cache_folder / hash_json([LAYOUT_VERSION, mixed])
+    contents = [[part["fingerprint"], part["weight"]] for part in mixed]
     first = parts[0].manifest
     orders, splits = {}, {}
     for name in SPLITS:
@@ -261,7 +286,7 @@ def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -
                 f"the {name} split of the mixture has no block: give its smallest corpus more text"
             )
     manifest = {
-        "fingerprint": fingerprint,
+        "fingerprint": hash_json([LAYOUT_VERSION, contents]),
         "settings": first["settings"],
         "parts": mixed,
         **{key: first[key] for key in ("tokenizer", "vocabulary", "end_token", "dtype")},

@@ -58,7 +58,7 @@ class DataSettings:
         seed: Changes which documents fall into which split.
         mixture: Several corpora instead of `source`. Smaller ones are repeated until the largest,
             by its weight, has been read once.
-        max_tokens: Training tokens to read of each corpus; 0 for all that it holds.
+        max_tokens: Training tokens to read of each corpus; 0 for as many as a run needs.
         strict: Whether a line of a .jsonl file that is no JSON object is an error; otherwise it is
             passed over and counted.
         separate_documents: Whether tokens attend to their own document only, in training and in
@@ -87,6 +87,12 @@ class DataSettings:
     def fractions(self) -> dict[str, float]:
         """The share of each split but the training's, by its setting."""
         return {name: getattr(self, name) for name in FRACTIONS}
+
+    def share(self, split: SplitName) -> float:
+        """The share of a split."""
+        if split == "train":
+            return 1 - sum(self.fractions.values())
+        return self.fractions[f"{split}_fraction"]
 
     def for_test_alone(self) -> DataSettings:
         """The same text, all of it in the test split."""

@@ -1,164 +1,227 @@
 """Documents in, one flat file of token ids per split out: in constant memory, on all cores, and
 going on where a killed process stopped.
 
-The corpus falls into units, which are its files or the shards of a dataset on the hub. Process r of
-w takes units r, r + w, r + 2w and so on; the tokenizer's own threads share the texts of one. The
-tokens of all units are joined in the corpus' order, so any number of processes writes the same
+The corpus falls into units, which are its files or the shards of a dataset on the hub. Each is read
+as far as it is needed. The processes share the units, and the tokenizer's own threads share the
+texts of one. Tokens are joined in the corpus' order, so any number of processes writes the same
 bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import UInt
 
-from headstart.system.distributed import barrier, from_main, is_main, rank, world_size
+from headstart.system.distributed import barrier, from_main, rank, world_size
 from headstart.system.errors import UserError
-from headstart.system.files import write_json
+from headstart.system.hashing import hash_json
+from headstart.system.locks import locked
+from headstart.system.memo import LOCKS
 from headstart.system.progress import console, progress
-from headstart.text.corpus import Corpus, count_rows, texts_of, units_of
-from headstart.text.settings import SPLITS, DataSettings, SplitName
-from headstart.text.units import NO_COUNTS, Counts, PassedOver, UnitState
+from headstart.text.corpus import Corpus, inputs_of, texts_of, units_of
+from headstart.text.needs import Needed, expected_tokens, shares_of
+from headstart.text.settings import FRACTIONS, SPLITS, DataSettings, SplitName
+from headstart.text.units import NO_COUNTS, Batch, Taken, UnitLog, total_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+VERSION = 1
+"""Of what is kept of a unit; raise it when the same unit would give other tokens."""
+UNIT_SETTINGS = ("text_column", *FRACTIONS, "seed", "strict", "document_separator")
+"""Those that decide a unit's tokens, and to which splits they go."""
 BATCH_CHARACTERS = 1 << 20
 BATCH_ROWS = 4096
 PIECE_CHARACTERS = 1 << 18
 """Of a long document, that a tokenizer is given at once."""
-BATCHES_PER_RECORD = 16
-"""How often a unit's state is recorded, after which a killed process goes on."""
 
 HELD_OUT: tuple[SplitName, ...] = ("validation", "search", "test")
 
 
 @dataclass(frozen=True)
 class Tokenisation:
-    """A corpus on its way into SPLIT.bin of every split.
+    """A corpus on its way into token ids.
 
     Attributes:
-        corpus: What to read.
-        folder: To write into; the same work goes on there.
-        settings: Which split a document belongs to, and where reading stops.
-        tokenizer: Its end-of-sequence token is put after every document.
-        dtype: Of the token ids on disk.
-        begin: The token that every document and every block begins with, or none.
+        corpus: what to read.
+        cache_folder: where what was read of units is kept.
+        settings: which split a document belongs to.
+        tokenizer: its end-of-sequence token is put after every document.
+        tokenizer_hash: of it.
+        dtype: of the token ids on disk.
+        begin: the token that every document and every block begins with, or none.
+        needed: how much has to be read; everything when None.
     """
 
     corpus: Corpus
-    folder: Path
+    cache_folder: Path
     settings: DataSettings
     tokenizer: PreTrainedTokenizerBase
+    tokenizer_hash: str
     dtype: np.dtype[Any]
     begin: int | None = None
+    needed: Needed | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Write the files, going on with what lies in the folder.
+    def read(self) -> dict[int, float]:
+        """Read as much of every unit as is needed, going on with what was read before.
 
         Every process must call it; those of torchrun share the units.
 
         Returns:
-            "splits", the counts; and all that `PassedOver` has.
+            How many tokens of which units are needed, for `taken`.
 
         Raises:
-            UserError: As `texts_of`; where others of a folder hold text, only if `strict`.
+            UserError: as `texts_of`; where others of a folder hold text, only if `strict`.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        num_units = units_of(self.corpus)
-        mine = range(rank(), num_units, world_size())
-        with progress("tokenise", count_rows(self.corpus, mine), "documents") as advance:
-            for unit, state in self._needed(num_units):
-                if unit in mine:
-                    self._tokenise_unit(unit, state, advance)
-        barrier()
-        states = from_main(lambda: self._joined(num_units))
-        splits = {
-            name: {key: sum(state.counts[name][key] for state in states) for key in NO_COUNTS}
-            for name in SPLITS
-        }
-        for name, count in splits.items():
-            num_bytes = (self.folder / f"{name}.bin").stat().st_size
-            count["packed_tokens"] = num_bytes // self.dtype.itemsize
-        passed_over = PassedOver.of(self.corpus, states)
-        if not any(count["documents"] for count in splits.values()):
-            for state in states:
-                if state.fault:
-                    raise UserError(state.fault)
-        if is_main():
-            for sentence in passed_over.sentences(self.settings.text_column):
-                console.print(sentence, highlight=False)
-        return {"splits": splits, **asdict(passed_over)}
+        expected = expected_tokens(self.corpus, self._num_units)
+        num_tokens: float = math.inf
+        if self.needed is not None:
+            num_tokens = self.needed.first_tokens(self.settings)
+        total = num_tokens if self.corpus.dataset else min(num_tokens, sum(expected))
+        with progress("tokenise", None if math.isinf(total) else total, "tokens") as advance:
+            shares: dict[int, float] = {}
+            while True:
+                before, shares = shares, shares_of(expected, num_tokens)
+                for unit in list(shares)[rank() :: world_size()]:
+                    if unit not in before and (num_found := self._log(unit).num_tokens):
+                        advance(min(num_found, shares[unit]), "resumed")
+                    self._read_unit(unit, shares[unit], advance)
+                barrier()
+                growth = from_main(partial(self._growth, shares))
+                if growth == 1:
+                    return shares
+                num_tokens *= growth
 
-    def _tokenise_unit(self, unit: int, state: UnitState, advance: Callable[..., None]) -> None:
-        if state.is_done:
-            advance(state.rows)
+    def taken(self, shares: Mapping[int, float]) -> dict[int, Taken]:
+        """What a corpus that needs so much takes of each unit, once it was read."""
+        taken = {unit: self._log(unit).taken(share) for unit, share in shares.items()}
+        return {unit: of_unit for unit, of_unit in taken.items() if of_unit is not None}
+
+    def tokens(
+        self, split: SplitName, taken: Mapping[int, Taken]
+    ) -> Iterator[UInt[np.ndarray, " _"]]:
+        """The token ids of a split, unit after unit; in whole blocks if all begin with a token."""
+        pieces = chain.from_iterable(
+            self._log(unit).tokens_of(split, len(of_unit.batches))
+            for unit, of_unit in taken.items()
+        )
+        if self.begin is None:
+            return pieces
+        return begun_blocks(pieces, self.begin, self.settings.block_length)
+
+    @cached_property
+    def _num_units(self) -> int:
+        return units_of(self.corpus)
+
+    def _growth(self, shares: Mapping[int, float]) -> float:
+        """How many times as much has to be read; 1 where there is enough, or no more."""
+        taken = self.taken(shares)
+        is_all = len(taken) == self._num_units and all(unit.is_whole for unit in taken.values())
+        if self.needed is None or is_all:
+            return 1.0
+        return self.needed.growth(total_counts(taken.values()))
+
+    def _read_unit(self, unit: int, num_tokens: float, advance: Callable[..., None]) -> None:
+        """Read a unit until it has given so many tokens, or ends."""
+        log = self._log(unit)
+        if log.is_enough(num_tokens):
             return
-        advance(state.rows, "resumed" if state.rows else None)
+        with locked(self.cache_folder / LOCKS / f"unit-{log.folder.name}", on_busy=_wait):
+            self._read_on(unit, self._log(unit), num_tokens, advance)
+
+    def _read_on(
+        self, unit: int, log: UnitLog, num_tokens: float, advance: Callable[..., None]
+    ) -> None:
         corrupt, without_column = list[str](), list[str]()  # since the last batch
+        faults = list[str]()
         texts = texts_of(
             self.corpus,
             unit,
             self.settings.text_column,
             self.settings.document_separator,
-            state.rows,
+            log.num_rows,
             on_corrupt=None if self.settings.strict else corrupt.append,
             on_missing=without_column.append,
         )
         if self.corpus.folder and not self.settings.strict:
-            texts = _until_fault(texts, state)
+            texts = _until_fault(texts, faults.append)
         with ExitStack() as stack:
-            files: dict[str, BinaryIO] = {}
-            for name in SPLITS:
-                path = self._unit_file(unit, name)
-                path.touch()
-                files[name] = stack.enter_context(path.open("r+b"))
-                files[name].truncate(state.counts[name]["tokens"] * self.dtype.itemsize)
-                files[name].seek(0, 2)
+            writer = stack.enter_context(log.appended())
             # While one batch is in the tokenizer's threads, the next one is read.
             encoder = stack.enter_context(ThreadPoolExecutor(1))
-            waiting: deque[
-                tuple[int, tuple[list[str], list[str]], list[str], Future[list[np.ndarray]]]
-            ] = deque()
+            waiting: deque[tuple[dict[str, Any], list[str], Future[list[np.ndarray]]]] = deque()
 
             def finish() -> None:
-                num_rows, passed_over, batch, encoded = waiting.popleft()
-                self._write(batch, encoded.result(), files, state.counts)
-                state.rows += num_rows
-                state.pass_over(*passed_over)
-                advance(num_rows)
+                passed_over, texts_in_batch, encoded = waiting.popleft()
+                counts, tokens = self._sorted(texts_in_batch, encoded.result())
+                batch = Batch(counts=counts, **passed_over)
+                writer.add(batch, tokens)
+                advance(batch.tokens)
 
-            def record() -> None:
-                for file in files.values():
-                    file.flush()
-                write_json(self._unit_file(unit, "json"), vars(state))
-
-            for number, (num_rows, batch) in enumerate(_batches(texts), 1):
-                encoded = encoder.submit(self._encode, batch)
-                waiting.append((num_rows, (corrupt.copy(), without_column.copy()), batch, encoded))
-                corrupt.clear()
-                without_column.clear()
-                if len(waiting) > 1:
+            batches = _batches(texts)
+            while not log.is_enough(num_tokens):
+                read = next(batches, None)
+                if read is not None:
+                    num_rows, texts_in_batch = read
+                    passed_over = {
+                        "rows": num_rows,
+                        "corrupt_lines": len(corrupt),
+                        "first_corrupt": corrupt[0] if corrupt else "",
+                        "rows_without_column": len(without_column),
+                        "first_without_column": without_column[0] if without_column else "",
+                    }
+                    corrupt.clear()
+                    without_column.clear()
+                    encoded = encoder.submit(self._encode, texts_in_batch)
+                    waiting.append((passed_over, texts_in_batch, encoded))
+                if waiting and (read is None or len(waiting) > 1):
                     finish()
-                if number % BATCHES_PER_RECORD == 0:
-                    record()
-                if self._is_enough(state.counts["train"]["tokens"]):
-                    break
-            while waiting:
+                elif read is None:
+                    writer.end(*faults or [""])
+            while waiting:  # what is encoded already
                 finish()
-            state.is_done = True
-            record()
+
+    def _log(self, unit: int) -> UnitLog:
+        """What was read of a unit so far, by this run or others."""
+        return UnitLog.read(self.cache_folder / "units" / self._keys[unit], self.dtype)
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        """What each unit's tokens are found by."""
+        inputs: list[Any] = list(inputs_of(self.corpus))
+        if self.corpus.dataset:
+            inputs = [[*inputs, unit, self._num_units] for unit in range(self._num_units)]
+        settings = [getattr(self.settings, key) for key in UNIT_SETTINGS]
+        return [hash_json([VERSION, unit, self.tokenizer_hash, settings]) for unit in inputs]
+
+    def _sorted(
+        self, texts: list[str], encoded: list[np.ndarray]
+    ) -> tuple[dict[SplitName, dict[str, int]], dict[SplitName, list[np.ndarray]]]:
+        """Counts and token ids of some documents, by their splits."""
+        counts = {name: NO_COUNTS.copy() for name in SPLITS}
+        tokens: dict[SplitName, list[np.ndarray]] = {name: [] for name in SPLITS}
+        end = np.array([self.tokenizer.eos_token_id], self.dtype)
+        begin = np.array([] if self.begin is None else [self.begin], self.dtype)
+        for text, token_ids in zip(texts, encoded, strict=True):
+            name = split_of(text, self.settings)
+            tokens[name] += (begin, token_ids, end)
+            count = counts[name]
+            count["documents"] += 1
+            count["text_bytes"] += len(text.encode())
+            count["tokens"] += len(begin) + len(token_ids) + 1
+        return counts, tokens
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         """The tokens of some documents; what spells the end token in them is plain text."""
@@ -188,84 +251,6 @@ class Tokenisation:
         rest = iter(encoded)
         return [np.concatenate(list(islice(rest, len(of_text)))) for of_text in pieces]
 
-    def _write(
-        self,
-        batch: list[str],
-        encoded: list[np.ndarray],
-        files: dict[str, BinaryIO],
-        counts: Counts,
-    ) -> None:
-        tokens: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-        end = np.array([self.tokenizer.eos_token_id], self.dtype)
-        begin = np.array([] if self.begin is None else [self.begin], self.dtype)
-        for text, token_ids in zip(batch, encoded, strict=True):
-            name = split_of(text, self.settings)
-            tokens[name] += (begin, token_ids, end)
-            count = counts[name]
-            count["documents"] += 1
-            count["text_bytes"] += len(text.encode())
-            count["tokens"] += len(begin) + len(token_ids) + 1
-        for split, pieces in tokens.items():
-            files[split].write(b"".join(piece.tobytes() for piece in pieces))
-
-    def _is_enough(self, train_tokens: int) -> bool:
-        return 0 < self.settings.max_tokens <= train_tokens
-
-    def _unit_file(self, unit: int, kind: str) -> Path:
-        return self.folder / (f"unit-{unit:05d}.{kind}" + ("" if kind == "json" else ".part"))
-
-    def _state(self, unit: int) -> UnitState:
-        try:
-            return UnitState(**json.loads(self._unit_file(unit, "json").read_text()))
-        except FileNotFoundError:
-            return UnitState({name: NO_COUNTS.copy() for name in SPLITS})
-
-    def _needed(self, num_units: int) -> Iterator[tuple[int, UnitState]]:
-        """The units, in order, with their states as they are now, until finished ones before them
-        hold `max_tokens` already."""
-        tokens, all_done = 0, True
-        for unit in range(num_units):
-            if all_done and self._is_enough(tokens):
-                return
-            state = self._state(unit)
-            yield unit, state
-            tokens += state.counts["train"]["tokens"]
-            all_done = all_done and state.is_done
-
-    def _joined(self, num_units: int) -> list[UnitState]:
-        """Put the units' tokens one after another. The parts stay, for a kill in between.
-
-        Returns:
-            The states of the units that were needed.
-        """
-        states = [state for _, state in self._needed(num_units)]
-        assert all(state.is_done for state in states)
-        for name in SPLITS:
-            parts = [self._unit_file(unit, name) for unit in range(len(states))]
-            with (self.folder / f"{name}.bin").open("wb") as whole:
-                if self.begin is not None:
-                    for block in self._begun_blocks(parts, self.begin):
-                        whole.write(block.tobytes())
-                    continue
-                for part in parts:
-                    with part.open("rb") as stream:
-                        shutil.copyfileobj(stream, whole, 1 << 20)
-        return states
-
-    def _begun_blocks(self, parts: list[Path], begin: int) -> Iterator[np.ndarray]:
-        """The tokens of some files one after another, in blocks that all begin with one token."""
-        length, rest = self.settings.block_length, np.array([], self.dtype)
-        for part in parts:
-            with part.open("rb") as stream:
-                while piece := stream.read(1 << 20):
-                    rest, place = np.concatenate([rest, np.frombuffer(piece, self.dtype)]), 0
-                    while len(rest) - place >= length:
-                        taken = length if rest[place] == begin else length - 1
-                        block = rest[place : place + taken]
-                        yield block if taken == length else np.insert(block, 0, begin)
-                        place += taken
-                    rest = rest[place:]
-
 
 def split_of(text: str, settings: DataSettings) -> SplitName:
     """The split a document belongs to by the settings' fractions and seed, whatever else there is.
@@ -275,7 +260,7 @@ def split_of(text: str, settings: DataSettings) -> SplitName:
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(settings.seed).encode())
     place = int.from_bytes(digest.digest(), "big") / 2**64
     for name in HELD_OUT:
-        place -= getattr(settings, f"{name}_fraction")
+        place -= settings.share(name)
         if place < 0:
             return name
     return "train"
@@ -307,12 +292,12 @@ def _groups(pieces: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _until_fault(texts: Iterator[str], state: UnitState) -> Iterator[str]:
-    """The texts until one does not read; the state then says why."""
+def _until_fault(texts: Iterator[str], on_fault: Callable[[str], None]) -> Iterator[str]:
+    """The texts until one does not read, which is told."""
     try:
         yield from texts
     except UserError as error:
-        state.fault = str(error)
+        on_fault(str(error))
 
 
 def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
@@ -330,9 +315,25 @@ def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
         yield num_rows, batch
 
 
-def remove_parts(folder: Path) -> None:
-    """Delete the units' files, which nothing needs once the whole is kept."""
-    # A record without its tokens would be believed; tokens without a record are not.
-    for kind in ("json", "part"):
-        for path in folder.glob(f"unit-*.{kind}"):
-            path.unlink()
+def begun_blocks(
+    pieces: Iterable[UInt[np.ndarray, " _"]], begin: int, block_length: int
+) -> Iterator[UInt[np.ndarray, " _"]]:
+    """Token ids one after another, in blocks that all begin with one token."""
+    rest: list[np.ndarray] = []
+    num_rest = 0
+    for piece in pieces:
+        rest.append(piece)
+        num_rest += len(piece)
+        if num_rest < block_length:
+            continue
+        tokens, place = np.concatenate(rest), 0
+        while len(tokens) - place >= block_length:
+            count = block_length if tokens[place] == begin else block_length - 1
+            block = tokens[place : place + count]
+            yield block if count == block_length else np.insert(block, 0, begin)
+            place += count
+        rest, num_rest = [tokens[place:]], len(tokens) - place
+
+
+def _wait(owner: str) -> None:
+    console.print(f"{owner} reads the same file; waiting for it")

@@ -189,8 +189,11 @@ class TeacherCache:
     def __init__(self, path: str, identity: CacheIdentity) -> None:
         self.path, self.identity = path, identity
         files, self._root = fsspec.url_to_fs(path)
-        found = check_begun(path)
-        _refuse_others(path, identity, found)
+        found = check_cache(path, identity)
+        if found is None:
+            raise UserError(
+                f"kd.cache {path} holds no teacher cache; write it with `headstart cache-teacher`"
+            )
         self._blocks_per_shard = found["blocks_per_shard"]
         try:
             with files.open(f"{self._root}/blocks.npy", "rb") as stream:
@@ -328,18 +331,27 @@ def _manifest(files: Any, root: str) -> dict[str, Any] | None:
         return None
 
 
-def check_begun(path: str) -> dict[str, Any]:
-    """The content of a cache's `cache.json`; a UserError if there is none."""
+def check_cache(path: str, identity: CacheIdentity | None = None) -> dict[str, Any] | None:
+    """The content of a cache's `cache.json`; None if nothing was begun there.
+
+    Raises:
+        UserError: it cannot be looked for, or is not the `identity` that is asked for.
+    """
     try:
-        place = fsspec.url_to_fs(path)
+        found = _manifest(*fsspec.url_to_fs(path))
     except (ValueError, ImportError) as error:
         raise UserError(f"kd.cache {path} cannot be read ({error}); give another") from error
-    found = _manifest(*place)
-    if found is None:
-        raise UserError(
-            f"kd.cache {path} holds no teacher cache; write it with `headstart cache-teacher`"
-        )
+    if found is not None and identity is not None:
+        _refuse_others(path, identity, found)
     return found
+
+
+def is_finished(path: str, identity: CacheIdentity) -> dict[str, Any] | None:
+    """The content of a cache's `cache.json` if all of it is there, or None; errors as
+    `check_cache`."""
+    found = check_cache(path, identity)
+    files, root = fsspec.url_to_fs(path)
+    return found if found is not None and files.exists(f"{root}/blocks.npy") else None
 
 
 def _refuse_others(path: str, identity: CacheIdentity, found: dict[str, Any]) -> None:
