@@ -289,3 +289,9 @@ def test_corrupt_lines_are_counted_or_named(
     with pytest.raises(ValueError, match=rf"cannot read .*{name}, line 41: .*; mend or remove it"):
         prepare(strict, tokenizer, tmp_path / "cache")
     assert names_in(tmp_path / "cache") == {prepared.folder.name, "units", ".locks"}
+
+
+def test_batches_are_small_beside_what_was_read_before() -> None:
+    sizes = [tokenise_module.batch_characters(number) for number in range(60)]
+    assert sizes[0] == 1 << 14 and sizes[-1] == 1 << 20
+    assert all(size <= sum(sizes[:number]) / 5 for number, size in enumerate(sizes) if number > 12)

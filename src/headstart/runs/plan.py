@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from headstart.calibration.start import cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
 from headstart.recipe import Recipe
-from headstart.runs.run import bin_recipes, in_tokens
+from headstart.runs.run import bin_recipes, in_tokens, needed_text
 from headstart.runs.vocabulary import planned_architecture
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
+from headstart.system.formats import bytes_text
 from headstart.system.progress import output
+from headstart.text.blocks import token_dtype
+from headstart.text.needs import Needed
 from headstart.training.arguments import tokens_per_step, training_arguments
 from headstart.training.budgets import budgets_of
+from headstart.training.cache import CacheIdentity, bytes_per_token
 from headstart.training.plan import ArmPlan, Batch, Hardware, arms_table, plan_arm
 from headstart.training.settings import Arm
 from headstart.training.variants import variants_of
@@ -30,6 +38,7 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     returned is the plan of each arm, for each bin.
     """
     teacher, block_length = planned_architecture(recipe), recipe.data.block_length
+    output.print(text_table(recipe, teacher))
     print_search_plans(recipe, teacher)
     plans = []
     for of_bin in bin_recipes(recipe):
@@ -42,6 +51,31 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
         named = ", ".join(f"{axis} {size}" for axis, size in nearest.sizes().items())
         output.print(arms_table(plans[-1], hardware, f"a student with {named}"))
     return plans
+
+
+def text_table(recipe: Recipe, teacher: Architecture) -> Table:
+    """What is read of the text and written to disk before the first step, for the terminal.
+
+    A corpus that holds less is read whole.
+    """
+    data, vocab = recipe.data, teacher.sizes["vocab"]
+    needed = needed_text(recipe)
+    if data.max_tokens:
+        needed = Needed({"train": data.max_tokens})
+    tokens = needed.first_tokens(data)
+    train_tokens = math.ceil(tokens * data.share("train"))
+    disk_bytes = 2 * tokens * token_dtype(vocab).itemsize  # by files, and joined
+    table = Table(title="text", box=SIMPLE_HEAD)
+    for heading in ("", "tokens", "on disk", "teacher's FLOPs"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row("read at most", f"{tokens:.3g}", bytes_text(disk_bytes), "")
+    per_token = teacher.count(data.block_length).inference_flops_per_token
+    caches = {arm.kd.cache: arm.kd for arm in recipe.pretrain.arms if arm.kd and arm.kd.cache}
+    for path, kd in caches.items():
+        size = train_tokens * bytes_per_token(CacheIdentity.of(kd, "", ""), vocab)
+        flops = f"{train_tokens * per_token:.2e}"
+        table.add_row(f"cache {path}", f"{train_tokens:.3g}", bytes_text(size), flops)
+    return table
 
 
 def _plan_of(

@@ -15,6 +15,11 @@ from headstart.text.mixture import MixedBlocks
 from headstart.text.settings import SPLITS, SplitName
 
 
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Of token ids on disk."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
 @dataclass(frozen=True)
 class TokenBlocks:
     """A prepared corpus on disk, or a mixture of several.

@@ -25,7 +25,7 @@ from headstart.system.hub import HubName
 from headstart.system.locks import locked
 from headstart.system.memo import LOCKS
 from headstart.system.progress import console
-from headstart.text.blocks import TokenBlocks, finished_blocks
+from headstart.text.blocks import TokenBlocks, finished_blocks, token_dtype
 from headstart.text.corpus import (
     Corpus,
     find_corpus,
@@ -170,7 +170,7 @@ def _prepare_one(
             settings=settings,
             tokenizer=tokenizer,
             tokenizer_hash=of_tokenizer,
-            dtype=np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32),
+            dtype=token_dtype(vocabulary),
             begin=first_token(tokenizer),
             needed=needed,
         )

@@ -42,7 +42,8 @@ VERSION = 1
 """Of what is kept of a unit; raise it when the same unit would give other tokens."""
 UNIT_SETTINGS = ("text_column", *FRACTIONS, "seed", "strict", "document_separator")
 """Those that decide a unit's tokens, and to which splits they go."""
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS, FIRST_CHARACTERS, GROWTH = 1 << 20, 1 << 14, 1.125
+"""Of a unit's batches: the most, the first one's, and by how much each is larger than the last."""
 BATCH_ROWS = 4096
 PIECE_CHARACTERS = 1 << 18
 """Of a long document, that a tokenizer is given at once."""
@@ -170,8 +171,11 @@ class Tokenisation:
                 writer.add(batch, tokens)
                 advance(batch.tokens)
 
-            batches = _batches(texts)
+            batches = _batches(texts, len(log.batches))
             while not log.is_enough(num_tokens):
+                if waiting and _may_be_enough(log, num_tokens):
+                    finish()
+                    continue
                 read = next(batches, None)
                 if read is not None:
                     num_rows, texts_in_batch = read
@@ -300,17 +304,31 @@ def _until_fault(texts: Iterator[str], on_fault: Callable[[str], None]) -> Itera
         on_fault(str(error))
 
 
-def _batches(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
-    """Rows read and the documents among them, of about `BATCH_CHARACTERS` together."""
+def _may_be_enough(log: UnitLog, num_tokens: float) -> bool:
+    """Whether a batch that waits, which is hardly larger than the last one, may be all there is
+    need of."""
+    next_tokens = GROWTH * log.batches[-1].tokens if log.batches else math.inf
+    return log.num_tokens + next_tokens >= num_tokens
+
+
+def batch_characters(number: int) -> int:
+    """How large a unit's batch of that number is, about a ninth of what comes before it, so that
+    hardly more is read than is needed."""
+    exponent = min(number, math.ceil(math.log(BATCH_CHARACTERS / FIRST_CHARACTERS, GROWTH)))
+    return min(math.ceil(FIRST_CHARACTERS * GROWTH**exponent), BATCH_CHARACTERS)
+
+
+def _batches(texts: Iterator[str], number: int) -> Iterator[tuple[int, list[str]]]:
+    """Rows read and the documents among them, in batches from that number on."""
     batch, num_rows, num_characters = list[str](), 0, 0
     for text in texts:
         num_rows += 1
         if text:
             batch.append(text)
             num_characters += len(text)
-        if num_characters >= BATCH_CHARACTERS or num_rows == BATCH_ROWS:
+        if num_characters >= batch_characters(number) or num_rows == BATCH_ROWS:
             yield num_rows, batch
-            batch, num_rows, num_characters = [], 0, 0
+            batch, num_rows, num_characters, number = [], 0, 0, number + 1
     if num_rows:
         yield num_rows, batch
 

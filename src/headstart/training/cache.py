@@ -34,7 +34,7 @@ from headstart.losses.distillation import DistillationSettings, Samples, TopK, s
 from headstart.system.distributed import barrier, from_main, is_main, rank, world_size
 from headstart.system.errors import UserError
 from headstart.system.files import is_abandoned, scratch_prefix
-from headstart.text.blocks import BlockDataset, document_positions
+from headstart.text.blocks import BlockDataset, document_positions, token_dtype
 from headstart.text.mixture import MixedBlocks
 from headstart.training.teacher import Teacher
 
@@ -112,7 +112,7 @@ def write_cache(
     """
     files, root = fsspec.url_to_fs(path)
     vocab = teacher.model.config.vocab_size
-    id_dtype = _id_dtype(vocab)
+    id_dtype = token_dtype(vocab)
     num_bytes = bytes_per_token(identity, vocab)
     bytes_per_block = num_bytes * (blocks.shape[1] - 1)
     manifest = {
@@ -309,17 +309,15 @@ def _outputs(
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _id_dtype(vocab_size: int) -> np.dtype[Any]:
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
 def bytes_per_token(identity: CacheIdentity, vocab_size: int) -> int:
     """What a cache takes on disk for each token."""
     kept = min(identity.top_k, vocab_size) or identity.samples
     number_bytes = np.dtype(identity.dtype).itemsize
     numbers_per_id = 2 if identity.samples and identity.sampling_temperature != 1 else 1
     tail_bytes = number_bytes if identity.top_k else 0
-    return int(kept * (_id_dtype(vocab_size).itemsize + numbers_per_id * number_bytes) + tail_bytes)
+    return int(
+        kept * (token_dtype(vocab_size).itemsize + numbers_per_id * number_bytes) + tail_bytes
+    )
 
 
 def _manifest(files: Any, root: str) -> dict[str, Any] | None:
