@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from headstart.cli import main
 from headstart.recipe import recipe_from_dict
-from headstart.runs.plan import print_plans
+from headstart.runs.plan import planned_text, print_plans
+from headstart.runs.vocabulary import planned_architecture
 from headstart.training.plan import Hardware
 
 KEYS = {
@@ -43,6 +45,21 @@ def test_every_arm_of_every_bin_has_a_plan(configs: Path, tmp_path: Path) -> Non
     scratch, _, _, distilled = plans[0]
     assert scratch.teacher_flops == 0 < distilled.teacher_flops
     assert not (tmp_path / "run").exists()
+
+
+def test_text_and_caches_are_planned_by_what_is_needed(configs: Path, tmp_path: Path) -> None:
+    """By hand: 3M training tokens are 0.85 of what is read; top 8 of a small vocabulary are two
+    bytes each for token and probability, and two for the rest."""
+    kd = {"top_k": 8, "cache": "far/away"}
+    keys = {"teacher": str(configs), "output": str(tmp_path / "run"), "data": KEYS["data"]}
+    arms = [{"name": name, "kd": kd} for name in ("a", "b")]
+    recipe = recipe_from_dict({**keys, "pretrain": {"tokens": 3_000_000, "arms": arms}})
+    plan = planned_text(recipe, planned_architecture(recipe))
+    held_out = 262_144 / 0.05
+    assert plan.tokens == math.ceil(max(3_000_000 / 0.85, held_out))
+    assert plan.disk_bytes == 4 * plan.tokens
+    assert plan.cached_tokens == math.ceil(0.85 * plan.tokens)
+    assert plan.cache_bytes == {"far/away": plan.cached_tokens * (8 * 4 + 2)}
 
 
 def test_the_command_prints_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -38,7 +39,7 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     returned is the plan of each arm, for each bin.
     """
     teacher, block_length = planned_architecture(recipe), recipe.data.block_length
-    output.print(text_table(recipe, teacher))
+    output.print(text_table(planned_text(recipe, teacher)))
     print_search_plans(recipe, teacher)
     plans = []
     for of_bin in bin_recipes(recipe):
@@ -53,28 +54,53 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     return plans
 
 
-def text_table(recipe: Recipe, teacher: Architecture) -> Table:
-    """What is read of the text and written to disk before the first step, for the terminal.
+@dataclass(frozen=True)
+class TextPlan:
+    """What is read and written before the first step of training.
 
-    A corpus that holds less is read whole.
+    Attributes:
+        tokens: that are read of the text, in all splits; fewer if it holds fewer.
+        disk_bytes: that they take, by files and joined.
+        cached_tokens: of the training split, of which each teacher cache knows the outputs.
+        cache_bytes: of each cache, by its path.
+        cache_flops: of the teacher's, to write one.
     """
+
+    tokens: int
+    disk_bytes: int
+    cached_tokens: int
+    cache_bytes: dict[str, int]
+    cache_flops: int
+
+
+def planned_text(recipe: Recipe, teacher: Architecture) -> TextPlan:
+    """Plan the text of a recipe and its teacher caches."""
     data, vocab = recipe.data, teacher.sizes["vocab"]
-    needed = needed_text(recipe)
-    if data.max_tokens:
-        needed = Needed({"train": data.max_tokens})
+    needed = Needed({"train": data.max_tokens}) if data.max_tokens else needed_text(recipe)
     tokens = needed.first_tokens(data)
-    train_tokens = math.ceil(tokens * data.share("train"))
-    disk_bytes = 2 * tokens * token_dtype(vocab).itemsize  # by files, and joined
+    cached_tokens = math.ceil(tokens * data.share("train"))
+    caches = {arm.kd.cache: arm.kd for arm in recipe.pretrain.arms if arm.kd and arm.kd.cache}
+    return TextPlan(
+        tokens=tokens,
+        disk_bytes=2 * tokens * token_dtype(vocab).itemsize,
+        cached_tokens=cached_tokens,
+        cache_bytes={
+            path: cached_tokens * bytes_per_token(CacheIdentity.of(kd, "", ""), vocab)
+            for path, kd in caches.items()
+        },
+        cache_flops=int(cached_tokens * teacher.count(data.block_length).inference_flops_per_token),
+    )
+
+
+def text_table(plan: TextPlan) -> Table:
+    """A plan of text and caches for the terminal."""
     table = Table(title="text", box=SIMPLE_HEAD)
     for heading in ("", "tokens", "on disk", "teacher's FLOPs"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("read at most", f"{tokens:.3g}", bytes_text(disk_bytes), "")
-    per_token = teacher.count(data.block_length).inference_flops_per_token
-    caches = {arm.kd.cache: arm.kd for arm in recipe.pretrain.arms if arm.kd and arm.kd.cache}
-    for path, kd in caches.items():
-        size = train_tokens * bytes_per_token(CacheIdentity.of(kd, "", ""), vocab)
-        flops = f"{train_tokens * per_token:.2e}"
-        table.add_row(f"cache {path}", f"{train_tokens:.3g}", bytes_text(size), flops)
+    table.add_row("read at most", f"{plan.tokens:.3g}", bytes_text(plan.disk_bytes), "")
+    for path, size in plan.cache_bytes.items():
+        flops = f"{plan.cache_flops:.2e}"
+        table.add_row(f"cache {path}", f"{plan.cached_tokens:.3g}", bytes_text(size), flops)
     return table
 
 
