@@ -24,10 +24,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 import zstandard
@@ -44,6 +45,8 @@ from headstart.training.plan import Hardware
 GOAL = 0.9
 VOCAB, NUM_SHARDS, TIMES_NEEDED, BYTES_PER_TOKEN = 2048, 40, 20, 3.0
 BLOCK_LENGTH, BATCH_SIZE = 128, 8
+TAIL = 4000
+"""Characters of the log that are shown where a run fails."""
 SECONDS = 5400
 """After which a run that does not end is given up."""
 
@@ -127,6 +130,16 @@ def recipe_tree(place: Path, num_tokens: int) -> dict[str, Any]:
     }
 
 
+def kill_all(pid: int) -> None:
+    """Kill a process and all that it has started, at once, as a node that fails does."""
+    launcher = psutil.Process(pid)
+    processes = [launcher, *launcher.children(recursive=True)]
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes[1:])
+
+
 class Rehearsal:
     """The run, started, watched and killed."""
 
@@ -172,13 +185,13 @@ class Rehearsal:
             process = self._start()
             while process.poll() is None:
                 if time.monotonic() > end:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    kill_all(process.pid)
                     sys.exit("missed: the run did not end")
                 stage = next((name for name, is_in in waiting.items() if is_in()), None)
                 if stage is None:
                     time.sleep(0.02)
                     continue
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_all(process.pid)
                 process.wait()
                 del waiting[stage]
                 killed.append(stage)
@@ -186,7 +199,8 @@ class Rehearsal:
             if process.returncode == 0:
                 return killed
             if process.returncode != -signal.SIGKILL:
-                sys.exit(f"missed: exit code {process.returncode}, see {self.place / 'log'}")
+                print((self.place / "log").read_text(errors="replace")[-TAIL:])
+                sys.exit(f"missed: exit code {process.returncode}, with the log's end above")
 
     def _start(self) -> subprocess.Popen[bytes]:
         launcher = ["torch.distributed.run", "--standalone"]
@@ -196,9 +210,7 @@ class Rehearsal:
         ]  # fmt: skip
         environment = {**os.environ, "HEADSTART_CACHE": str(self.place / "cache")}
         with (self.place / "log").open("ab") as log:
-            return subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def planned(recipe: Recipe, num_processes: int) -> dict[str, float]:

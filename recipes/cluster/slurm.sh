@@ -1,7 +1,8 @@
 #!/bin/bash
 # Every arm of every bin of a recipe as a SLURM job of its own, on a disk that all nodes see:
 #
-#     headstart jobs recipe.yaml                    # lists them, one a line
+#     headstart prepare recipe.yaml --processes 16  # text in tokens, ahead, on a node without GPUs
+#     headstart jobs recipe.yaml                    # lists the arms, one a line
 #     sbatch --array=1-12 recipes/cluster/slurm.sh recipe.yaml    # as many as lines
 #
 # The same line goes on with what is not finished, and `headstart report RUN` shows what is.

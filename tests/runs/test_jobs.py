@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,23 @@ def test_jobs_at_once_give_the_runs_answer(tree: dict[str, Any], tmp_path: Path)
     run_recipe(recipe_from_dict(tree))
     command = written(tree, tmp_path / "jobs")
     arms = [arm["name"] for arm in tree["pretrain"]["arms"]]
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, CLI, *command, "--bin", "large", "--arm", arm],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # as this process, which results name
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for arm in arms
-    ]
-    said = [job.communicate(timeout=300) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0], said
-    assert sum("waiting for it" in stderr for _, stderr in said) >= 1
+    folder = tmp_path / "jobs" / "large"
+    logs = [tmp_path / f"log-{number}" for number in range(len(arms))]
+    with locked(folder):  # until all of them wait for it, so that they go on at once
+        jobs = []
+        for arm, log in zip(arms, logs, strict=True):
+            part = ["--bin", "large", "--arm", arm]
+            # As this process, which results name.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            with log.open("w") as stream:
+                started = [sys.executable, CLI, *command, *part]
+                jobs.append(subprocess.Popen(started, env=environment, stderr=stream))
+        end = time.monotonic() + 300
+        while not all("waiting for it" in log.read_text() for log in logs):
+            assert time.monotonic() < end and not any(job.poll() for job in jobs)
+            time.sleep(0.05)
+    for job, log in zip(jobs, logs, strict=True):
+        assert job.wait(timeout=300) == 0, log.read_text()
     assert answer(tmp_path / "jobs" / "large") == answer(tmp_path / "whole" / "large")
     run_recipe(recipe_from_dict({**tree, "output": str(tmp_path / "jobs")}))  # the other bin
     for folder in ("30K-35K", "large"):
