@@ -176,7 +176,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if self.test_dataset and self.state.global_step in (0, self.state.max_steps):
-            loader = self.get_eval_dataloader(self.test_dataset)
+            # Not the loader of evaluations, which persistent workers would keep for validation.
+            loader = self.get_test_dataloader(self.test_dataset)
             self.log(self.evaluation_loop(loader, "test", metric_key_prefix="test").metrics)
         history = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
         if self.state.global_step and metrics["eval_loss"] < min(history[:-1], default=0.0):
