@@ -119,6 +119,7 @@ class _ChunkedSum(torch.autograd.Function):
                 matrix_gradient.addmm_(gradient.T, inputs[tokens])
             else:
                 matrix_gradient += gradient.T @ inputs[tokens]
+            del logits, logits_gradient, gradients, gradient  # before the next ones are made
         ctx.save_for_backward(hidden_gradient, matrix_gradient)
         return total
 
