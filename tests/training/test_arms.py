@@ -682,6 +682,44 @@ def test_bf16_is_used_where_it_is_fast_unless_the_recipe_says(tmp_path, monkeypa
     assert not training_arguments({"bf16": False}, SUBNET, tmp_path).bf16
 
 
+def test_a_gpu_is_fed_by_processes_that_stay_unless_the_recipe_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda pid: set(range(16)))
+
+    def workers(**train: Any) -> tuple[int, bool, str | None]:
+        made = training_arguments({"use_cpu": True, **train}, SUBNET, tmp_path)
+        how = made.dataloader_multiprocessing_context
+        return made.dataloader_num_workers, made.dataloader_persistent_workers, how
+
+    assert workers() == (2, True, "fork")
+    assert workers(dataloader_num_workers=5) == (5, True, "fork")
+    assert workers(dataloader_num_workers=0) == (0, False, None)
+    assert workers(dataloader_persistent_workers=False) == (2, False, "fork")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert workers() == (1, True, "fork")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert workers() == (0, False, None)
+    monkeypatch.setattr(arguments, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert workers() == (0, False, None)
+
+
+def test_adamw_is_the_fused_one(tmp_path):
+    assert training_arguments({"use_cpu": True}, SUBNET, tmp_path).optim == "adamw_torch_fused"
+
+
+def test_loaders_that_stay_read_each_split_for_what_it_is(inputs, tmp_path):
+    """transformers keeps the loader of the first evaluation for all later ones."""
+    staying = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    train = {**inputs.train, "bf16": False}
+    plain, kept = (
+        run_arm(SUBNET, replace(short(inputs), train={**train, **more}), tmp_path / name)
+        for name, more in (("plain", {}), ("kept", staying))
+    )
+    assert kept["curve"] == plain["curve"] and kept["before"] == plain["before"]
+    assert kept["budgets"][0]["loss"] == plain["budgets"][0]["loss"] != kept["curve"][-1]["loss"]
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [

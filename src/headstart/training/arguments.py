@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,6 +88,11 @@ LEAST = {
 CHOICES = {"include_num_input_tokens_seen": ["all", "non_padding", "no", "True", "False"]}
 """Of arguments whose choices TrainingArguments does not tell."""
 
+LOADER_WORKERS = 2
+"""Processes that read batches for one GPU, where it has as many cores to itself. Blocks are
+memory-mapped, so one keeps up with a step; the second is for a teacher cache, which is searched and
+read for every block."""
+
 SAVE_MINUTES = 15.0
 """Between checkpoints at most, by `train.save_minutes`."""
 
@@ -146,6 +152,7 @@ def training_arguments(
         "use_cpu": device.type == "cpu" and (has_bf16 or world_size() > 1),
         "report_to": "tensorboard",
         "dataloader_pin_memory": torch.cuda.is_available(),
+        **_loading(device, train),
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "log_level": "error",
@@ -166,6 +173,22 @@ def training_arguments(
     if made.seed > MAX_SEED:
         raise UserError(f"train.seed is {made.seed}; use at most {MAX_SEED}")
     return made
+
+
+def _loading(device: torch.device, train: Mapping[str, Any]) -> dict[str, Any]:
+    """How batches are read for a GPU: ahead of it, by processes that stay between epochs."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    spare = min(LOADER_WORKERS, cores // processes - 1)
+    workers = train.get("dataloader_num_workers", max(0, spare))
+    if device.type != "cuda" or not workers or not isinstance(workers, int):
+        return {}
+    # Forked, since other ways would send memory-mapped text as a copy of it.
+    return {
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": True,
+        "dataloader_multiprocessing_context": "fork",
+    }
 
 
 def _check_keys(train: dict[str, Any]) -> None:
