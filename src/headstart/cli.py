@@ -192,9 +192,11 @@ def _parser() -> argparse.ArgumentParser:
     planning = add(
         _plan,
         "headstart plan recipe.yaml --gpus 8 --peak-tflops 989 --mfu 0.4",
-        usage="[RECIPE] [--gpus N] [--peak-tflops X] [--mfu X] [--key VALUE ...] [--debug]",
+        usage="[RECIPE] [--gpus N] [--gpu-memory SIZE] [--peak-tflops X] [--mfu X] "
+        "[--key VALUE ...] [--debug]",
     )
     planning.add_argument("--gpus", type=int, default=1, help="that train together")
+    planning.add_argument("--gpu-memory", default="80GB", help="of one; 80GB is an H100")
     planning.add_argument(
         "--peak-tflops", type=float, default=989.0, help="of one in bfloat16; 989 is an H100"
     )
@@ -436,10 +438,12 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     """Hours, memory and FLOPs that a recipe would take, from configs alone."""
     from headstart.runs.plan import print_plans
+    from headstart.system.formats import parse_bytes
     from headstart.training.plan import Hardware
 
     recipe = _load(options, overrides)
-    print_plans(recipe, Hardware(options.gpus, options.peak_tflops, options.mfu))
+    memory_bytes = parse_bytes(options.gpu_memory, "--gpu-memory")
+    print_plans(recipe, Hardware(options.gpus, options.peak_tflops, options.mfu, memory_bytes))
 
 
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:

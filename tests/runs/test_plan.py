@@ -41,7 +41,7 @@ def test_every_arm_of_every_bin_has_a_plan(configs: Path, tmp_path: Path) -> Non
         assert small.tokens == large.tokens
         assert small.tokens % step_tokens == 0
         assert 1_000_000 <= small.tokens < 1_000_000 + step_tokens
-        assert small.state_bytes < large.state_bytes
+        assert small.memory.state < large.memory.state
     scratch, _, _, distilled = plans[0]
     assert scratch.teacher_flops == 0 < distilled.teacher_flops
     assert not (tmp_path / "run").exists()
@@ -76,5 +76,11 @@ def test_the_command_prints_it(
     size = ["--search.bin", "{low: 25K, high: 35K}", "--gpus", "8"]
     assert main(["plan", *arguments, *size]) == 0
     assert "8 x 989 TFLOP/s at 40%" in capsys.readouterr().out
+    assert main(["plan", *arguments, *size, "--gpu-memory", "1MB"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "8 x 989 TFLOP/s at 40%, 1 MB" in printed
+    assert "of 1 MB: set a smaller bin, since nothing else fits" in printed
+    assert main(["plan", *arguments, *size, "--gpu-memory", "80"]) == 2
+    assert "--gpu-memory is '80'; write a size above 0 with its unit" in capsys.readouterr().err
     assert main(["plan", *arguments, *size, "--mfu", "7"]) == 2
     assert "--mfu is 7.0" in capsys.readouterr().err

@@ -8,18 +8,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headstart.losses.distillation import DistillationSettings
 from headstart.model.architecture import Architecture
-from headstart.training.plan import (
-    Batch,
-    Hardware,
-    activation_bytes_per_token,
-    arms_table,
-    plan_arm,
-)
+from headstart.training.activations import Batch
+from headstart.training.memory import Setup
+from headstart.training.plan import Hardware, arms_table, misfits, plan_arm
 from headstart.training.settings import Arm
 
 TEACHER = LlamaConfig(
@@ -47,10 +42,14 @@ KD = DistillationSettings(schedule="switch", schedule_tokens=400)
 CACHED = DistillationSettings(top_k=10, cache="c")
 
 
-def plan(kd: DistillationSettings | None = None, **batch: Any):
-    arm = Arm("a", kd=kd)
+def plan(kd: DistillationSettings | None = None, hardware: Hardware = HARDWARE, **batch: Any):
+    setup = Setup(replace(BATCH, **batch))
+    return planned(kd, setup, hardware)
+
+
+def planned(kd: DistillationSettings | None, setup: Setup, hardware: Hardware = HARDWARE):
     teacher, student = Architecture.of(TEACHER), Architecture.of(STUDENT)
-    return plan_arm(arm, 960, teacher, student.sizes, replace(BATCH, **batch), HARDWARE)
+    return plan_arm(Arm("a", kd=kd), 960, teacher, student, setup, hardware)
 
 
 def forward_flops(config: LlamaConfig) -> int:
@@ -82,49 +81,20 @@ def test_state_is_what_a_step_of_adamw_holds(kd, teacher):
     expected = sum(tensor.nbytes for tensor in held)
     if teacher:
         expected += sum(p.nbytes for p in LlamaForCausalLM(TEACHER).bfloat16().parameters())
-    assert plan(kd).state_bytes == expected
-
-
-@pytest.mark.parametrize("width", [32, 128])
-def test_activations_are_about_those_of_a_forward_pass(width):
-    """The trunk's tensors that autograd keeps, without weights, at two bytes a number."""
-    config = LlamaConfig(**{**STUDENT.to_dict(), "hidden_size": width, "intermediate_size": 384})
-    model, kept = LlamaForCausalLM(config), dict[int, int]()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tensor.is_floating_point():
-            kept[storage.data_ptr()] = storage.nbytes() // tensor.itemsize
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.model(torch.zeros(4, 64, dtype=torch.long), use_cache=False)
-    measured = 2 * sum(kept.values()) / (4 * 64)
-    assert output.last_hidden_state.requires_grad
-    estimate = activation_bytes_per_token(Architecture.of(config).sizes, checkpoints=False)
-    assert 0.5 < estimate / measured < 2
+    assert plan(kd).memory.state == expected
 
 
 def test_checkpoints_keep_less_and_a_larger_batch_more():
-    whole, less, more = plan(), plan(checkpoints=True), plan(blocks=6)
-    assert less.activation_bytes < whole.activation_bytes == more.activation_bytes / 2
-    assert less.state_bytes == whole.state_bytes == more.state_bytes
-
-
-def test_layers_may_differ():
-    sizes = {**Architecture.of(STUDENT).sizes, "mlp": (32, 96, 160), "kv_groups": (1, 2, 3)}
-    found, even = activation_bytes_per_token(sizes, False), plan().activation_bytes
-    assert found * 3 * 16 == even
+    whole, less, more = plan().memory, plan(checkpoints=True).memory, plan(blocks=6).memory
+    assert less.kept < whole.kept == pytest.approx(more.kept / 2, rel=0.01)
+    assert less.state == whole.state == more.state
 
 
 def test_logits_are_a_chunk_of_those_of_the_batch():
     kd, plain = (plan(kd, blocks=4096, block_length=2048) for kd in (KD, None))
     logits = torch.empty(4096, 2048, 300, dtype=torch.float32, device="meta")
     assert kd.dense_logits_bytes == 2 * logits.nbytes == 2 * plain.dense_logits_bytes
-    assert plain.chunk_bytes < kd.chunk_bytes < kd.dense_logits_bytes / 4
-    small = plan(None)
-    assert small.chunk_bytes == 2 * small.dense_logits_bytes  # with their gradient
+    assert plain.memory.loss < kd.memory.loss < kd.dense_logits_bytes / 4
 
 
 def test_a_cache_takes_its_ids_numbers_and_tail():
@@ -142,12 +112,60 @@ def test_the_table_has_a_column_for_each_arm():
     assert caches[-3:] == ["–", "40.3", "kB"]
 
 
+def test_activations_are_computed_again_only_where_memory_needs_it():
+    batch = replace(BATCH, blocks=64, block_length=128)
+    open_setup = Setup(batch, says_checkpoints=False)
+    plain, again = (
+        plan(blocks=64, block_length=128),
+        plan(blocks=64, block_length=128, checkpoints=True),
+    )
+    ample, tight, none = (
+        replace(HARDWARE, memory_bytes=size)
+        for size in (plain.memory.peak, plain.memory.peak - 1, again.memory.peak - 1)
+    )
+    found = [planned(None, open_setup, hardware) for hardware in (ample, tight, none)]
+    assert [plan.checkpoints for plan in found] == [False, True, False]
+    assert [plan.memory for plan in found] == [plain.memory, again.memory, plain.memory]
+    assert [
+        plan.fits(hardware) for plan, hardware in zip(found, (ample, tight, none), strict=True)
+    ] == [True, True, False]
+    assert found[2].least_peak == again.memory.peak
+    as_said = planned(None, Setup(batch), tight)
+    assert not as_said.checkpoints and "train.activation_checkpointing: true" in as_said.remedies
+
+
+def test_what_does_not_fit_is_told_what_would():
+    setup = Setup(replace(BATCH, blocks=64, block_length=128, checkpoints=True), accumulation=3)
+    peak = planned(KD, setup).memory.peak
+    hardware = replace(HARDWARE, memory_bytes=0.8 * peak)
+    found = planned(KD, setup, hardware)
+    (sentence,) = misfits([found], hardware)
+    assert sentence.startswith("arm a needs ") and ": set train.per_device_train" in sentence
+    blocks = int(found.remedies[0].split(": ")[1].split(" ")[0])
+    assert f"accumulation_steps: {3 * 64 // blocks}" in found.remedies[0]
+    smaller = replace(setup, batch=replace(setup.batch, blocks=blocks, accumulates=True))
+    assert planned(KD, smaller, hardware).fits(hardware)
+    assert misfits([planned(KD, setup)], HARDWARE) == []
+    hopeless = replace(HARDWARE, memory_bytes=1.0)
+    assert "a smaller bin" in misfits([planned(KD, setup, hopeless)], hopeless)[0]
+
+
+def test_the_table_says_what_fits():
+    console = Console(record=True, width=100)
+    console.print(arms_table([plan(), plan(KD)], HARDWARE, "a student"))
+    lines = {line.strip()[:18].strip(): line.split() for line in console.export_text().splitlines()}
+    assert lines["fits 80 GB"][-2:] == ["yes", "yes"]
+    assert lines["checkpointing"][-2:] == ["no", "no"]
+    assert "DDP's buckets" in lines and "(refit before)" not in lines
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
         (lambda: Hardware(gpus=0), "--gpus is 0; use at least 1"),
         (lambda: Hardware(peak_tflops=-1.0), "--peak-tflops is -1.0; write a number above 0"),
         (lambda: Hardware(mfu=1.5), "--mfu is 1.5; it must be above 0 and at most 1"),
+        (lambda: Hardware(memory_bytes=0.0), "--gpu-memory is 0.0; write a size such as 80GB"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, complaint):

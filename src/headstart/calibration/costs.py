@@ -151,3 +151,37 @@ def _solve_flops(unknowns: int, solutions: int) -> int:
 def _attention_flops(sizes: Sizes, context_length: int) -> int:
     heads = attention_width(sizes)
     return int(4 * heads * context_length)
+
+
+def refit_bytes(teacher: Architecture, student: Architecture, tokens: int, measures: bool) -> int:
+    """What refitting a student holds at most on its device, an estimate.
+
+    Both models in bfloat16; every layer's inputs and targets of all tokens; in float64 the products
+    of the widest layer's inputs, with their factor and what is solved for.
+
+    Args:
+        teacher: that it is cut out of.
+        student: that is refitted.
+        tokens: of calibration.
+        measures: whether the teacher's own moments are measured before, all of a layer at once.
+    """
+
+    layouts, sources = teacher.layouts, sources_of(teacher)
+    widest_sizes = {axis: _largest(size) for axis, size in student.sizes.items()}
+    embed = teacher.sizes["embed"]
+    widest = max(shape_of(layouts[pattern], widest_sizes)[1] for pattern in sources)
+    weights = 2 * (teacher.count(1).parameters + student.count(1).parameters)
+    groups = len(groups_of(teacher, has_narrow_heads=False))
+    of_token = 2 * (student.sizes["embed"] + (1 + groups) * embed + widest)
+    solving = 8 * widest * (4 * widest + embed)
+    measuring = 0
+    if measures:
+        read = set(sources.values()) | stream_norms(teacher)
+        in_layer = [pattern for pattern in read if "{i}" in pattern]
+        inputs = [shape_of(layouts[pattern], teacher.sizes)[-1] for pattern in in_layer]
+        measuring = 8 * sum(number**2 for number in inputs)
+    return int(weights + tokens * of_token + max(solving, measuring))
+
+
+def _largest(size: Any) -> Any:
+    return max(size) if isinstance(size, tuple) else size

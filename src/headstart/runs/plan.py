@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from headstart.calibration.start import cut_architecture
+from headstart.calibration.costs import refit_bytes
+from headstart.calibration.start import cut_architecture, is_measured
 from headstart.model.architecture import Architecture
-from headstart.model.axes import Sizes
 from headstart.recipe import Recipe
 from headstart.runs.run import bin_recipes, in_tokens, needed_text
 from headstart.runs.vocabulary import planned_architecture
+from headstart.searching.candidate import Orders
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
 from headstart.system.formats import bytes_text
@@ -24,7 +25,8 @@ from headstart.text.needs import Needed
 from headstart.training.arguments import tokens_per_step, training_arguments
 from headstart.training.budgets import budgets_of
 from headstart.training.cache import CacheIdentity, bytes_per_token
-from headstart.training.plan import ArmPlan, Batch, Hardware, arms_table, plan_arm
+from headstart.training.memory import setup_of
+from headstart.training.plan import ArmPlan, Hardware, arms_table, misfits, plan_arm
 from headstart.training.settings import Arm
 from headstart.training.variants import variants_of
 
@@ -44,13 +46,14 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     plans = []
     for of_bin in bin_recipes(recipe):
         (nearest,) = space_of(teacher, of_bin.search, block_length).proportional(1)
-        sizes = {**teacher.sizes, **nearest.sizes()}
         cut_teacher = cut_architecture(teacher, of_bin.search.init)
-        plans.append(
-            [_plan_of(arm, of_bin, cut_teacher, sizes, hardware) for arm in of_bin.pretrain.arms]
-        )
+        student = cut_teacher.student(nearest.spec(cut_teacher, Orders.of_teacher(teacher.sizes)))
+        of_arms = of_bin.pretrain.arms
+        plans.append([_plan_of(arm, of_bin, cut_teacher, student, hardware) for arm in of_arms])
         named = ", ".join(f"{axis} {size}" for axis, size in nearest.sizes().items())
         output.print(arms_table(plans[-1], hardware, f"a student with {named}"))
+        for sentence in misfits(plans[-1], hardware):
+            output.print(sentence)
     return plans
 
 
@@ -105,20 +108,26 @@ def text_table(plan: TextPlan) -> Table:
 
 
 def _plan_of(
-    arm: Arm, recipe: Recipe, teacher: Architecture, sizes: Sizes, hardware: Hardware
+    arm: Arm, recipe: Recipe, teacher: Architecture, student: Architecture, hardware: Hardware
 ) -> ArmPlan:
     """The plan of one arm, with its own batch, and all of its runs."""
     arguments = training_arguments(recipe.train, arm, Path(recipe.output))
-    block_length = recipe.data.block_length
-    # Later versions call it activation_checkpointing, and let the older name mirror it.
-    batch = Batch(arguments.train_batch_size, block_length, arguments.gradient_checkpointing)
-    step_tokens = tokens_per_step(arguments, block_length) * hardware.gpus
-    settings = in_tokens(recipe.pretrain, BYTES_PER_TOKEN)
+    data, search = recipe.data, recipe.search
+    refit = 0
+    if arm.init == "subnet" and search.init != "slice":
+        measures = is_measured(search.init, search.scored_as)
+        refit = refit_bytes(teacher, student, search.calibration_tokens, measures)
     train = {**recipe.train, **arm.train}
+    setup = setup_of(arguments, train, data.block_length, data.separate_documents, refit)
+    # It will run on a GPU, whatever this machine has.
+    has_bf16 = bool(train.get("bf16", True) or train.get("fp16"))
+    setup = replace(setup, batch=replace(setup.batch, has_bf16=has_bf16))
+    step_tokens = tokens_per_step(arguments, data.block_length) * hardware.gpus
+    settings = in_tokens(recipe.pretrain, BYTES_PER_TOKEN)
     *smaller, largest = budgets_of(settings, step_tokens, arguments.warmup_steps, train)
     tokens = step_tokens * (largest.num_steps + sum(budget.decay_steps for budget in smaller))
     runs = len(variants_of(arm, recipe.pretrain.seeds))
-    return plan_arm(arm, tokens, teacher, sizes, batch, hardware, runs)
+    return plan_arm(arm, tokens, teacher, student, setup, hardware, runs)
 
 
 def print_search_plans(recipe: Recipe, teacher: Architecture) -> list[SearchPlan]:

@@ -77,3 +77,21 @@ def parse_count(text: int | str) -> int:
         raise UserError(f"{text!r} is not a count; write a number, or one with K, M, B, G or T")
     scale = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}[found[2].upper()]
     return round(float(found[1]) * scale)
+
+
+SIZES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+def parse_bytes(text: str, name: str) -> float:
+    """Read an amount of memory with its unit, which is a power of 1000.
+
+    >>> parse_bytes("80GB", "--gpu-memory"), parse_bytes("1.5 tb", "--gpu-memory")
+    (80000000000.0, 1500000000000.0)
+
+    Raises:
+        UserError: it is none; the sentence begins with `name`.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", text.strip().upper())
+    if not found or not float(found[1]):
+        raise UserError(f"{name} is {text!r}; write a size above 0 with its unit, such as 80GB")
+    return float(found[1]) * SIZES[found[2]]

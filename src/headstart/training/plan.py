@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from headstart.losses.chunked import CHUNK_BYTES
 from headstart.model.architecture import Architecture
-from headstart.model.axes import Sizes
-from headstart.model.shapes import sizes_in_layer
 from headstart.system.errors import UserError
 from headstart.system.formats import bytes_text
 from headstart.system.settings import check_least
 from headstart.training.cache import CacheIdentity, bytes_per_token
+from headstart.training.memory import (
+    Memory,
+    Setup,
+    Sharing,
+    arm_memory,
+    chosen_memory,
+    with_checkpoints,
+)
 from headstart.training.settings import Arm
 
-TRAINED_BYTES_PER_PARAMETER = 16
-"""float32 weights, gradients and both moments of AdamW, on every GPU under DDP."""
-TEACHER_BYTES_PER_PARAMETER = 2
+H100_BYTES = 80e9
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Hardware:
         gpus: all of them, each with a copy of the student, and of the teacher unless it is sharded.
         peak_tflops: of one GPU in bfloat16; 989 is an H100's data sheet without sparsity.
         mfu: share of the peak that training reaches, model FLOPs utilisation.
+        memory_bytes: of one GPU.
     """
 
     gpus: int = 1
     peak_tflops: float = 989.0
     mfu: float = 0.4
+    memory_bytes: float = H100_BYTES
 
     def __post_init__(self) -> None:
         check_least(self, "--", gpus=1)
@@ -43,21 +49,8 @@ class Hardware:
             raise UserError(f"--peak-tflops is {self.peak_tflops}; write a number above 0")
         if not 0 < self.mfu <= 1:
             raise UserError(f"--mfu is {self.mfu}; it must be above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one GPU trains on at once.
-
-    Attributes:
-        blocks: in a forward pass.
-        block_length: tokens in a block.
-        checkpoints: whether activations inside layers are computed again instead of kept.
-    """
-
-    blocks: int
-    block_length: int
-    checkpoints: bool = False
+        if not 0 < self.memory_bytes < math.inf:
+            raise UserError(f"--gpu-memory is {self.memory_bytes}; write a size such as 80GB")
 
 
 @dataclass(frozen=True)
@@ -70,10 +63,12 @@ class ArmPlan:
         student_flops: of training, 3 forward passes a token.
         teacher_flops: of asking the teacher.
         hours: on all GPUs together.
-        state_bytes: on each GPU, of weights, gradients, optimizer and teacher.
-        activation_bytes: on each GPU, an estimate.
+        memory: of each GPU.
+        checkpoints: whether activations inside layers are computed again.
+        is_chosen: whether that was chosen here, since the recipe does not say it.
+        remedies: what would fit where this does not.
+        least_peak: with activations computed again.
         dense_logits_bytes: that both models' float32 logits of a batch would take.
-        chunk_bytes: that a chunk of them and its gradient take at once, with all copies.
         cache_bytes: of the teacher cache on disk, for one pass over the tokens.
     """
 
@@ -82,77 +77,110 @@ class ArmPlan:
     student_flops: int
     teacher_flops: int
     hours: float
-    state_bytes: int
-    activation_bytes: int
+    memory: Memory
+    checkpoints: bool
+    is_chosen: bool
+    remedies: tuple[str, ...]
+    least_peak: int
     dense_logits_bytes: int
-    chunk_bytes: int
     cache_bytes: int
+
+    def fits(self, hardware: Hardware) -> bool:
+        """Whether a GPU holds it."""
+        return self.memory.peak <= hardware.memory_bytes
 
 
 def plan_arm(
     arm: Arm,
     tokens: int,
     teacher: Architecture,
-    student_sizes: Sizes,
-    batch: Batch,
+    student: Architecture,
+    setup: Setup,
     hardware: Hardware,
     runs: int = 1,
 ) -> ArmPlan:
-    """Plan an arm that trains on `tokens`, several times if it has `runs` of seeds and rates.
-
-    A tuple in `student_sizes` gives a size for each layer.
-    """
-    student = teacher.count(batch.block_length, student_sizes)
-    whole = teacher.count(batch.block_length)
+    """Plan an arm that trains on `tokens`, several times if it has `runs` of seeds and rates."""
+    batch = setup.batch
+    trained, whole = (model.count(batch.block_length) for model in (student, teacher))
     teacher_tokens = int(arm.kd.teacher_tokens(tokens)) if arm.kd else 0
-    student_flops = runs * tokens * student.training_flops_per_token
+    student_flops = runs * tokens * trained.training_flops_per_token
     teacher_flops = runs * teacher_tokens * whole.inference_flops_per_token
-    num_models, vocab = (2 if arm.kd else 1), student_sizes["vocab"]
-    batch_tokens = batch.blocks * batch.block_length
-    num_logits = batch_tokens * vocab
-    bytes_per_batch_token = activation_bytes_per_token(student_sizes, batch.checkpoints)
-    state_bytes, cache_bytes = TRAINED_BYTES_PER_PARAMETER * student.parameters, 0
+    num_models, vocab = (2 if arm.kd else 1), student.sizes["vocab"]
+    cache_bytes = 0
     if arm.kd and arm.kd.cache:
         cache_bytes = tokens * bytes_per_token(CacheIdentity.of(arm.kd, "", ""), vocab)
-    elif arm.kd:
-        shares = hardware.gpus if arm.kd.shard_teacher else 1
-        state_bytes += TEACHER_BYTES_PER_PARAMETER * whole.parameters // shares
     flops_per_second = hardware.gpus * hardware.peak_tflops * 1e12 * hardware.mfu
+    checkpoints, memory = chosen_memory(
+        arm.kd, teacher, student, setup, hardware.gpus, hardware.memory_bytes
+    )
+    remedies, least_peak = list[str](), memory.peak
+    if memory.peak > hardware.memory_bytes:
+        remedies = list(_remedies(arm, teacher, student, setup, hardware))
+        least = arm_memory(
+            arm.kd,
+            teacher,
+            student,
+            with_checkpoints(batch),
+            Sharing(hardware.gpus, setup.shards_student),
+            setup.refit_bytes,
+        )
+        least_peak = least.peak
     return ArmPlan(
         name=arm.name if runs == 1 else f"{arm.name} ({runs} runs)",
         tokens=tokens,
         student_flops=student_flops,
         teacher_flops=teacher_flops,
         hours=(student_flops + teacher_flops) / flops_per_second / 3600,
-        state_bytes=state_bytes,
-        activation_bytes=batch_tokens * bytes_per_batch_token,
-        dense_logits_bytes=4 * num_logits * num_models,
-        chunk_bytes=min(4 * num_logits, CHUNK_BYTES["cuda"]) * (5 if arm.kd else 2),
+        memory=memory,
+        checkpoints=checkpoints,
+        is_chosen=not setup.says_checkpoints,
+        remedies=tuple(remedies),
+        least_peak=least_peak,
+        dense_logits_bytes=4 * batch.blocks * batch.block_length * vocab * num_models,
         cache_bytes=cache_bytes,
     )
 
 
-def activation_bytes_per_token(sizes: Sizes, checkpoints: bool) -> int:
-    """bfloat16 numbers that a token leaves for the backward pass, an estimate for gated MLPs.
+def _remedies(
+    arm: Arm, teacher: Architecture, student: Architecture, setup: Setup, hardware: Hardware
+) -> Iterator[str]:
+    """Changes of the recipe, each of which alone would make an arm fit; checkpoints come along."""
 
-    A layer keeps its two inputs with their norms, queries, keys, values and what attention makes of
-    them, and four numbers for each MLP neuron. With checkpoints it keeps its input, and one layer
-    at a time keeps the rest.
-    """
-    layers = sizes["layers"]
-    of_layers = []
-    for layer in range(layers):
-        in_layer = sizes_in_layer(sizes, layer)
-        heads = in_layer["kv_groups"] * in_layer["head_dim"]
-        attention = 2 * heads * in_layer["q_per_kv"] + 2 * heads
-        of_layers.append(4 * in_layer["embed"] + attention + 4 * in_layer["mlp"])
-    kept = layers * sizes["embed"] + max(of_layers) if checkpoints else sum(of_layers)
-    return int(2 * kept)
+    def fits(arm: Arm, setup: Setup) -> bool:
+        setup = replace(setup, batch=with_checkpoints(setup.batch))
+        _, memory = chosen_memory(
+            arm.kd, teacher, student, setup, hardware.gpus, hardware.memory_bytes
+        )
+        return memory.peak <= hardware.memory_bytes
+
+    if not setup.batch.checkpoints and fits(arm, setup):
+        yield "train.activation_checkpointing: true"
+    blocks = setup.batch.blocks
+    while blocks > 1:
+        blocks //= 2
+        if fits(arm, replace(setup, batch=replace(setup.batch, blocks=blocks, accumulates=True))):
+            accumulation = setup.accumulation * setup.batch.blocks // blocks
+            yield (
+                f"train.per_device_train_batch_size: {blocks} with "
+                f"gradient_accumulation_steps: {accumulation}"
+            )
+            break
+    if hardware.gpus == 1:
+        return
+    if not setup.shards_student and fits(arm, replace(setup, shards_student=True)):
+        yield "train.fsdp: true"
+    if arm.kd and not arm.kd.cache and not arm.kd.shard_teacher:
+        sharded = replace(arm, kd=replace(arm.kd, shard_teacher=True))
+        if fits(sharded, setup):
+            yield "kd.shard_teacher: true"
+        elif fits(sharded, replace(setup, shards_student=True)):
+            yield "train.fsdp: true with kd.shard_teacher: true"
 
 
 def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
     """Plans for the terminal, one column for each arm."""
-    machine = f"{hardware.gpus} x {hardware.peak_tflops:g} TFLOP/s at {hardware.mfu:.0%}"
+    size = _size(hardware)
+    machine = f"{hardware.gpus} x {hardware.peak_tflops:g} TFLOP/s at {hardware.mfu:.0%}, {size}"
     table = Table(title=f"{title}\n{machine}", box=SIMPLE_HEAD)
     table.add_column("")
     for plan in plans:
@@ -163,12 +191,55 @@ def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
         "teacher's FLOPs": [f"{plan.teacher_flops:.2e}" for plan in plans],
         "hours": [f"{plan.hours:,.2f}" for plan in plans],
         "GPU hours": [f"{plan.hours * hardware.gpus:,.2f}" for plan in plans],
-        "weights, optimizer, teacher a GPU": [bytes_text(plan.state_bytes) for plan in plans],
-        "activations a GPU, about": [bytes_text(plan.activation_bytes) for plan in plans],
-        "logits a GPU": [bytes_text(plan.chunk_bytes) for plan in plans],
-        "(whole, they would take)": [bytes_text(plan.dense_logits_bytes) for plan in plans],
-        "teacher cache": [bytes_text(plan.cache_bytes) for plan in plans],
     }
+    memories = [plan.memory for plan in plans]
+    parts = {
+        "weights, AdamW": [memory.state - memory.teacher for memory in memories],
+        "teacher": [memory.teacher for memory in memories],
+        "DDP's buckets": [memory.buckets for memory in memories],
+        "gathered layers": [memory.gathered for memory in memories],
+        "activations": [memory.kept for memory in memories],
+        "bfloat16 weights": [memory.copies for memory in memories],
+        "its activations": [memory.asking for memory in memories],
+        "loss, logits": [memory.loss for memory in memories],
+        "backward pass": [memory.backward for memory in memories],
+        "fragmentation": [memory.fragmentation for memory in memories],
+        "(refit before)": [memory.refit for memory in memories],
+    }
+    for name, amounts in parts.items():
+        if any(amounts):
+            rows[f"  {name}"] = [bytes_text(amount) for amount in amounts]
+    rows |= {
+        "peak a GPU, about": [bytes_text(memory.peak) for memory in memories],
+        "held most at": [memory.moment for memory in memories],
+        f"fits {size}": ["yes" if plan.fits(hardware) else "no" for plan in plans],
+        "checkpointing": [
+            ("needed" if plan.is_chosen else "as set") if plan.checkpoints else "no"
+            for plan in plans
+        ],
+        "(whole logits)": [bytes_text(plan.dense_logits_bytes) for plan in plans],
+    }
+    if any(plan.cache_bytes for plan in plans):
+        rows["teacher cache"] = [bytes_text(plan.cache_bytes) for plan in plans]
     for name, values in rows.items():
         table.add_row(name, *values)
     return table
+
+
+def misfits(plans: list[ArmPlan], hardware: Hardware) -> list[str]:
+    """A sentence for each arm that does not fit, with what would."""
+    size = _size(hardware)
+    sentences = []
+    for plan in plans:
+        if plan.fits(hardware):
+            continue
+        needs = bytes_text(plan.memory.peak)
+        if plan.least_peak < plan.memory.peak:
+            needs += f", or {bytes_text(plan.least_peak)} with activation checkpointing,"
+        remedies = " or ".join(plan.remedies) or "a smaller bin, since nothing else fits"
+        sentences.append(f"arm {plan.name} needs {needs} of {size}: set {remedies}")
+    return sentences
+
+
+def _size(hardware: Hardware) -> str:
+    return bytes_text(hardware.memory_bytes).replace(".0 ", " ")
