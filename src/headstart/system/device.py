@@ -46,6 +46,13 @@ def peak_flops(device: torch.device) -> float | None:
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
+def memory_bytes(device: torch.device) -> int | None:
+    """All memory of a GPU; None of other devices, which share it with all else that runs."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 here: on GPUs that have it, and on CPUs whose
     matrix instructions take it. Other CPUs emulate it several times slower than float32."""

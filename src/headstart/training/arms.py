@@ -30,6 +30,7 @@ from headstart.training.arguments import (
 )
 from headstart.training.budgets import Budget, KeepBranches, begin_branch, budgets_of
 from headstart.training.cache import CachedBlocks, CacheIdentity, TeacherCache
+from headstart.training.checkpointing import choose_checkpointing
 from headstart.training.settings import STUDENT, Arm, PretrainSettings
 from headstart.training.teacher import Teacher, load_teacher
 
@@ -174,6 +175,15 @@ def _schedule(
     arguments = training_arguments(inputs.train, arm, folder, num_steps, budget.schedule())
     step_tokens = tokens_per_step(arguments, inputs.blocks.split("train").shape[1])
     check_step(step_tokens, inputs.blocks)
+    choose_checkpointing(
+        arm,
+        arguments,
+        {**inputs.train, **arm.train},
+        inputs.teacher.architecture,
+        inputs.architecture(arm),
+        inputs.blocks.split("train").shape[1],
+        inputs.blocks.separate_documents,
+    )
 
     def newest() -> Path | None:
         checkpoint = last_whole_checkpoint(folder)
