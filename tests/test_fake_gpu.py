@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, TrainingArguments
 
 from headstart.calibration import moments
+from headstart.calibration.activations import TeacherPass
 from headstart.calibration.moments import collect_statistics
 from headstart.calibration.propagate import propagated
 from headstart.losses.distillation import DistillationSettings
@@ -186,5 +187,5 @@ def test_refitting_waits_once_for_each_tensor(kind, gpu):
     student = assemble_student(sliced.items(), architecture, spec)
     on_cpu = {name: tensor.cpu() for name, tensor in sliced.items()}
     gpu.waits = 0
-    refitted = list(propagated(teacher, student, on_cpu, spec, [some_blocks()] * 3))
+    refitted = list(propagated(TeacherPass(teacher, [some_blocks()] * 3), student, on_cpu, spec))
     assert gpu.waits == len(refitted) > 0

@@ -7,9 +7,10 @@ import torch
 from tests.conftest import DESCENDANTS, TEACHERS, random_teacher
 from tests.model.oracles import assert_same_tensors, random_layerwise_spec, random_spec
 
+from headstart.calibration.activations import TeacherPass, can_propagate
 from headstart.calibration.least_squares import refitted
 from headstart.calibration.moments import Statistics, collect_statistics
-from headstart.calibration.propagate import can_propagate, propagated
+from headstart.calibration.propagate import propagated
 from headstart.model.architecture import Architecture
 from headstart.model.axes import kept_indices
 from headstart.model.cut import build_student
@@ -36,7 +37,7 @@ def refit(teacher, spec, tokens, folder):
     cut.load_state_dict({name: tensor.clone() for name, tensor in cut.state_dict().items()})
     tensors = {name: tensor.detach().clone() for name, tensor in cut.named_parameters()}
     student = copy.deepcopy(cut)
-    parts = (teacher, student, tensors, spec, tokens.split(5))
+    parts = (TeacherPass(teacher, tokens.split(5)), student, tensors, spec)
     return cut, student, dict(propagated(*parts, prior_tokens=PRIOR_TOKENS))
 
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from headstart.calibration.activations import can_propagate, groups_of, reads_stream
 from headstart.calibration.moments import has_bias, sources_of, stream_norms
-from headstart.calibration.propagate import can_propagate, groups_of, reads_stream
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes, axes_of, dimensions_of, shape_of
 from headstart.model.count import layers_flops_per_token
@@ -80,10 +80,28 @@ def slice_refit_flops(
 def propagation_flops(
     teacher: Architecture, student_sizes: Mapping[str, Any], num_blocks: int, block_length: int
 ) -> int:
-    """Of `propagated`, for a student that has less than its teacher in every layer.
+    """Of a refit beside a teacher that is computed for it alone."""
+    teacher_pass = teacher_pass_flops(teacher, num_blocks, block_length)
+    return teacher_pass + refit_flops(teacher, student_sizes, num_blocks, block_length)
 
-    The teacher's layers are computed once. The student's are computed up to each group of linear
-    layers that read the same, and what a refitted one writes is computed again.
+
+def teacher_pass_flops(teacher: Architecture, num_blocks: int, block_length: int) -> int:
+    """Of a pass of a teacher's layers through calibration text, and of products of the output
+    matrix's columns where it is the embedding too."""
+    flops = int(layers_flops_per_token(teacher.layouts, teacher.sizes, block_length))
+    covariance = 2 * teacher.sizes["vocab"] * teacher.sizes["embed"] ** 2
+    is_tied = teacher.config.tie_word_embeddings
+    return flops * num_blocks * block_length + (covariance if is_tied else 0)
+
+
+def refit_flops(
+    teacher: Architecture, student_sizes: Mapping[str, Any], num_blocks: int, block_length: int
+) -> int:
+    """Of `propagated` beside a teacher that was computed before, for a student that has less than
+    its teacher in every layer.
+
+    The student's layers are computed up to each group of linear layers that read the same, and what
+    a refitted one writes is computed again.
 
     Args:
         teacher: what the student is cut out of.
@@ -92,7 +110,7 @@ def propagation_flops(
         block_length: tokens in a block.
     """
     layouts, num_tokens = teacher.layouts, num_blocks * block_length
-    passes = layers_flops_per_token(layouts, teacher.sizes, block_length)
+    passes: Any = 0
     refits = 0
     if can_propagate(teacher):
         has_narrow_heads = student_sizes["head_dim"] != teacher.sizes["head_dim"]
@@ -139,9 +157,10 @@ def _output_refit_flops(teacher: Architecture, sizes: Sizes, num_tokens: int) ->
     """Of re-solving the output matrix, or the gains before it where it is the embedding too."""
     embed, targets, vocab = sizes["embed"], teacher.sizes["embed"], sizes["vocab"]
     moments = 2 * num_tokens * embed * (embed + targets)
+    if teacher.config.tie_word_embeddings:
+        return int(moments + _solve_flops(embed, 1))
     products = 2 * vocab * embed * (embed + targets)
-    num_solutions = 1 if teacher.config.tie_word_embeddings else vocab
-    return int(moments + products + _solve_flops(embed, num_solutions))
+    return int(moments + products + _solve_flops(embed, vocab))
 
 
 def _solve_flops(unknowns: int, solutions: int) -> int:

@@ -29,6 +29,13 @@ def batches_of(blocks: Int[Tensor, "blocks tokens"]) -> tuple[Int[Tensor, "batch
     return found
 
 
+def linear_of(model: PreTrainedModel, pattern: str, layer: int | None) -> nn.Linear:
+    """A linear layer of a model by its weight's pattern."""
+    found = model.get_submodule(pattern.format(i=layer).removesuffix(".weight"))
+    assert isinstance(found, nn.Linear)
+    return found
+
+
 class _Reached(Exception):
     """The rest of a layer need not be computed."""
 
@@ -117,9 +124,7 @@ class LayerwiseForward:
 
     def linear(self, pattern: str, layer: int | None) -> nn.Linear:
         """A linear layer by its weight's pattern."""
-        found = self.model.get_submodule(pattern.format(i=layer).removesuffix(".weight"))
-        assert isinstance(found, nn.Linear)
-        return found
+        return linear_of(self.model, pattern, layer)
 
     def normed(self, norm: str) -> Iterator[Float[Tensor, "batch tokens embed"]]:
         """What a norm outside the layers, by its weight, makes of the hidden states."""

@@ -25,20 +25,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headstart.calibration.layer_by_layer import TOKENS_PER_BATCH, LayerwiseForward, batches_of
-from headstart.calibration.moments import (
-    ROWS_AT_ONCE,
-    has_bias,
-    products,
-    rows_of,
-    sources_of,
-    widest,
-    writing_norms,
+from headstart.calibration.activations import (
+    TeacherPass,
+    TeacherSource,
+    can_propagate,
+    groups_of,
+    reads_stream,
 )
-from headstart.model.architecture import Architecture
-from headstart.model.axes import dimensions_of, kept_indices
+from headstart.calibration.layer_by_layer import (
+    TOKENS_PER_BATCH,
+    LayerwiseForward,
+    batches_of,
+    linear_of,
+)
+from headstart.calibration.moments import ROWS_AT_ONCE, has_bias, products, rows_of, widest
+from headstart.model.axes import kept_indices
 from headstart.model.checkpoint import Checkpoint
-from headstart.model.cut import assemble_student
+from headstart.model.cut import assemble_student, embedding_scale, slice_tensors
 from headstart.model.spec import SubnetSpec
 from headstart.system.device import default_device, load_frozen, release_memory
 from headstart.system.progress import progress
@@ -51,28 +54,6 @@ PRIOR_TOKENS = 1024
 layer as it was. What a stream lacks is noisy, and with little text there is nothing else to hold on
 to. Of 256, 1,024 and 4,096 it did best on the demo's student, with 2,048 tokens of text as with
 8,192; with 32,768 it is as good as 256."""
-
-
-def can_propagate(architecture: Architecture) -> bool:
-    """Whether what linear layers of a model write is added to the stream as it is.
-
-    In Gemma 3 and OLMo 2 a norm stands in between.
-    """
-    return not writing_norms(architecture)
-
-
-def groups_of(architecture: Architecture, has_narrow_heads: bool) -> list[list[str]]:
-    """The linear layers of one layer, by patterns of their weights, in the order of computation.
-
-    Those that read the same are together. Queries of narrower heads, and what reads the same, are
-    left out, since they were scaled when they were cut.
-    """
-    groups: dict[str, list[str]] = {}
-    for pattern, source in sources_of(architecture).items():
-        if "{i}" in pattern:
-            groups.setdefault(source, []).append(pattern)
-    scaled = set(architecture.family.queries) if has_narrow_heads else set()
-    return [group for group in groups.values() if not scaled.intersection(group)]
 
 
 def refit_on_itself(
@@ -98,31 +79,55 @@ def refit_on_itself(
     copies = ((name, tensor.to(model.device, model.dtype)) for name, tensor in tensors.items())
     student = assemble_student(copies, teacher.architecture, spec)
     with progress("refit", blocks.numel() * len(spec.layers), "tokens in layers") as advance:
-        for _ in propagated(model, student, tensors, spec, batches_of(blocks), advance):
+        source = TeacherPass(model, batches_of(blocks))
+        for _ in propagated(source, student, tensors, spec, advance):
             pass
     return in_files
 
 
+def refitted_student(
+    teacher: TeacherSource, state: Iterable[tuple[str, Tensor]], spec: SubnetSpec
+) -> PreTrainedModel:
+    """A plain slice of a teacher in memory, after what `propagated` makes of it.
+
+    Args:
+        teacher: what it is refitted beside; remembered, it serves any number of students.
+        state: the teacher's (name, tensor) pairs, without an output matrix that is the embedding.
+        spec: what to keep.
+
+    Returns:
+        A model in eval mode with weights of its own, on the device and in the precision of `state`.
+    """
+    architecture, aliases = teacher.architecture, teacher.architecture.family.aliases
+    tensors = {
+        aliases.get(name, name): part.clone(memory_format=torch.contiguous_format)
+        for name, part in slice_tensors(state, architecture, spec)
+    }
+    student = assemble_student(tensors.items(), architecture, spec)
+    for _ in propagated(teacher, student, tensors, spec):
+        pass
+    return student
+
+
 @torch.no_grad()
 def propagated(
-    teacher: PreTrainedModel,
+    teacher: TeacherSource,
     student: PreTrainedModel,
     tensors: Mapping[str, Tensor],
     spec: SubnetSpec,
-    batches: Sequence[Int[Tensor, "batch tokens"]],
     on_batch: Callable[[int], None] = lambda num_tokens: None,
     prior_tokens: int = PRIOR_TOKENS,
 ) -> Iterator[tuple[str, Tensor]]:
     """Refit a student on what it computes itself.
 
     Args:
-        teacher: the whole teacher, in eval mode; it is left as it was.
+        teacher: the whole teacher, computing calibration text or remembering it; its model is left
+            as it was.
         student: cut out of it, on the same device, with weights of its own or those of `tensors`;
             its linear layers are changed one by one.
         tensors: the student's, by their names in the model, as precise as they shall be; they are
             changed in place.
         spec: what the student has kept.
-        batches: calibration token ids.
         on_batch: called for each of the student's layers with the tokens of each batch done, for
             progress.
         prior_tokens: that speak for a layer as it was, see `PRIOR_TOKENS`.
@@ -132,87 +137,52 @@ def propagated(
         something was removed; last of the output matrix, or of the norm before it, which for a
         family that cannot is the only one.
     """
-    architecture = Architecture.of(teacher.config)
+    architecture, batches = teacher.architecture, teacher.batches
     sizes = architecture.sizes
     if spec.sizes(sizes) == sizes:
         return
-    whole, cut = LayerwiseForward(teacher, batches), LayerwiseForward(student, batches)
-    refit = _Refit(whole, cut, tensors, prior_tokens / sum(batch.numel() for batch in batches))
+    cut = LayerwiseForward(student, batches)
+    embed = torch.tensor(spec.embed, device=teacher.model.device)
+    prior = prior_tokens / sum(batch.numel() for batch in batches)
+    refit = _Refit(teacher, cut, tensors, embed, prior)
     if not can_propagate(architecture):
-        for layer in range(len(whole.layers)):
-            whole.run(layer)
         for position in range(len(cut.layers)):
             cut.run(position, on_batch=on_batch)
         yield from refit.output()
         return
     groups = groups_of(architecture, spec.head_dim is not None)
-    embed = torch.tensor(spec.embed, device=teacher.device)
-    for layer in range(spec.layers[0]):
-        whole.run(layer)
     is_same = spec.layers[0] == 0
     followers = (*spec.layers[1:], sizes["layers"])
     for position, (layer, following) in enumerate(zip(spec.layers, followers, strict=True)):
-        lacking = whole.hidden[:, embed].float().sub_(cut.hidden)
-        teacher_values = _advance(whole, layer, following, groups, embed)
         is_same = is_same and following == layer + 1 and _is_whole(spec, position, sizes)
-        for group in () if is_same else groups:
+        refitted = [] if is_same else groups
+        before, values, after = teacher.layer(
+            layer, following, [pattern for pattern, *_ in refitted], embed
+        )
+        lacking = before.float().sub_(cut.hidden)
+        for group in refitted:
             inputs, is_biased = cut.inputs(group[0], position), has_bias(group[0], architecture)
             if reads_stream(group[0], architecture):
-                pieces = _pieces(inputs, teacher_values.pop(group[0]))
-                moments = _moments(pieces, is_biased, biases_targets=True)
+                moments = _moments(
+                    _pieces(inputs, values.pop(group[0])), is_biased, biases_targets=True
+                )
                 for pattern in group:
                     layout, kept = architecture.layouts[pattern], spec.kept_in_layer(position)
                     rows = kept_indices(layout, sizes, kept)[0]
-                    taught_by = _Rows(whole.linear(pattern, layer), rows)
+                    taught_by = _Rows(linear_of(teacher.model, pattern, layer), rows)
                     yield from refit.linear(pattern, position, moments, taught_by)
             else:
                 (pattern,) = group
-                lacking += teacher_values.pop(pattern)
+                lacking += values.pop(pattern)
                 moments = _moments(_pieces(inputs, lacking), is_biased)
                 yield from refit.linear(pattern, position, moments)
                 for x, y in _pieces(inputs, lacking):
                     y.sub_(cut.linear(pattern, position)(x))  # what is lacking now
             del inputs
-        cut.hidden.copy_(whole.hidden[:, embed] - lacking)
+        cut.hidden.copy_(after - lacking)
         for batch in batches:
             on_batch(batch.numel())
     yield from refit.output()
-
-
-def _advance(
-    teacher: LayerwiseForward,
-    layer: int,
-    following: int,
-    groups: Sequence[Sequence[str]],
-    embed: Int[Tensor, " kept"],
-) -> dict[str, Float[Tensor, "tokens units"]]:
-    """Take the teacher's hidden states to the next kept layer.
-
-    Returns:
-        For the first of every group: what it reads, or the kept channels of what it writes; the
-        last writer's with what all removed layers up to the next kept one write.
-    """
-    architecture, teacher_values = teacher.architecture, dict[str, Tensor]()
-
-    def see(pattern: str) -> Callable[[Tensor, Tensor], None]:
-        reads = reads_stream(pattern, architecture)
-        num_units = teacher.linear(pattern, layer).in_features if reads else len(embed)
-        teacher_values[pattern] = teacher.empty(num_units)
-        rest = teacher.batches(teacher_values[pattern])
-
-        def take(x: Tensor, y: Tensor) -> None:
-            next(rest).copy_(x if reads else y[..., embed])
-
-        return take
-
-    teacher.run(layer, {pattern: see(pattern) for pattern, *_ in groups})
-    if following > layer + 1:
-        *_, last = (name for name in teacher_values if not reads_stream(name, architecture))
-        behind = teacher.hidden[:, embed]
-        for removed in range(layer + 1, following):
-            teacher.run(removed)
-        teacher_values[last] += teacher.hidden[:, embed] - behind
-    return teacher_values
 
 
 class _Moments(NamedTuple):
@@ -240,12 +210,14 @@ class _Refit:
         teacher: on its way through the text.
         student: beside it.
         tensors: the student's by their names in the model; they are changed in place.
+        channels: of the teacher's stream that the student has kept.
         prior: weight of a layer as it was, against the mean over tokens.
     """
 
-    teacher: LayerwiseForward
+    teacher: TeacherSource
     student: LayerwiseForward
     tensors: Mapping[str, Tensor]
+    channels: Int[Tensor, " kept"]
     prior: float
 
     def linear(
@@ -285,8 +257,8 @@ class _Refit:
                 if pattern not in architecture.layouts:
                     yield from self.gains(norm)
                     continue
-                pieces = zip(self.student.normed(norm), self.teacher.normed(norm), strict=True)
-                outputs = self.teacher.linear(pattern, None)
+                pieces = zip(self.student.normed(norm), self._wanted(norm), strict=True)
+                outputs = linear_of(self.teacher.model, pattern, None)
                 taught_by = _Rows(outputs, torch.arange(outputs.out_features))
                 yield from self.linear(pattern, None, _moments(pieces), taught_by)
 
@@ -302,14 +274,15 @@ class _Refit:
         student, teacher = self.student, self.teacher
         offset, gains = student.architecture.family.norm_offset, self.tensors[norm]
         stem, parameter = norm.removesuffix("weight"), student.model.get_parameter(norm)
-        ours, theirs = (side.model.get_output_embeddings().weight for side in (student, teacher))
-        of_ours, with_theirs = _covariances(ours, ours), _covariances(ours, theirs)
+        scale = embedding_scale(teacher.architecture, len(self.channels))
+        with_theirs = scale * teacher.output_covariance[self.channels]
+        of_ours = scale * with_theirs[:, self.channels]
         bias = self.tensors.get(f"{stem}bias", torch.zeros(1)).to(of_ours)
         before = gains.to(of_ours) + offset
         parameter.fill_(1 - offset)  # not before, since the two may share memory
         gram: Any = 0
         cross: Any = 0
-        for stream, wanted in zip(student.normed(norm), teacher.normed(norm), strict=True):
+        for stream, wanted in zip(student.normed(norm), self._wanted(norm), strict=True):
             x = rows_of(stream).to(of_ours) - bias
             y = rows_of(wanted).to(of_ours) @ with_theirs.T - of_ours @ bias.expand(x.shape[1])
             gram = gram + of_ours * (x.T @ x)
@@ -322,17 +295,11 @@ class _Refit:
         parameter.copy_(gains)
         yield norm, gains
 
-
-def _covariances(
-    some: Float[Tensor, "rows embed"], others: Float[Tensor, "rows channels"]
-) -> Float[Tensor, "embed channels"]:
-    """Sums over rows of two matrices' products of columns, less the means of these."""
-    wide = widest(some.device)
-    means = [matrix.mean(dim=0, dtype=wide) for matrix in (some, others)]
-    parts = zip(some.split(ROWS_AT_ONCE), others.split(ROWS_AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
-    total = sum((a.to(wide) - means[0]).T @ (b.to(wide) - means[1]) for a, b in parts)
-    assert isinstance(total, Tensor)
-    return total
+    def _wanted(self, norm: str) -> Iterator[Float[Tensor, "batch tokens embed"]]:
+        """What the teacher's last norm makes of its last hidden states, batch by batch."""
+        module = self.teacher.model.get_submodule(norm.removesuffix(".weight"))
+        last = self.teacher.stream(self.teacher.architecture.sizes["layers"])
+        return map(module, self.student.batches(last))
 
 
 def _columns(
@@ -371,10 +338,6 @@ def _moments(
         cross += products(y, x)
         num_tokens += x[..., 0].numel()
     return _Moments(gram.div_(num_tokens), cross.div_(num_tokens))
-
-
-def reads_stream(pattern: str, architecture: Architecture) -> bool:
-    return dimensions_of(architecture.layouts[pattern])[1:] == (("embed",),)
 
 
 def _is_whole(spec: SubnetSpec, position: int, sizes: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headstart.calibration.activations import can_propagate
 from headstart.calibration.costs import (
     propagation_flops,
     rotation_flops,
@@ -24,7 +25,7 @@ from headstart.calibration.costs import (
 from headstart.calibration.layer_by_layer import batches_of
 from headstart.calibration.least_squares import refitted
 from headstart.calibration.moments import Statistics, collect_statistics
-from headstart.calibration.propagate import can_propagate, refit_on_itself
+from headstart.calibration.propagate import refit_on_itself
 from headstart.calibration.rotate import (
     check_rotates,
     principal_basis,

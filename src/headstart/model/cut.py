@@ -74,6 +74,14 @@ def _rescaled_queries(
     return by_part.view(queries.shape)
 
 
+def embedding_scale(teacher: Architecture, kept: int) -> float:
+    """How many times as large the embeddings of a student with so many channels are."""
+    if not teacher.family.scaled_embedding:
+        return 1.0
+    scale: float = (teacher.sizes["embed"] / kept) ** 0.5
+    return scale
+
+
 def _rescaled_embedding(part: Tensor, rule: Rule, teacher: Architecture, kept: int) -> Tensor:
     """An embedding, or the last norm, of a model that multiplies embeddings by the root of width.
 
@@ -81,7 +89,7 @@ def _rescaled_embedding(part: Tensor, rule: Rule, teacher: Architecture, kept: i
     output matrix too, the last norm is made smaller by as much.
     """
     assert teacher.family.scaled_embedding
-    scale: float = (teacher.sizes["embed"] / kept) ** 0.5
+    scale = embedding_scale(teacher, kept)
     if scale == 1:
         return part
     embedding, _ = teacher.family.scaled_embedding

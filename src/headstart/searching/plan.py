@@ -13,8 +13,8 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from headstart.calibration.activations import can_propagate
 from headstart.calibration.costs import propagation_flops
-from headstart.calibration.propagate import can_propagate
 from headstart.calibration.start import calibration_flops, cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
