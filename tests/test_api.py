@@ -16,7 +16,7 @@ from tests.conftest import random_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import headstart
-from headstart.calibration.start import calibrate
+from headstart.calibration.start import Calibration, calibrate
 from headstart.losses.next_token import mean_loss
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
@@ -124,7 +124,7 @@ def test_a_calibrated_student_is_what_was_scored_and_refitted(
     monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
     data = headstart.DataSettings(block_length=32, search_fraction=0.2)
-    settings = replace(SETTINGS, init=init, scored_as="refitted")
+    settings = replace(SETTINGS, init=init, refit_tokens=128)
 
     def search() -> headstart.Found:
         bin = headstart.Bin(30_000, 45_000)
@@ -134,7 +134,8 @@ def test_a_calibrated_student_is_what_was_scored_and_refitted(
     assert search() == found
     blocks = prepare(replace(data, source=str(corpus)), teacher_folder)
     text = blocks.sample("train", settings.calibration_tokens)
-    as_scored = replace(calibrate(Checkpoint.open(teacher_folder), init, text), blocks=None)
+    source = calibrate(Checkpoint.open(teacher_folder), init, text)
+    as_scored = Calibration(source.teacher, blocks=blocks.sample("train", settings.refit_tokens))
     losses = [
         mean_loss(
             headstart.extract(teacher_folder, found.spec, calibration),
@@ -144,7 +145,7 @@ def test_a_calibrated_student_is_what_was_scored_and_refitted(
         for calibration in (as_scored, found.calibration)
     ]
     assert losses[0] == pytest.approx(found.loss, abs=1e-4)
-    assert losses[1] != losses[0]  # refitted on what it computes
+    assert losses[1] != losses[0]  # refitted on more tokens
 
 
 @pytest.mark.parametrize("init", ["slice", "least_squares"])

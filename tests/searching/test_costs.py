@@ -28,7 +28,7 @@ SETTINGS = SearchSettings(
     racing=RacingSettings(rungs=2),
     tokens=8 * BLOCK_LENGTH,
     calibration_tokens=20 * BLOCK_LENGTH,
-    finalists=FinalistSettings(count=0),
+    refit_tokens=3 * BLOCK_LENGTH,
 )
 FINALS = FinalistSettings(count=2, steps=3, batch_size=2)
 
@@ -48,9 +48,11 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"order": "contribution", "layer_order": "magnitude"},
         {"order": "taylor"},
         {"fitness": "kl", "finalists": FINALS},
-        {"init": "least_squares", "scored_as": "refitted", "finalists": FINALS},
-        {"init": "rotate+least_squares", "scored_as": "refitted", "fitness": "kl"},
+        {"scored_as": "slice", "finalists": FINALS},
+        {"init": "least_squares", "finalists": FINALS, "racing": RacingSettings(rungs=1)},
+        {"init": "rotate+least_squares", "fitness": "kl"},
         {"space": "fine-layerwise", "init": "rotate+least_squares"},
+        {"space": "coarse-layerwise", "scored_as": "slice", "init": "rotate+least_squares"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) if changes else "defaults",
 )

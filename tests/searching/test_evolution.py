@@ -26,7 +26,8 @@ from headstart.searching.units import Units
 
 GRID = GridSettings(embed_step=16, mlp_step=16)
 BIN, NARROW = Bin(40_000, 90_000), Bin(60_000, 62_000)
-TARGET = {"layers": 4, "embed": 48, "kv_groups": 3, "mlp": 112}
+TARGET = {"layers": 2, "embed": 56, "kv_groups": 4, "mlp": 144}
+"""Of the best candidate; far from the teacher's proportions, with which every search begins."""
 TEACHER = Architecture.of(CONFIG)
 TOTALS = TEACHER.sizes
 SETTINGS = EvolutionSettings(population=6, generations=4, elites=2, seed=1)
@@ -37,7 +38,7 @@ BLOCK_LENGTH = 4
 every_space = pytest.mark.parametrize(
     "name", ["coarse-uniform", "fine-uniform", "coarse-layerwise", "fine-layerwise"]
 )
-with_and_without_racing = pytest.mark.parametrize("racing", [NO_RACING, RacingSettings()])
+with_and_without_racing = pytest.mark.parametrize("racing", [NO_RACING, RacingSettings(rungs=3)])
 
 
 def space(name: SpaceName = "fine-uniform", bin: Bin = BIN) -> Space:
@@ -134,7 +135,7 @@ def test_generations_are_whole_and_nothing_is_scored_twice(name: SpaceName, tmp_
         Counter(score.origin for score in scores if score.generation == generation)
         for generation in (0, 1)
     )
-    assert first == {"sample": 10}
+    assert first == {"proportional": 1, "sample": 9}
     assert second == {"mutation": 4, "crossover": 2, "immigrant": 4}
 
 
@@ -303,6 +304,19 @@ def test_random_search_takes_the_samples_as_they_come(tmp_path: Path) -> None:
     assert [score.candidate for score in scores] == list(expected)
 
 
+@every_space
+def test_the_first_generation_has_the_shape_nearest_to_the_teachers(
+    name: SpaceName, tmp_path: Path
+) -> None:
+    where = space(name)
+    first, *others = run(tmp_path / "j", Fitness(), where=where)
+    assert (first.origin, first.generation) == ("proportional", 0)
+    assert [first.candidate] == where.proportional(1)
+    assert "proportional" not in {score.origin for score in others}
+    alone = run(tmp_path / "1", Fitness(), replace(SETTINGS, population=1, elites=1), where)
+    assert alone[0].candidate == first.candidate
+
+
 def test_importance_alone_takes_the_shapes_nearest_to_the_teachers(tmp_path: Path) -> None:
     settings = replace(SETTINGS, method="importance")
     scores = run(tmp_path / "j", Fitness(), settings)
@@ -318,7 +332,8 @@ def test_immigrants_take_the_place_of_offspring_that_run_out(tmp_path: Path) -> 
     settings = replace(SETTINGS, population=12, elites=1, mutation=0, crossover=1)
     scores = run(tmp_path / "j", Fitness(), settings, space("coarse-uniform"))
     origins = Counter((score.generation, score.origin) for score in scores)
-    assert origins == {(0, "sample"): 12, **{(g, "immigrant"): 12 for g in (1, 2, 3)}}
+    first = {(0, "proportional"): 1, (0, "sample"): 11}
+    assert origins == {**first, **{(g, "immigrant"): 12 for g in (1, 2, 3)}}
 
 
 @with_and_without_racing
@@ -343,6 +358,9 @@ def test_no_candidate_is_asked_for_once_a_generation_found_none(tmp_path: Path) 
         def sample(self, rng: random.Random) -> Candidate:
             self.samples += 1
             return shape
+
+        def proportional(self, count: int) -> list[Candidate]:
+            return [shape][:count]
 
         def mutate(self, rng: random.Random, parent: Candidate) -> Candidate:
             return parent

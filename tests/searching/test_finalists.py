@@ -36,12 +36,9 @@ def counting(num_blocks: int, seed: int) -> Tensor:
 
 
 def fitness_of(teacher: PreTrainedModel, held_out: Tensor) -> HeldOutLoss:
-    state = teacher.state_dict()
-    if teacher.config.tie_word_embeddings:
-        del state["lm_head.weight"]
     architecture = Architecture.of(teacher.config)
     orders = Orders.of_teacher(architecture.sizes)
-    return HeldOutLoss(state, architecture, orders, held_out, 4)
+    return HeldOutLoss(teacher, architecture, orders, held_out, 4)
 
 
 def whole_width(teacher: PreTrainedModel) -> Candidate:

@@ -1,5 +1,6 @@
 """Fitness equals the loss that transformers gives for the student."""
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -53,11 +54,8 @@ def fitness_of(
         tuple(map(shuffled, teacher_order.kv_groups)),
         tuple(map(shuffled, teacher_order.mlp)),
     )
-    state = teacher.state_dict()
-    if teacher.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    parts = (state, architecture, orders, blocks, batch_size)
-    return DivergenceFromTeacher(*parts, model=teacher) if kl else HeldOutLoss(*parts)
+    kind = DivergenceFromTeacher if kl else HeldOutLoss
+    return kind(teacher, architecture, orders, blocks, batch_size)
 
 
 def space_of(teacher: PreTrainedModel, largest: float, name: SpaceName = "fine-uniform") -> Space:
@@ -153,6 +151,16 @@ def test_parts_add_up_in_batches_of_any_size(
         parts = [fitness(candidate, *part) for part in ((0, 2), (2, 3), (3, 7))]
         whole = fitness_of(teacher, blocks, 7, kl)(candidate, 0, 7)
         assert sum(parts) == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_a_candidate_that_computes_no_numbers_has_no_score(blocks: Tensor, kl: bool) -> None:
+    teacher = random_teacher("llama-tied-gqa")
+    with torch.no_grad():
+        teacher.model.layers[1].mlp.down_proj.weight.fill_(math.inf)
+    fitness = replace(fitness_of(teacher, blocks, kl=kl), refit_blocks=blocks)
+    candidate = space_of(teacher, 0.5, "fine-layerwise").sample(random.Random(0))
+    assert math.isnan(fitness(candidate, 0, NUM_BLOCKS))
 
 
 def test_the_whole_teacher_has_its_own_loss(teacher: PreTrainedModel, blocks: Tensor) -> None:

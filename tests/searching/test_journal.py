@@ -61,7 +61,7 @@ def test_the_file_is_what_the_page_says(tmp_path: Path) -> None:
     filled(tmp_path / "j")
     first, *lines = map(json.loads, (tmp_path / "j").read_text().splitlines())
     assert first == {
-        "format": "headstart-search/4",
+        "format": "headstart-search/5",
         "teacher_hash": "t",
         "data": "d",
         "settings": {"seed": 1, "bins": [1, 2]},
@@ -121,7 +121,7 @@ def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path) -> None
         ({**IDENTITY, "settings": {"seed": 2}}, r"settings\.seed is 1 there, 2 here"),
         ({**IDENTITY, "more": "m"}, "more is None there, 'm' here"),
         ({"teacher_hash": "t", "data": "d"}, "settings is .* there, None here"),
-        ({**IDENTITY, "format": "headstart-search/1"}, "format is 'headstart-search/4' there"),
+        ({**IDENTITY, "format": "headstart-search/1"}, "format is 'headstart-search/5' there"),
     ],
 )
 def test_the_journal_of_another_search_is_refused(

@@ -37,7 +37,8 @@ SETTINGS = SearchSettings(
     evolution=EvolutionSettings(population=8, generations=5, elites=3),
     tokens=16 * 16,
     calibration_tokens=16 * 40,
-    finalists=FinalistSettings(count=0),
+    scored_as="slice",
+    racing=RacingSettings(rungs=3),
 )
 BLOCK_LENGTH = 16
 
@@ -117,7 +118,12 @@ def tokens_of_a_search(settings: SearchSettings, loss: Callable[[int], float], f
 @pytest.mark.parametrize("space", ["fine-uniform", "coarse-layerwise"])
 @pytest.mark.parametrize(
     "racing",
-    [RacingSettings(), RacingSettings(rungs=1), RacingSettings(4, 2, 5), RacingSettings(2, 4, 12)],
+    [
+        RacingSettings(rungs=3),
+        RacingSettings(rungs=1),
+        RacingSettings(4, 2, 5),
+        RacingSettings(2, 4, 12),
+    ],
 )
 def test_tokens_are_true_bounds(space: Any, racing: RacingSettings, tmp_path: Path) -> None:
     settings = replace(SETTINGS, space=space, racing=racing)
@@ -200,7 +206,7 @@ def test_finals_are_paid_for_training_and_scoring() -> None:
     calibration = calibration_by_hand(passes=1)
     per_token = (plain.flops[1] - calibration) / plain.tokens[1]
     trained, scored = 10 * 3 * BLOCK_LENGTH, 256
-    tokens = 2 * (3 * trained + scored) + scored  # the proportional shape is scored for them
+    tokens = 2 * (3 * trained + scored)
     assert plan.finals_flops == pytest.approx(tokens * per_token, rel=1e-5)
     without = replace(SETTINGS, init="least_squares")
     refit = plan_search(TEACHER, without, BLOCK_LENGTH).flops[0] - plain.flops[0]

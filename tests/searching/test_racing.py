@@ -14,6 +14,7 @@ from headstart.searching.racing import Proposal, Race, RacingSettings, rung_bloc
 from headstart.searching.units import Units
 
 BLOCK_LENGTH = 5
+RACING = RacingSettings(rungs=3)
 
 
 class Table:
@@ -76,9 +77,9 @@ def test_a_candidate_goes_on_while_it_is_among_the_best_so_far(
 
 def test_what_the_journal_knows_is_not_scored_again(tmp_path: Path) -> None:
     proposals = [proposal(number) for number in range(8)]
-    first = race(Table(8, 8), tmp_path, RacingSettings()).run(0, proposals)
+    first = race(Table(8, 8), tmp_path, RACING).run(0, proposals)
     table = Table(8, 8)
-    again = race(table, tmp_path, RacingSettings()).run(0, proposals)
+    again = race(table, tmp_path, RACING).run(0, proposals)
     assert again == first
     assert table.calls == []
 
@@ -86,14 +87,14 @@ def test_what_the_journal_knows_is_not_scored_again(tmp_path: Path) -> None:
 def test_a_race_that_was_killed_reads_only_what_is_missing(tmp_path: Path) -> None:
     proposals = [proposal(number) for number in range(8)]
     whole = Table(8, 16)
-    scores = race(whole, tmp_path, RacingSettings()).run(0, proposals)
+    scores = race(whole, tmp_path, RACING).run(0, proposals)
     lines = (tmp_path / "search.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 1 + len(whole.calls) > 8 + 2 + 1  # some went on
     for num_kept in range(len(whole.calls) + 1):
         (tmp_path / "search.jsonl").write_text("".join(lines[: 1 + num_kept]))
         table = Table(8, 16)
         told: list[bool] = []
-        again = race(table, tmp_path, RacingSettings())
+        again = race(table, tmp_path, RACING)
         again.on_score = lambda score, tokens, replayed: told.append(replayed)  # noqa: B023
         for score, other in zip(again.run(0, proposals), scores, strict=True):
             assert (score.candidate, score.loss, score.tokens) == (
@@ -110,7 +111,7 @@ def test_good_ones_go_on_beside_many_that_are_no_number(tmp_path: Path) -> None:
     table = Table(8, 16)
     for number in (0, 1, 2, 4, 5, 6, 7):
         table.nats[number] = [math.nan] * 16
-    run = race(table, tmp_path, RacingSettings(), keep=4)
+    run = race(table, tmp_path, RACING, keep=4)
     scores = run.run(0, [proposal(number) for number in range(4)])
     assert [score.tokens // BLOCK_LENGTH for score in scores] == [1, 1, 1, 16]
     scores = run.run(1, [proposal(number) for number in range(4, 8)])
@@ -121,7 +122,7 @@ def test_good_ones_go_on_beside_many_that_are_no_number(tmp_path: Path) -> None:
 def test_equals_go_on_together(tmp_path: Path) -> None:
     table = Table(4, 16)
     table.nats = [[2.0] * 16, [3.0] * 16, [2.0] * 16, [2.0] * 16]
-    scores = race(table, tmp_path, RacingSettings(), keep=1).run(0, [proposal(i) for i in range(4)])
+    scores = race(table, tmp_path, RACING, keep=1).run(0, [proposal(i) for i in range(4)])
     assert [score.tokens // BLOCK_LENGTH for score in scores] == [16, 1, 16, 16]
 
 
@@ -129,7 +130,7 @@ def test_a_loss_that_is_no_number_never_goes_on(tmp_path: Path) -> None:
     table = Table(3, 8)
     table.nats[1] = [math.nan] * 8
     table.nats[2] = [math.inf] * 8
-    scores = race(table, tmp_path, RacingSettings(), keep=3).run(0, [proposal(i) for i in range(3)])
+    scores = race(table, tmp_path, RACING, keep=3).run(0, [proposal(i) for i in range(3)])
     assert [score.tokens for score in scores] == [8 * BLOCK_LENGTH, BLOCK_LENGTH, BLOCK_LENGTH]
     kept = Journal(tmp_path / "search.jsonl", {})
     assert math.isnan(kept.find(proposal(1)[0], BLOCK_LENGTH).loss)  # type: ignore[union-attr]
@@ -140,7 +141,7 @@ def test_everything_is_told_with_its_own_tokens(tmp_path: Path) -> None:
     told: list[tuple[Evaluated, int, bool]] = []
     for replayed in (False, True):
         told.clear()
-        run = race(Table(6, 16), tmp_path, RacingSettings())
+        run = race(Table(6, 16), tmp_path, RACING)
         run.on_score = lambda *arguments: told.append(arguments)
         scores = run.run(0, [proposal(number) for number in range(6)])
         assert sum(tokens for _, tokens, _ in told) == sum(score.tokens for score in scores)
@@ -157,6 +158,6 @@ def test_settings_errors(changed: dict[str, int], message: str) -> None:
 
 
 def test_few_blocks_make_few_rungs() -> None:
-    assert rung_blocks(1, RacingSettings()) == [1]
+    assert rung_blocks(1, RACING) == [1]
     assert rung_blocks(64, RacingSettings(rungs=1)) == [64]
     assert rung_blocks(100, RacingSettings(rungs=3, factor=10)) == [1, 10, 100]

@@ -16,7 +16,7 @@ from tests.searching.conftest import BLOCK_LENGTH
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.calibration import layer_by_layer
-from headstart.calibration.costs import propagation_flops
+from headstart.calibration.costs import propagation_flops, refit_flops, teacher_pass_flops
 from headstart.losses.next_token import mean_loss
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
@@ -43,8 +43,9 @@ SETTINGS = SearchSettings(
     evolution=EvolutionSettings(population=5, generations=3, elites=2),
     tokens=300,
     calibration_tokens=600,
+    refit_tokens=100,
     batch_size=4,
-    finalists=FinalistSettings(count=0),
+    racing=RacingSettings(rungs=3),
 )
 
 
@@ -82,7 +83,7 @@ def test_the_winner_is_the_best_and_is_what_it_says(
     folder = tmp_path / "run"
     of_units_alone = ("activation", "contribution")
     depth = "block_influence" if order in of_units_alone else order
-    settings = replace(SETTINGS, space=space, order=order, layer_order=depth)
+    settings = replace(SETTINGS, scored_as="slice", space=space, order=order, layer_order=depth)
     result = search(checkpoint, blocks, settings, folder)
     assert result == json.loads((folder / "search.json").read_text())
     candidates = result["candidates"]
@@ -141,6 +142,7 @@ def test_narrower_heads_and_divergence_and_finals(
 ) -> None:
     settings = replace(
         SETTINGS,
+        scored_as="slice",
         fitness="kl",
         grid=GridSettings(head_dim_min=4, head_dim_step=4),
         racing=RacingSettings(rungs=1),
@@ -229,7 +231,8 @@ def test_what_is_paid_is_told(checkpoint: Checkpoint, blocks: TokenBlocks, tmp_p
     forward = teacher.count(BLOCK_LENGTH).inference_flops_per_token
     assert result["calibration_flops"] == 19 * BLOCK_LENGTH * 3 * forward  # 600 tokens round up
     trained_tokens = 5 * 3 * BLOCK_LENGTH
-    tokens = flops = 0
+    tokens, flops = 0, teacher_pass_flops(teacher, 4, BLOCK_LENGTH)  # 100 tokens round up
+    scored = [line for line in journal_of(tmp_path) if not line["started"]]
     for candidate in result["candidates"]:
         sizes = candidate["sizes"]
         assert sizes.keys() == {"layers", "embed", "head_dim", "kv_groups", "mlp"}
@@ -245,6 +248,9 @@ def test_what_is_paid_is_told(checkpoint: Checkpoint, blocks: TokenBlocks, tmp_p
         assert cost.parameters == candidate["parameters"]
         tokens += candidate["tokens"]
         flops += candidate["tokens"] * cost.inference_flops_per_token
+        rungs = [line for line in scored if line["parameters"] == candidate["parameters"]]
+        assert len({json.dumps(line["candidate"]) for line in rungs}) == 1
+        flops += len(rungs) * refit_flops(teacher, Architecture.of(student).sizes, 4, BLOCK_LENGTH)
         if "trained_loss" in candidate:
             tokens += 10 * BLOCK_LENGTH
             flops += 10 * BLOCK_LENGTH * cost.inference_flops_per_token
@@ -417,6 +423,7 @@ def test_importance_is_measured_once_for_a_teacher_and_its_text(
     [
         ({"tokens": 0}, "search.tokens is 0"),
         ({"calibration_tokens": -1}, "search.calibration_tokens is -1"),
+        ({"refit_tokens": 0}, "search.refit_tokens is 0"),
         ({"batch_size": -1}, "search.batch_size is -1"),
         ({"unit_noise": 1.5}, "search.unit_noise is 1.5"),
         ({"bins": (BinSettings(around="1M"),)}, "search.bin and search.bins are both set"),

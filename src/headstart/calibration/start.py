@@ -79,11 +79,6 @@ def cut_architecture(teacher: Architecture, init: Init) -> Architecture:
     return rotated_architecture(teacher) if init == ROTATED else teacher
 
 
-def is_measured(init: Init, scored_as: str | None) -> bool:
-    """Whether a search measures the teacher's activations, for its candidates or a rotation."""
-    return init == ROTATED or (init != "slice" and scored_as == "refitted")
-
-
 def calibrate(
     teacher: Checkpoint,
     init: Init,

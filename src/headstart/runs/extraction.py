@@ -17,7 +17,6 @@ from headstart.calibration.start import (
     Init,
     calibrate,
     cut_architecture,
-    is_measured,
     start_flops,
     student_tensors,
 )
@@ -113,7 +112,7 @@ def origin_of(spec: SubnetSpec, source: Calibration | None) -> dict[str, Any]:
     if init != searched:  # the loss is another start's
         origin.pop("loss", None)
     flops = origin.get("calibration_flops", 0)
-    if source and (init != searched or not is_measured(init, spec.origin.get("scored_as"))):
+    if source and not init == searched == ROTATED:  # which the search has paid for
         flops += source.flops
     flops += start_flops(source, spec) if source else 0
     return {**origin, "calibration_flops": flops, "init": init}

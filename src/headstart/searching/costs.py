@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from headstart.calibration.costs import slice_refit_flops
-from headstart.calibration.start import ROTATED
+from headstart.calibration.costs import refit_flops, teacher_pass_flops
 from headstart.model.architecture import Architecture
 from headstart.model.axes import Sizes
 from headstart.model.count import inference_flops_per_token, layers_flops_per_token
@@ -44,16 +43,30 @@ def fitness_flops_per_token(
 
 
 def fitness_preparation_flops(
-    teacher: Architecture, settings: SearchSettings, num_tokens: int, context_length: int
+    teacher: Architecture,
+    settings: SearchSettings,
+    num_refit_blocks: int,
+    num_tokens: int,
+    context_length: int,
 ) -> int:
-    """Of what all candidates share: the teacher's hidden states, for a distance from it."""
-    if settings.fitness != "kl":
-        return 0
-    return int(layers_flops_per_token(teacher.layouts, teacher.sizes, context_length) * num_tokens)
+    """Of what all candidates share.
+
+    That is the teacher's pass through the blocks that they are refitted on, if there are any, and
+    its hidden states on the `num_tokens` that they are scored on, for a distance from it.
+    """
+    flops = 0
+    if num_refit_blocks:
+        flops += teacher_pass_flops(teacher, num_refit_blocks, context_length)
+    if settings.fitness == "kl":
+        per_token = layers_flops_per_token(teacher.layouts, teacher.sizes, context_length)
+        flops += int(per_token * num_tokens)
+    return flops
 
 
-def candidate_cut_flops(teacher: Architecture, sizes: Sizes, settings: SearchSettings) -> int:
-    """Of cutting a candidate out, which happens on every rung that it is scored on."""
-    if settings.scored_as != "refitted" or settings.init == "slice":
+def candidate_cut_flops(
+    teacher: Architecture, sizes: Sizes, num_refit_blocks: int, context_length: int
+) -> int:
+    """Of cutting a candidate out and refitting it, on every rung that it is scored on."""
+    if not num_refit_blocks:
         return 0
-    return slice_refit_flops(teacher, sizes, is_rotated=settings.init == ROTATED)
+    return refit_flops(teacher, sizes, num_refit_blocks, context_length)

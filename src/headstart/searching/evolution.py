@@ -37,7 +37,8 @@ class EvolutionSettings:
             candidate afresh, and "importance", which takes the shapes nearest to the teacher's
             proportions with their units in the axis order.
         population: candidates proposed in each generation.
-        generations: including the first, which is random.
+        generations: including the first, which is random but for the shape nearest to the
+            teacher's proportions.
         elites: best candidates so far, which breed the next generation.
         mutation: share of a generation that are mutated elites.
         crossover: share that are crossed elites. The rest are random immigrants, which
@@ -112,7 +113,9 @@ def evolve(
                 rng = random.Random(f"{settings.seed}, generation {generation}")
                 best = [score.candidate for score in known]
                 screen = Surrogate(space.totals, best) if known else None
-                proposals = _propose(space, settings, rng, parents, scores, screen)
+                is_first = generation == 0 and settings.method == "evolution"
+                given = space.proportional(1) if is_first else []
+                proposals = _propose(space, settings, rng, parents, scores, screen, given)
         if not proposals:
             break
         on_generation(generation, len(proposals))
@@ -147,13 +150,17 @@ def _propose(
     elites: list[Candidate],
     seen: Container[Candidate],
     screen: Surrogate | None,
+    given: list[Candidate],
 ) -> list[Proposal]:
-    """A generation's new candidates, each with its origin; fewer where the space runs dry."""
-    proposals: dict[Candidate, str] = {}
+    """A generation's new candidates, each with its origin; fewer where the space runs dry.
+
+    Those that are `given`, which are proportional, come first.
+    """
+    proposals: dict[Candidate, str] = dict.fromkeys(given, PROPORTIONAL)
     num_mutated = round(settings.population * settings.mutation)
     num_crossed = round(settings.population * settings.crossover)
     num_tries = settings.screening if elites and screen else 1
-    for slot in range(settings.population):
+    for slot in range(len(proposals), settings.population):
         tries: dict[Candidate, str] = {}
         for attempt in range(2 * MAX_ATTEMPTS):
             breed = attempt < MAX_ATTEMPTS

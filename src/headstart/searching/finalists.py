@@ -1,8 +1,7 @@
-"""The last round of a search: the best candidates are refitted and scored again.
+"""A last round of a search, if it is asked for: the best candidates are scored once more.
 
-A loss as a plain slice says how much of the teacher survived the cut. The loss after a refit layer
-by layer, which makes up for what was cut, says how low a candidate will be after training, whether
-or not the student is refitted itself (docs/benchmarks/shapes.md).
+They are refitted on more tokens than every candidate is, or trained a little. Where candidates were
+scored as plain slices the round is what tells shapes apart (docs/benchmarks/shapes.md).
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class FinalistSettings:
         batch_size: blocks of training text in a step.
     """
 
-    count: int = 8
+    count: int = 0
     refitted: bool = True
     calibration_tokens: int = 4096
     steps: int = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from headstart.calibration.least_squares import refitted
-from headstart.calibration.moments import Statistics
+from headstart.calibration.activations import TeacherActivations
+from headstart.calibration.layer_by_layer import batches_of
+from headstart.calibration.propagate import refitted_student
 from headstart.losses.chunked import chunked_sum
 from headstart.losses.distillation import forward_kl
 from headstart.losses.next_token import summed_loss
@@ -38,21 +40,21 @@ class HeldOutLoss:
     """Scores candidates cut out of a resident teacher by their loss, in nats; lower is better.
 
     Attributes:
-        state: the teacher's state dict.
+        model: the whole teacher, in eval mode.
         teacher: its architecture.
         orders: the axis orders in which candidates are read.
         blocks: the tokens on which every candidate is scored.
         batch_size: blocks per forward pass.
-        statistics: of the teacher's activations, by which candidates are refitted; None cuts them
-            out as they are.
+        refit_blocks: training tokens on which every candidate is refitted layer by layer before;
+            None scores plain slices.
     """
 
-    state: Mapping[str, Tensor]
+    model: PreTrainedModel
     teacher: Architecture
     orders: Orders
     blocks: Int[Tensor, "blocks tokens"]
     batch_size: int = 8
-    statistics: Statistics | None = None
+    refit_blocks: Int[Tensor, "blocks tokens"] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -62,17 +64,43 @@ class HeldOutLoss:
     def block_length(self) -> int:
         return int(self.blocks.shape[1])
 
-    def student(self, candidate: Candidate) -> PreTrainedModel:
-        """The candidate as a model."""
+    @cached_property
+    def state(self) -> Mapping[str, Tensor]:
+        """The teacher's tensors, without an output matrix that is the embedding."""
+        return state_of(self.model)
+
+    @cached_property
+    def _activations(self) -> TeacherActivations:
+        """The teacher's on `refit_blocks`; made for the first candidate, and kept for all."""
+        assert self.refit_blocks is not None
+        return TeacherActivations.record(self.model, batches_of(self.refit_blocks))
+
+    def sliced(self, candidate: Candidate) -> PreTrainedModel:
+        """The candidate as a model, with the teacher's own weights."""
         spec = candidate.spec(self.teacher, self.orders)
-        tensors: Iterable[tuple[str, Tensor]] = self.state.items()
-        if self.statistics is not None:
-            tensors = refitted(tensors, self.teacher, spec, self.statistics)
-        return build_student(tensors, self.teacher, spec)
+        return build_student(self.state.items(), self.teacher, spec)
+
+    def student(self, candidate: Candidate) -> PreTrainedModel:
+        """The candidate as the model that is scored."""
+        if self.refit_blocks is None:
+            return self.sliced(candidate)
+        spec = candidate.spec(self.teacher, self.orders)
+        return refitted_student(self._activations, self.state.items(), spec)
 
     def __call__(self, candidate: Candidate, start: int, stop: int) -> float:
-        """Nats of all targets in the blocks from `start` to before `stop`."""
-        return summed_loss(self.student(candidate), self.blocks[start:stop], self.batch_size)
+        """Nats of all targets in the blocks from `start` to before `stop`.
+
+        NaN if the candidate cannot be refitted, since what it computes is no number.
+        """
+        try:
+            student = self.student(candidate)
+        except torch.linalg.LinAlgError:
+            return math.nan
+        return self.nats(student, start, stop)
+
+    def nats(self, student: PreTrainedModel, start: int, stop: int) -> float:
+        """The same of a model."""
+        return summed_loss(student, self.blocks[start:stop], self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -82,12 +110,7 @@ class DivergenceFromTeacher(HeldOutLoss):
     The teacher reads the tokens once. What is kept of it are its final hidden states, since its
     logits would take as many numbers a token as there are words; they come back chunk by chunk at
     the cost of one product.
-
-    Attributes:
-        model: the whole teacher.
     """
-
-    model: PreTrainedModel = field(kw_only=True)
 
     @cached_property
     def _teacher_hidden(self) -> Float[Tensor, "blocks tokens embed"]:
@@ -96,8 +119,7 @@ class DivergenceFromTeacher(HeldOutLoss):
             return torch.cat([_hidden(self.model, batch) for batch in batches])
 
     @torch.no_grad()
-    def __call__(self, candidate: Candidate, start: int, stop: int) -> float:
-        student = self.student(candidate)
+    def nats(self, student: PreTrainedModel, start: int, stop: int) -> float:
         matrix = student.get_output_embeddings().weight
         teacher_matrix = self.model.get_output_embeddings().weight
         total = torch.zeros((), dtype=torch.float64, device=matrix.device)
@@ -118,6 +140,12 @@ def _hidden(
 ) -> Float[Tensor, "batch tokens embed"]:
     hidden: Tensor = model.base_model(blocks.to(model.device), use_cache=False).last_hidden_state
     return hidden
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's tensors, without an output matrix that is its embedding."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from headstart.system.errors import UserError
 from headstart.system.files import write_whole
 from headstart.system.settings import differences, tree_of, with_defaults
 
-JOURNAL_FORMAT = "headstart-search/4"
+JOURNAL_FORMAT = "headstart-search/5"
 PROPORTIONAL = "proportional"
 """Origin of candidates that have about the teacher's proportions."""
 

@@ -89,8 +89,11 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
     plain_flops_per_token = statistics.mean(
         inference_flops_per_token(teacher.layouts, sizes, context_length) for sizes in samples
     )
+    num_refit_blocks = 0
+    if settings.scored_as == "refitted":
+        num_refit_blocks = -(-settings.refit_tokens // context_length)
     flops_per_cut = statistics.mean(
-        candidate_cut_flops(teacher, sizes, settings) for sizes in samples
+        candidate_cut_flops(teacher, sizes, num_refit_blocks, context_length) for sizes in samples
     )
     counts = sorted(teacher.amount(sizes, "parameters", context_length) for sizes in samples)
     ranges = {}
@@ -111,7 +114,7 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
     cuts = (num_candidates + survivors * (len(rungs) - 1), num_candidates * len(rungs))
     least_flops, most_flops = (
         round(number * flops_per_token + num_cuts * flops_per_cut)
-        + fitness_preparation_flops(teacher, settings, all_tokens, context_length)
+        + fitness_preparation_flops(teacher, settings, num_refit_blocks, all_tokens, context_length)
         for number, num_cuts in zip(tokens, cuts, strict=True)
     )
     calibration = _calibration_flops(teacher, settings, samples, context_length)
@@ -119,7 +122,6 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
     refits = _finals_refit_flops(teacher, settings, samples, context_length)
     trained_tokens = finals.steps * finals.batch_size * context_length
     finals_tokens = finals.count * (3 * trained_tokens + all_tokens)
-    proportional = (all_tokens * flops_per_token + flops_per_cut) if finals.count else 0
     return SearchPlan(
         measure=bin.measure,
         bin=(bin.low, bin.high),
@@ -130,7 +132,7 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
         num_candidates=num_candidates,
         tokens=tokens,
         flops=(calibration + least_flops, calibration + most_flops),
-        finals_flops=round(proportional + finals_tokens * plain_flops_per_token + refits),
+        finals_flops=round(finals_tokens * plain_flops_per_token + refits),
         flops_per_second=_flops_per_second(),
     )
 

@@ -34,7 +34,7 @@ class RacingSettings:
             there are elites.
     """
 
-    rungs: int = 3
+    rungs: int = 1
     factor: int = 4
     keep: int = 0
 
@@ -45,7 +45,7 @@ class RacingSettings:
 def rung_blocks(num_blocks: int, settings: RacingSettings) -> list[int]:
     """Blocks read by the end of each rung, ascending; fewer rungs where there are few blocks.
 
-    >>> rung_blocks(32, RacingSettings(rungs=3, factor=4)), rung_blocks(3, RacingSettings())
+    >>> rung_blocks(32, RacingSettings(rungs=3, factor=4)), rung_blocks(3, RacingSettings(rungs=3))
     ([2, 8, 32], [1, 3])
     """
     counts = {num_blocks}

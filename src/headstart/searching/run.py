@@ -33,8 +33,9 @@ from headstart.searching.fitness import (
     HeldOutLoss,
     fitting_batch_size,
     put_in_order,
+    state_of,
 )
-from headstart.searching.journal import PROPORTIONAL, Evaluated, Journal
+from headstart.searching.journal import Evaluated, Journal
 from headstart.searching.live import SearchTable
 from headstart.searching.orders import (
     keep_orders,
@@ -43,7 +44,7 @@ from headstart.searching.orders import (
     measured_kinds,
 )
 from headstart.searching.outcome import outcome_of
-from headstart.searching.racing import Race, RacingSettings, rung_blocks
+from headstart.searching.racing import Race, rung_blocks
 from headstart.searching.settings import SearchSettings
 from headstart.searching.space import Space
 from headstart.system.device import default_device, load_frozen
@@ -138,7 +139,6 @@ class _Search:
         self.model, self.settings, self.journal = model, settings, journal
         self.blocks, self.identity = blocks, identity
         self.whole, self.cut = whole, source
-        self.proportional: Candidate | None = None
         # As it is on disk: loading may change its precision, which bins in bytes read.
         self.teacher = source.teacher.architecture
         held_out = blocks.sample("search", settings.tokens)
@@ -156,21 +156,16 @@ class _Search:
         self.calibration_flops = source.flops + importance_flops(
             self.teacher, measured_kinds(settings) or (), num_tokens, self.context_length
         )
-        tied = {"lm_head.weight"} if self.teacher.config.tie_word_embeddings else set()
-        state = {name: part for name, part in model.state_dict().items() if name not in tied}
-        moments = source.statistics if settings.scored_as == "refitted" else None
-        if moments is None:  # refitted candidates are no views in any order
-            orders = put_in_order(state, self.teacher, orders)
-        self.fitness = HeldOutLoss(
-            state=state,
+        is_refitted = settings.scored_as == "refitted"
+        kind = DivergenceFromTeacher if settings.fitness == "kl" else HeldOutLoss
+        self.fitness = kind(
+            model=model,
             teacher=self.teacher,
-            orders=orders,
+            orders=put_in_order(state_of(model), self.teacher, orders),
             blocks=held_out.to(model.device),
             batch_size=self.batch_size,
-            statistics=moments,
+            refit_blocks=blocks.sample("train", settings.refit_tokens) if is_refitted else None,
         )
-        if settings.fitness == "kl":
-            self.fitness = DivergenceFromTeacher(**vars(self.fitness), model=model)
 
     def amount(self, candidate: Candidate, measure: Measure) -> int:
         """What a candidate comes to in one measure."""
@@ -179,7 +174,7 @@ class _Search:
 
     def run(self, name: str) -> dict[str, Any]:
         """Search, and say what was found; `name` is the teacher's."""
-        scores = self._with_proportional(self._evolve())
+        scores = self._evolve()
         best = ranked(scores)[0]
         if not math.isfinite(best.loss):
             raise UserError(
@@ -211,15 +206,17 @@ class _Search:
         train_tokens = finalists.steps * finalists.batch_size * context_length
         rungs = rung_blocks(self.fitness.num_blocks, settings.racing)
         num_tokens = self.fitness.blocks.numel()
-        flops = fitness_preparation_flops(self.teacher, settings, num_tokens, context_length)
+        refit_blocks = self.fitness.refit_blocks
+        num_refits = 0 if refit_blocks is None else len(refit_blocks)
+        flops = fitness_preparation_flops(
+            self.teacher, settings, num_refits, num_tokens, context_length
+        )
         for score in scores:
             sizes = {**self.teacher.sizes, **score.candidate.sizes()}
             per_token = fitness_flops_per_token(self.teacher, sizes, settings, context_length)
             num_cuts = sum(blocks * context_length <= score.tokens for blocks in rungs)
-            if score.candidate == self.proportional:  # which runs no race
-                num_cuts = 1
             flops += score.tokens * int(per_token)
-            flops += num_cuts * candidate_cut_flops(self.teacher, sizes, settings)
+            flops += num_cuts * candidate_cut_flops(self.teacher, sizes, num_refits, context_length)
         measured = 0
         for final in finals:
             spec = final.candidate.spec(self.teacher, self.orders)
@@ -244,7 +241,7 @@ class _Search:
     def _started(self, candidate: Candidate) -> PreTrainedModel:
         """A candidate with the weights that it has in the finals."""
         if self.settings.finals_init == "slice":
-            return self.fitness.student(candidate)
+            return self.fitness.sliced(candidate)
         spec = candidate.spec(self.teacher, self.orders)
         tensors = student_tensors(self._finals_calibration(spec), spec)
         on_device = ((name, tensor.to(self.model.device)) for name, tensor in tensors.items())
@@ -266,17 +263,6 @@ class _Search:
         with table:
             return evolve(self.space, race, evolution, burden, table.start, table.finish)
 
-    def _with_proportional(self, scores: list[Evaluated]) -> list[Evaluated]:
-        """The scores with that of the proportional shape, which is always a finalist."""
-        if not self.settings.finalists.count:
-            return scores
-        (always,) = self.space.proportional(1)
-        self.proportional = always
-        race = Race(self.fitness, self._parameters, self.journal, RacingSettings(rungs=1), keep=1)
-        others = [score for score in scores if score.candidate != always]
-        generation = self.settings.evolution.generations
-        return [*others, *race.run(generation, [(always, PROPORTIONAL)])]
-
     def _parameters(self, candidate: Candidate) -> int:
         return self.amount(candidate, "parameters")
 
@@ -284,8 +270,9 @@ class _Search:
         settings = self.settings.finalists
         if not settings.count:
             return []
-        # Those that lost a race are among them: shapes have to differ, and slices tell little.
-        finalists = choose_finalists(ranked(scores), settings.count, self.proportional)
+        # Those that lost a race are among them: shapes have to differ.
+        (always,) = self.space.proportional(1)
+        finalists = choose_finalists(ranked(scores), settings.count, always)
         needed = settings.steps * settings.batch_size * self.context_length
         train_blocks = self.blocks.sample("train", needed)
         with progress("finals", len(finalists), "finalists") as advance:

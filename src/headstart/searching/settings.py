@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from headstart.calibration.start import Init, is_measured
+from headstart.calibration.start import ROTATED, Init
 from headstart.searching.bins import BinSettings
 from headstart.searching.evolution import EvolutionSettings
 from headstart.searching.finalists import FinalistSettings
@@ -23,8 +23,9 @@ class SearchSettings:
     Attributes:
         init: how candidates and the student get their weights from the teacher: a plain "slice",
             refitted by "least_squares", or that of a teacher rotated before.
-        scored_as: whether candidates are scored as a plain "slice", or "refitted" by the moments of
-            the teacher's activations where `init` is not "slice".
+        scored_as: whether candidates are scored as a plain "slice", or as one that was "refitted"
+            layer by layer, whatever `init` is; both of the rotated teacher if there is one.
+        refit_tokens: training tokens of that refit.
         space: "coarse" keeps the first units of each axis, "fine" any of them; "uniform" has one
             size for all layers, "layerwise" one for each.
         order: what "first" means for channels, groups and neurons: most important first by one of
@@ -44,7 +45,8 @@ class SearchSettings:
     """
 
     init: Init = "slice"
-    scored_as: Literal["slice", "refitted"] = "slice"
+    scored_as: Literal["slice", "refitted"] = "refitted"
+    refit_tokens: int = 1024
     space: SpaceName = "coarse-uniform"
     order: Literal["activation", "contribution", "magnitude", "taylor", "teacher"] = "activation"
     layer_order: Literal["block_influence", "magnitude", "taylor", "teacher"] = "block_influence"
@@ -56,14 +58,14 @@ class SearchSettings:
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
     racing: RacingSettings = field(default_factory=RacingSettings)
     finalists: FinalistSettings = field(default_factory=FinalistSettings)
-    tokens: int = 16_384
+    tokens: int = 4096
     calibration_tokens: int = 32_768
     batch_size: int = 0
 
     @property
     def is_measured(self) -> bool:
-        """Whether the search measures the teacher's activations, for candidates or a rotation."""
-        return is_measured(self.init, self.scored_as)
+        """Whether the search measures the moments of the teacher's activations, to rotate it."""
+        return self.init == ROTATED
 
     @property
     def finals_init(self) -> Init:
@@ -76,12 +78,8 @@ class SearchSettings:
         return self.calibration_tokens if self.is_measured else self.finalists.calibration_tokens
 
     def __post_init__(self) -> None:
-        check_least(self, "search.", tokens=1, calibration_tokens=1, batch_size=0)
-        if self.init == "slice" and self.scored_as == "refitted":
-            raise UserError(
-                "search.scored_as is refitted and search.init is slice, which measures no "
-                "activations to refit by; set search.init to least_squares, or leave out scored_as"
-            )
+        least = {"tokens": 1, "calibration_tokens": 1, "refit_tokens": 1, "batch_size": 0}
+        check_least(self, "search.", **least)
         if not 0 <= self.unit_noise <= 1:
             raise UserError(f"search.unit_noise is {self.unit_noise}; it must be in [0, 1]")
         if self.bins and self.bin != BinSettings():
