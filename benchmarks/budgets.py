@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from figure import write_figure
 from headstart.calibration.start import Init
@@ -48,7 +48,7 @@ class Start:
         rates: of learning, of which one is chosen.
         kd: distillation, from the first step on.
         evolution: of the search for the shape; without one, the proportional shape is taken.
-        finalists: of that search.
+        scored_as: how that search scores candidates; a shape that is given needs no more.
         calibration_tokens: for the importance pass and `init`.
         hand_shaped: whether the model has the ratio's `hand_shape`.
     """
@@ -62,7 +62,7 @@ class Start:
             "method": "importance", "population": 1, "generations": 1, "elites": 1,
         }
     )  # fmt: skip
-    finalists: int = 0
+    scored_as: Literal["slice", "refitted"] = "slice"
     calibration_tokens: int = 16_384
     hand_shaped: bool = False
 
@@ -177,7 +177,8 @@ def result_of(
             "tokens": 16_384 if not start.evolution else 4096,
             "calibration_tokens": start.calibration_tokens,
             "evolution": dict(start.evolution),
-            "finalists": {"count": start.finalists},
+            "scored_as": start.scored_as,
+            "racing": {"rungs": 3 if start.scored_as == "slice" else 1},
         },
         "pretrain": {
             "validation_tokens": 16_384,

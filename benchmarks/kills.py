@@ -49,7 +49,7 @@ def write_inputs(place: Path) -> None:
     text = write_text(place / "text", num_files=3, num_documents=1000)
     teacher = write_teacher(place / "teacher", text)
     tree = small_recipe(teacher, text, place / "lap" / "run")
-    tree["search"] |= {"init": "least_squares", "scored_as": "refitted"}
+    tree["search"] |= {"init": "least_squares", "racing": {"rungs": 3}}
     tree["pretrain"]["seeds"] = [1]
     kd = {"top_k": 8, "cache": str(place / "lap" / "teacher-cache")}
     tree["pretrain"]["arms"].append({"name": "cached", "kd": kd})

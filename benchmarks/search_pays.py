@@ -3,7 +3,7 @@
     python benchmarks/search_pays.py --data articles.jsonl --output runs/search-pays
 
 Students of one bin, chosen in several ways, all with the same start and rate: the shape nearest to
-the teacher's proportions, the product's search, the same finals among shapes near those
+the teacher's proportions, the product's search, the best by the same score of 64 shapes near those
 proportions without evolution, and three drawn at random. Prints the test loss after equal tokens;
 and, for every budget of a search, the loss that the proportional shape ends with when it trains
 until it has cost as many FLOPs, between two budgets in a straight line with the logarithm of the
@@ -34,8 +34,8 @@ def choices(init: Init) -> dict[str, Start]:
     near = {"method": "importance", "population": 64, "generations": 1, "elites": 8}
     return {
         PROPORTIONAL: Start(init),
-        "searched": Start(init, evolution={}, finalists=8),
-        "finals near the proportions": Start(init, evolution=near, finalists=8),
+        "searched": Start(init, evolution={}, scored_as="refitted"),
+        "near the proportions": Start(init, evolution=near, scored_as="refitted"),
         **{
             f"random {seed}": Start(init, evolution={"method": "random", "seed": seed, **one})
             for seed in RANDOM_SEEDS

@@ -15,15 +15,20 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
+from headstart.calibration.least_squares import refitted
+from headstart.calibration.moments import Statistics
 from headstart.calibration.start import Init, calibrate
 from headstart.losses.next_token import mean_loss, next_token_loss
 from headstart.model.checkpoint import Checkpoint
+from headstart.model.cut import build_student
 from headstart.recipe import Recipe, recipe_from_dict
 from headstart.runs.extraction import extract_student
 from headstart.runs.run import Run, open_run
@@ -57,7 +62,6 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
                 "bin": {"low": low, "high": high},
                 "tokens": 16_384,
                 "calibration_tokens": CALIBRATION_TOKENS,
-                "finalists": {"count": 0},
             },
             "pretrain": {
                 "tokens": options.tokens,
@@ -94,6 +98,22 @@ def spread_shapes(space: Space, count: int) -> list[Candidate]:
     return [pool[place] for place in chosen]
 
 
+@dataclass(frozen=True)
+class DivergenceByMoments(DivergenceFromTeacher):
+    """Scores candidates that are refitted by the moments of the teacher's activations.
+
+    Attributes:
+        statistics: these moments.
+    """
+
+    statistics: Statistics = field(kw_only=True)
+
+    def student(self, candidate: Candidate) -> PreTrainedModel:
+        spec = candidate.spec(self.teacher, self.orders)
+        tensors = refitted(self.state.items(), self.teacher, spec, self.statistics)
+        return build_student(tensors, self.teacher, spec)
+
+
 class Scores:
     """Every way to score a candidate before it is trained."""
 
@@ -106,13 +126,10 @@ class Scores:
         identity = {"teacher_hash": run.teacher.hash, "data": run.text.fingerprint}
         self.orders: Orders = measure_orders(self.model, settings, run.text, identity)
         held_out = run.text.sample("search", settings.tokens)
-        state = {
-            name: part for name, part in self.model.state_dict().items() if "lm_head" not in name
-        }
-        refitted = HeldOutLoss(state, self.teacher, self.orders, held_out, 8, source.statistics)
-        self.refitted = refitted
-        self.divergence = DivergenceFromTeacher(**vars(refitted), model=self.model)
-        self.sliced = HeldOutLoss(state, self.teacher, self.orders, held_out, 8)
+        parts = (self.model, self.teacher, self.orders, held_out, 8)
+        assert source.statistics is not None
+        self.by_moments = DivergenceByMoments(*parts, statistics=source.statistics)
+        self.sliced = HeldOutLoss(*parts)
         self.held_out = held_out
 
     def started(
@@ -153,9 +170,9 @@ class Scores:
         return {
             "slice": mean_loss(sliced, blocks, 8),
             "slice, last norm refitted": self._with_last_norm(sliced),
-            "refitted": self.refitted(candidate, 0, len(blocks)) / targets,
+            "refitted by moments": mean_loss(self.by_moments.student(candidate), blocks, 8),
             **layer_by_layer,
-            "refitted, KL": self.divergence(candidate, 0, len(blocks)) / targets,
+            "refitted by moments, KL": self.by_moments(candidate, 0, len(blocks)) / targets,
             "distance from proportions": float(np.std(shares)),
             "- parameters outside embeddings": -count.non_embedding_parameters,
             "- width": -sizes["embed"],
@@ -236,9 +253,9 @@ def all_scores(found: Sequence[Mapping[str, Any]], step_tokens: int) -> dict[str
         name = f"after {steps} steps" if steps else "as started"
         table[name] = [shape["curve"][place]["loss"] for shape in found]
     for pair in (
-        ("refitted", "- parameters outside embeddings"),
-        ("refitted", "- width"),
-        ("refitted", "distance from proportions"),
+        ("refitted by moments", "- parameters outside embeddings"),
+        ("refitted by moments", "- width"),
+        ("refitted by moments", "distance from proportions"),
         ("slice", "distance from proportions"),
         ("slice", "- parameters outside embeddings"),
         ("slice", f"refitted layer by layer, {FEWER_TOKENS[0]:,} tokens"),
