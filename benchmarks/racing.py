@@ -68,7 +68,7 @@ def main() -> None:
     ratios, differences = [], []
     for seed in SEEDS:
         tokens, best = [], []
-        for racing in (RacingSettings(rungs=1), RacingSettings()):
+        for racing in (RacingSettings(rungs=1), RacingSettings(rungs=3)):
             losses.tokens = 0
             with tempfile.TemporaryDirectory() as folder:
                 journal = Journal(Path(folder) / "search.jsonl", {})

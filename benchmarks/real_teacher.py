@@ -31,12 +31,10 @@ class RealTeacher:
     orders: Orders
 
     def fitness(self, num_tokens: int) -> HeldOutLoss:
-        """The loss on so many held-out tokens of the search split."""
-        tied = {"lm_head.weight"} if self.architecture.config.tie_word_embeddings else set()
-        state = {name: one for name, one in self.model.state_dict().items() if name not in tied}
+        """The loss of slices on so many held-out tokens of the search split."""
         held_out = self.blocks.sample("search", num_tokens)
         batch_size = max(1, 2048 // held_out.shape[1])
-        return HeldOutLoss(state, self.architecture, self.orders, held_out, batch_size)
+        return HeldOutLoss(self.model, self.architecture, self.orders, held_out, batch_size)
 
     def parameters(self, candidate: Candidate) -> int:
         sizes = {**self.architecture.sizes, **candidate.sizes()}

@@ -14,6 +14,7 @@ When a random search meets its best is luck, so the ratio is the median over sev
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import tempfile
@@ -31,10 +32,10 @@ from headstart.losses.next_token import mean_loss
 from headstart.model.architecture import Architecture
 from headstart.recipe import load_recipe
 from headstart.searching.evolution import evolve
-from headstart.searching.fitness import HeldOutLoss, fitting_batch_size, put_in_order
+from headstart.searching.fitness import HeldOutLoss, fitting_batch_size, put_in_order, state_of
 from headstart.searching.importance import measure_importance
 from headstart.searching.journal import Evaluated, Journal
-from headstart.searching.racing import Race
+from headstart.searching.racing import Race, RacingSettings
 from headstart.searching.settings import SearchSettings
 from headstart.searching.space import Space
 from headstart.system.files import shipped
@@ -70,7 +71,7 @@ def headstart_seconds(
     Returns:
         Seconds, infinite if that did not happen; the best loss; candidates scored on all tokens.
     """
-    state = {k: v.clone() for k, v in teacher.state_dict().items() if k != "lm_head.weight"}
+    model = copy.deepcopy(teacher)
     evolution = replace(demo.evolution, generations=MAX_GENERATIONS, seed=seed)
     bin = demo.bin.resolve(blocks.shape[1])
     architecture = Architecture.of(teacher.config)
@@ -88,10 +89,11 @@ def headstart_seconds(
         start = time.perf_counter()
         batches = calibration.split(batch_size)  # type: ignore[no-untyped-call]
         orders = measure_importance(teacher, batches).orders()
-        orders = put_in_order(state, architecture, orders)
+        orders = put_in_order(state_of(model), architecture, orders)
         space = Space.build(architecture, demo.space, bin, demo.grid, demo.unit_noise)
-        fitness = HeldOutLoss(state, architecture, orders, blocks, batch_size)
-        race = Race(fitness, lambda one: 0, journal, demo.racing, evolution.elites, on_score)
+        fitness = HeldOutLoss(model, architecture, orders, blocks, batch_size)
+        racing = RacingSettings(rungs=3)
+        race = Race(fitness, lambda one: 0, journal, racing, evolution.elites, on_score)
         try:
             evolve(space, race, evolution)
         except Reached:

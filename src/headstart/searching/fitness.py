@@ -94,7 +94,7 @@ class HeldOutLoss:
         """
         try:
             student = self.student(candidate)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return math.nan
         return self.nats(student, start, stop)
 
