@@ -151,8 +151,7 @@ def test_scoring_a_candidate_waits_for_its_score_alone(kind, fitness, gpu):
     teacher = gpu.model(kind)
     architecture = Architecture.of(teacher.config)
     candidate, orders = some_candidate(architecture)
-    more = {"model": teacher} if fitness is DivergenceFromTeacher else {}
-    score = fitness(dict(teacher.state_dict()), architecture, orders, some_blocks(), 2, **more)
+    score = fitness(teacher, architecture, orders, some_blocks(), 2)
     gpu.waits = 0
     score(candidate, 0, 4)
     assert gpu.waits == 1

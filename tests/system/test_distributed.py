@@ -131,6 +131,7 @@ def arguments(teacher_folder: Path, corpus: Path, tmp_path: Path) -> list[str]:
         "search.tokens": 256,
         "search.calibration_tokens": 256,
         "search.evolution": "{population: 6, generations: 3, elites: 2}",
+        "search.racing": "{rungs: 3}",
         "search.finalists": "{count: 3, steps: 8, batch_size: 2}",
         "train.per_device_train_batch_size": 2,
     }
