@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from headstart.calibration.costs import refit_bytes
-from headstart.calibration.start import cut_architecture, is_measured
+from headstart.calibration.start import cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.recipe import Recipe
 from headstart.runs.run import bin_recipes, in_tokens, needed_text
@@ -115,8 +115,7 @@ def _plan_of(
     data, search = recipe.data, recipe.search
     refit = 0
     if arm.init == "subnet" and search.init != "slice":
-        measures = is_measured(search.init, search.scored_as)
-        refit = refit_bytes(teacher, student, search.calibration_tokens, measures)
+        refit = refit_bytes(teacher, student, search.calibration_tokens, search.is_measured)
     train = {**recipe.train, **arm.train}
     setup = setup_of(arguments, train, data.block_length, data.separate_documents, refit)
     # It will run on a GPU, whatever this machine has.
