@@ -138,7 +138,7 @@ def search(
         search=replace(settings or SearchSettings(), bin=bin_settings, bins=()),
     )
     with open_run(recipe) as run:
-        outcome = stages.search_stage(run)
+        (outcome,) = stages.search_stage(run)
         spec = spec_of(outcome)
         calibration = from_main(lambda: stages.calibration_of(run, spec))
     return Found(spec, outcome["loss"], outcome["parameters"], outcome, calibration)

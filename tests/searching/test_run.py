@@ -24,7 +24,7 @@ from headstart.model.cut import build_student
 from headstart.model.spec import SubnetSpec, load_spec
 from headstart.runs.extraction import extract_found
 from headstart.searching import orders as orders_module
-from headstart.searching import run as module
+from headstart.searching import teacher as teacher_module
 from headstart.searching.bins import BinSettings
 from headstart.searching.candidate import Candidate
 from headstart.searching.evolution import EvolutionSettings
@@ -33,8 +33,9 @@ from headstart.searching.fitness import HeldOutLoss
 from headstart.searching.grid import GridSettings
 from headstart.searching.importance import measure_importance
 from headstart.searching.racing import RacingSettings
-from headstart.searching.run import search
+from headstart.searching.run import search, search_bins
 from headstart.searching.settings import SearchSettings
+from headstart.searching.teacher import SearchedTeacher
 from headstart.system.errors import UserError
 from headstart.text.blocks import TokenBlocks
 
@@ -306,7 +307,7 @@ def test_a_finished_search_is_not_repeated(
     monkeypatch.setattr(HeldOutLoss, "__call__", dying_after(0))
     (tmp_path / "search.json").unlink()
     assert search(checkpoint, blocks, SETTINGS, tmp_path) == first  # from the journal alone
-    monkeypatch.setattr(module, "load_frozen", None)
+    monkeypatch.setattr(teacher_module, "load_frozen", None)
     assert search(checkpoint, blocks, SETTINGS, tmp_path) == first
 
 
@@ -391,7 +392,7 @@ def test_importance_reads_batches_of_a_fixed_size_whatever_memory_is_free(
     monkeypatch.setattr(orders_module, "measure_importance", watch)
     for batch_size in (1, 16):
         monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / f"cache-{batch_size}"))
-        monkeypatch.setattr(module, "fitting_batch_size", lambda *_, size=batch_size: size)
+        monkeypatch.setattr(teacher_module, "fitting_batch_size", lambda *_, size=batch_size: size)
         settings = replace(SETTINGS, order=order)
         folder = tmp_path / str(batch_size)
         search(checkpoint, blocks, settings, folder)
@@ -470,3 +471,27 @@ def test_spec_errors_name_the_path(tmp_path: Path) -> None:
         load_spec(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="is a folder"):
         load_spec(tmp_path)
+
+
+def test_bins_share_one_teacher_and_find_what_each_finds_alone(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bins = {"small": BinSettings(low="25K", high="30K"), "large": BinSettings(around="40K")}
+    searches = {tmp_path / name: replace(SETTINGS, bin=bin) for name, bin in bins.items()}
+    alone = [
+        search(checkpoint, blocks, settings, tmp_path / f"{folder.name} alone")
+        for folder, settings in searches.items()
+    ]
+    loads = []
+    load = SearchedTeacher.load
+    monkeypatch.setattr(SearchedTeacher, "load", lambda *given: loads.append(given) or load(*given))
+    together = list(search_bins(checkpoint, blocks, searches))
+    assert len(loads) == 1
+    for ours, theirs in zip(together, alone, strict=True):
+        assert without_times(ours) == without_times(theirs)
+    assert list(search_bins(checkpoint, blocks, searches)) == together
+    assert len(loads) == 1, "what is finished needs no teacher"
+
+
+def without_times(outcome: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in outcome.items() if not key.endswith("seconds")}

@@ -48,7 +48,7 @@ from headstart.runs.shapes import arm_shapes
 from headstart.runs.trimming import vocabulary_sizes
 from headstart.runs.vocabulary import check_trims, trimmed_teacher
 from headstart.searching.bins import BinSettings
-from headstart.searching.run import search
+from headstart.searching.run import search_bins
 from headstart.system.distributed import from_main, is_main, process_group
 from headstart.system.errors import UserError
 from headstart.system.files import write_json
@@ -64,12 +64,15 @@ Baselines = Sequence[tuple[str, Checkpoint, TokenBlocks]]
 """Models that arms are compared with: name in the recipe, checkpoint, and text in its tokens."""
 
 
-def search_stage(run: Run) -> dict[str, Any]:
-    """Search the run's bin; the outcome is in its `search.json`."""
-    outcome = search(run.teacher, run.text, run.pinned.search, run.folder)
-    if is_main():
-        write_search_html(outcome, run.folder / "search.html")
-    return outcome
+def search_stage(run: Run) -> list[dict[str, Any]]:
+    """Search each of the run's bins; the outcome is in the `search.json` of its folder."""
+    searches = {of_bin.folder: of_bin.pinned.search for of_bin in run.bins()}
+    outcomes = []
+    for folder, outcome in zip(searches, search_bins(run.teacher, run.text, searches), strict=True):
+        if is_main():
+            write_search_html(outcome, folder / "search.html")
+        outcomes.append(outcome)
+    return outcomes
 
 
 def _calibration_blocks(run: Run) -> Int[Tensor, "blocks tokens"] | None:
@@ -252,8 +255,7 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         baselines = baselines_of(run)
         from_main(lambda: check_caches(run.teacher, run.text, recipe.pretrain.arms))
         if run.student is None:
-            for of_bin in run.bins():
-                search_stage(of_bin)
+            search_stage(run)
         return [
             pretrain_stage(of_bin, run.student or extract_stage(of_bin), baselines)
             for of_bin in run.bins()
@@ -293,7 +295,7 @@ def run_search(recipe: Recipe) -> list[dict[str, Any]]:
         The outcome of each bin, in the recipe's order.
     """
     with open_run(recipe) as run:
-        return [search_stage(of_bin) for of_bin in run.bins()]
+        return search_stage(run)
 
 
 def run_pretrain(recipe: Recipe) -> dict[str, Any]:

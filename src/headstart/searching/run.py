@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,30 +26,17 @@ from headstart.searching.costs import (
     candidate_cut_flops,
     fitness_flops_per_token,
     fitness_preparation_flops,
-    importance_flops,
 )
 from headstart.searching.evolution import evolve, ranked
 from headstart.searching.finalists import choose_finalists, run_finals
-from headstart.searching.fitness import (
-    DivergenceFromTeacher,
-    HeldOutLoss,
-    fitting_batch_size,
-    put_in_order,
-    state_of,
-)
 from headstart.searching.journal import Evaluated, Journal
 from headstart.searching.live import SearchTable
-from headstart.searching.orders import (
-    keep_orders,
-    kept_orders,
-    measure_orders,
-    measured_kinds,
-)
+from headstart.searching.orders import keep_orders, kept_orders
 from headstart.searching.outcome import outcome_of
 from headstart.searching.racing import Race, rung_blocks
 from headstart.searching.settings import SearchSettings
 from headstart.searching.space import Space
-from headstart.system.device import default_device, load_frozen
+from headstart.searching.teacher import SearchedTeacher
 from headstart.system.distributed import from_main, is_main, process_group
 from headstart.system.errors import UserError
 from headstart.system.files import read_json, write_json
@@ -78,39 +67,47 @@ def space_of(teacher: Architecture, settings: SearchSettings, context_length: in
 def search(
     teacher: Checkpoint, blocks: TokenBlocks, settings: SearchSettings, folder: Path
 ) -> dict[str, Any]:
-    """Find the best sub-network in the bin, or go on from the journal.
+    """Find the best sub-network in a bin, or go on from the journal; see `search_bins`."""
+    return next(search_bins(teacher, blocks, {folder: settings}))
 
-    Under torchrun the processes share every generation.
+
+def search_bins(
+    teacher: Checkpoint, blocks: TokenBlocks, searches: Mapping[Path, SearchSettings]
+) -> Iterator[dict[str, Any]]:
+    """Find the best sub-network in each of several bins, or go on from the journals.
+
+    The teacher is loaded and measured once, for the first search that is not finished. Under
+    torchrun the processes share every generation.
 
     Args:
         blocks: calibration and finals read its "train" split, fitness its "search" split.
-        folder: receives `search.jsonl` and `search.json`.
+        searches: the folder of each, which receives `search.jsonl` and `search.json`, and its
+            settings, which differ in the bin alone.
 
-    Returns:
-        The content of `search.json`; docs/search.md documents it.
+    Yields:
+        The content of each `search.json`; docs/search.md documents it.
     """
     with process_group():
         identity = {"teacher_hash": teacher.hash, "data": blocks.manifest["fingerprint"]}
-        finished, orders = folder / "search.json", kept_orders(folder)
-        outcome: dict[str, Any] | None = from_main(lambda: read_json(finished))
-        if outcome is not None and orders is not None:
-            _journal(folder, identity, orders, settings)  # refuses another search's folder
-            return outcome
-        source = Calibration(teacher)
-        if settings.is_measured:
-            tokens = blocks.sample("train", settings.calibration_tokens)
-            source = from_main(lambda: calibrate(teacher, settings.init, tokens))
-        model = load_frozen(source.teacher.folder, default_device())
-        if orders is None:
-            orders = measured = measure_orders(model, settings, blocks, identity)
-            from_main(lambda: keep_orders(folder, measured))
-        journal = _journal(folder, identity, orders, settings)
-        searched = _Search(model, teacher, source, orders, blocks, settings, journal, identity)
-        # Through JSON, so that it is the same as what is read from the file later.
-        outcome = json.loads(json.dumps(searched.run(name=str(teacher.folder))))
-        if is_main():
-            write_json(finished, outcome)
-        return outcome
+        loaded: SearchedTeacher | None = None
+        for folder, settings in searches.items():
+            outcome: dict[str, Any] | None = from_main(partial(read_json, folder / "search.json"))
+            orders = kept_orders(folder)
+            if outcome is not None and orders is not None:
+                _journal(folder, identity, orders, settings)  # refuses another search's folder
+                yield outcome
+                continue
+            if loaded is None or orders not in (None, loaded.orders):
+                loaded = SearchedTeacher.load(teacher, blocks, settings, identity, orders)
+            if orders is None:
+                from_main(partial(keep_orders, folder, loaded.orders))
+            journal = _journal(folder, identity, loaded.orders, settings)
+            searched = _Search(loaded, blocks, settings, journal, teacher.hash)
+            # Through JSON, so that it is the same as what is read from the file later.
+            outcome = json.loads(json.dumps(searched.run(name=str(teacher.folder))))
+            if is_main():
+                write_json(folder / "search.json", outcome)
+            yield outcome
 
 
 def _journal(
@@ -127,44 +124,20 @@ class _Search:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        whole: Checkpoint,
-        source: Calibration,
-        orders: Orders,
+        loaded: SearchedTeacher,
         blocks: TokenBlocks,
         settings: SearchSettings,
         journal: Journal,
-        identity: dict[str, Any],
+        teacher_hash: str,
     ) -> None:
-        self.model, self.settings, self.journal = model, settings, journal
-        self.blocks, self.identity = blocks, identity
-        self.whole, self.cut = whole, source
-        # As it is on disk: loading may change its precision, which bins in bytes read.
-        self.teacher = source.teacher.architecture
-        held_out = blocks.sample("search", settings.tokens)
-        self.context_length = held_out.shape[1]
+        self.loaded, self.fitness, self.orders = loaded, loaded.fitness, loaded.orders
+        self.blocks, self.settings, self.journal = blocks, settings, journal
+        self.teacher, self.teacher_hash = loaded.architecture, teacher_hash
+        self.context_length = self.fitness.block_length
         # The teacher was rotated already, if it is to be.
         self.bin = settings.bin.resolve(self.context_length)
         self.space = Space.build(
             self.teacher, settings.space, self.bin, settings.grid, settings.unit_noise
-        )
-        self.batch_size = settings.batch_size or fitting_batch_size(
-            self.teacher.sizes, self.context_length, model.device, model.dtype.itemsize
-        )
-        self.orders = orders
-        num_tokens = blocks.spread("train", settings.calibration_tokens).size
-        self.calibration_flops = source.flops + importance_flops(
-            self.teacher, measured_kinds(settings) or (), num_tokens, self.context_length
-        )
-        is_refitted = settings.scored_as == "refitted"
-        kind = DivergenceFromTeacher if settings.fitness == "kl" else HeldOutLoss
-        self.fitness = kind(
-            model=model,
-            teacher=self.teacher,
-            orders=put_in_order(state_of(model), self.teacher, orders),
-            blocks=held_out.to(model.device),
-            batch_size=self.batch_size,
-            refit_blocks=blocks.sample("train", settings.refit_tokens) if is_refitted else None,
         )
 
     def amount(self, candidate: Candidate, measure: Measure) -> int:
@@ -181,11 +154,11 @@ class _Search:
                 f"no candidate of {len(scores)} has a finite loss; the teacher's weights or "
                 "precision are at fault"
             )
-        finals, teacher_hash = self._finals(scores), self.identity["teacher_hash"]
+        finals = self._finals(scores)
         winner = (ranked(finals) or [best])[0].candidate
         return {
             "format": "headstart-search-result/1",
-            "teacher": {"name": name, "hash": teacher_hash, "sizes": self.teacher.sizes},
+            "teacher": {"name": name, "hash": self.teacher_hash, "sizes": self.teacher.sizes},
             "spec": winner.spec(self.teacher, self.orders).to_json(),
             **outcome_of(
                 scores,
@@ -196,7 +169,7 @@ class _Search:
                 self.amount,
                 search_flops=self._search_flops(scores, finals),
             ),
-            "calibration_flops": self.calibration_flops,
+            "calibration_flops": self.loaded.calibration_flops,
         }
 
     def _search_flops(self, scores: list[Evaluated], finals: list[Evaluated]) -> int:
@@ -234,9 +207,9 @@ class _Search:
         """What a finalist is cut out of, and how."""
         settings = self.settings
         if settings.finals_init == "slice":
-            return self.cut
+            return self.loaded.source
         tokens = self.blocks.sample("train", settings.finals_calibration_tokens)
-        return calibrate(self.whole, settings.finals_init, tokens, spec)
+        return calibrate(self.loaded.whole, settings.finals_init, tokens, spec)
 
     def _started(self, candidate: Candidate) -> PreTrainedModel:
         """A candidate with the weights that it has in the finals."""
@@ -244,7 +217,9 @@ class _Search:
             return self.fitness.sliced(candidate)
         spec = candidate.spec(self.teacher, self.orders)
         tensors = student_tensors(self._finals_calibration(spec), spec)
-        on_device = ((name, tensor.to(self.model.device)) for name, tensor in tensors.items())
+        on_device = (
+            (name, tensor.to(self.loaded.model.device)) for name, tensor in tensors.items()
+        )
         return assemble_student(on_device, self.teacher, spec)
 
     def _evolve(self) -> list[Evaluated]:
