@@ -174,7 +174,6 @@ def result_of(
         "search": {
             "init": start.init,
             "bin": {"low": low, "high": high},
-            "tokens": 16_384 if not start.evolution else 4096,
             "calibration_tokens": start.calibration_tokens,
             "evolution": dict(start.evolution),
             "scored_as": start.scored_as,

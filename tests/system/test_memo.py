@@ -1,15 +1,18 @@
 """What was made before is found, and never half of it."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headstart.system.memo import remembered
+from headstart.system import memo
+from headstart.system.memo import remembered, remembered_of_file
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +120,8 @@ def test_what_was_left_beside_a_memory_goes_when_it_is_found(cache):
 MAKER = """
 import sys, time
 from pathlib import Path
-from headstart.system.memo import remembered
+from headstart.system import memo
+from headstart.system.memo import remembered, remembered_of_file
 
 def make(folder):
     with open(sys.argv[1], "a") as stream:
@@ -134,3 +138,54 @@ def test_two_that_want_the_same_at_once_make_it_once(cache, tmp_path):
     makers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [maker.communicate()[0] for maker in makers] == ["7\n"] * 2
     assert (tmp_path / "log").read_text() == "made\n"
+
+
+def aged(file, seconds=60):
+    """A file that nobody has touched for a while, as far as the memo can see."""
+    past = time.time() - seconds
+    os.utime(file, (past, past))
+
+
+def test_a_file_is_read_once_while_it_is_the_same(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(b"first")
+    monkeypatch.setattr(memo, "SETTLED_SECONDS", -1)  # times of the inode cannot be set back
+    reads = []
+
+    def read():
+        reads.append(file.read_bytes())
+        return reads[-1].decode()
+
+    assert [remembered_of_file("text", 1, file, read) for _ in range(3)] == ["first"] * 3
+    assert reads == [b"first"]
+    assert remembered_of_file("text", 2, file, read) == "first" and len(reads) == 2
+    assert remembered_of_file("other", 1, file, read) == "first" and len(reads) == 3
+    file.write_bytes(b"other")  # as long
+    assert remembered_of_file("text", 1, file, read) == "other"
+    aged(file)
+    assert remembered_of_file("text", 1, file, read) == "other" and len(reads) == 5
+    moved = file.rename(tmp_path / "moved")
+    file = moved
+    assert remembered_of_file("text", 1, file, read) == "other" and len(reads) == 6
+
+
+def test_what_was_just_written_is_read_again(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"first")
+    reads = []
+    for _ in range(2):
+        remembered_of_file("text", 1, file, lambda: reads.append(1))
+    assert len(reads) == 2
+
+
+def test_a_fault_of_a_file_is_found_again(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(b"first")
+    monkeypatch.setattr(memo, "SETTLED_SECONDS", -1)
+
+    def fail():
+        raise ValueError("not finite")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not finite"):
+            remembered_of_file("finite", 1, file, fail)

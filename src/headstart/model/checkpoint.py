@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,9 @@ from headstart.model.weights import (
     weight_files,
 )
 from headstart.system.errors import UserError
-from headstart.system.hashing import hash_files
+from headstart.system.hashing import hash_files, hash_json
 from headstart.system.hub import HubName
+from headstart.system.memo import remembered_of_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,6 +40,8 @@ TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "generation_config.json",
 )  # fmt: skip
+FILES_VERSION = 1
+"""Of how weights are hashed and looked through; raise it when either changes."""
 EMBEDDING = "vocab embed"
 """The layout of the input embedding, and of an output matrix."""
 
@@ -70,8 +73,14 @@ class Checkpoint:
 
     @cached_property
     def hash(self) -> str:
-        """Of config and weights, which are read to their end when this is first asked for."""
-        return hash_files([self.folder / "config.json", *weight_files(self.folder)])
+        """Of config and weights. These are read to their end, unless they were before."""
+        files = [self.folder / "config.json", *weight_files(self.folder)]
+        return hash_json(
+            [
+                remembered_of_file("hash", FILES_VERSION, file, partial(hash_files, [file]))
+                for file in files
+            ]
+        )
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -81,7 +90,8 @@ class Checkpoint:
     def check(self) -> None:
         """Find out whether the weights are those that the config says, and finite numbers.
 
-        They are read to their end, after all that the files' headers say was looked at.
+        They are read to their end, unless they were before, after all that the files' headers say
+        was looked at.
 
         Raises:
             UserError: a tensor is unknown, is missing, has another shape, or holds something else
@@ -102,12 +112,18 @@ class Checkpoint:
                     refuse_other_kinds(file, name, part.get_dtype())
                     missing.discard((rule.pattern, layer))
         self.architecture.refuse_missing(missing)
-        for name, tensor in self.tensors():
-            if tensor.is_floating_point():
-                refuse_not_finite(self.files[name], name, tensor)
+        for file in sorted(set(self.files.values())):
+            check = partial(self._check_finite, file)
+            remembered_of_file("finite", FILES_VERSION, file, check)
         for name, pattern in unused:
             if self.architecture.family.tensors[pattern].startswith(EMBEDDING):
                 self._refuse_untied(name)
+
+    def _check_finite(self, file: Path) -> None:
+        for name in (name for name, holder in self.files.items() if holder == file):
+            tensor = self._tensor(name)
+            if tensor.is_floating_point():
+                refuse_not_finite(file, name, tensor)
 
     def _refuse_untied(self, output: str) -> None:
         """Raise a UserError if the output matrix beside a tied embedding is another one.

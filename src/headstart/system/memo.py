@@ -1,9 +1,16 @@
-"""The one memo on disk: what was made before for an equal key is found, not made again."""
+"""The one memo on disk: what was made before for an equal key is found, not made again.
+
+What was found out of a large file is kept while the file is the same by all that the filesystem
+says, so that a model's weights are not read to their end by every process that begins.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +24,32 @@ from headstart.system.progress import console
 Value = TypeVar("Value")
 LOCKS = ".locks"
 """A folder of locks, in the cache."""
+SETTLED_SECONDS = 2.0
+"""Of a file that was changed more lately than that, another change might not be seen."""
+
+
+def remembered_of_file(kind: str, version: int, file: Path, make: Callable[[], Value]) -> Value:
+    """What `make` finds out of a file's content, now or earlier, on this machine.
+
+    Args:
+        kind: of what is found.
+        version: of how it is found out.
+        file: that is read; it counts as the same while its place, size and times are.
+        make: returns what JSON can write; an error is not remembered.
+    """
+    status = file.stat()
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    identity = [str(file.resolve()), status.st_ino, status.st_size, *times]
+    record = cache_root() / "files" / hash_json([kind, version, identity])
+    with suppress(OSError, ValueError, KeyError):
+        found: Value = json.loads(record.read_text())["found"]
+        return found
+    is_settled = time.time() - max(times) / 1e9 > SETTLED_SECONDS
+    value = make()
+    if is_settled:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"file": str(file), "found": value})
+    return value
 
 
 def remembered(
