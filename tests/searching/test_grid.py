@@ -255,6 +255,21 @@ def test_neurons_go_in_multiples_of_8_of_24_steps_or_more(mlp, step):
     assert ladders_of(Architecture.of(config), GridSettings())["mlp"].step == step
 
 
+@pytest.mark.parametrize(
+    ("layers", "grid", "least"),
+    [
+        (5, GridSettings(), 1),
+        (30, GridSettings(), 5),
+        (30, GridSettings(layers_step=2), 4),
+        (30, GridSettings(layers_step=7), 7),
+        (30, GridSettings(layers_min=2), 2),
+    ],
+)
+def test_depth_begins_at_a_sixth_of_the_teachers(layers, grid, least):
+    config = LlamaConfig(hidden_size=48, num_attention_heads=6, num_hidden_layers=layers)
+    assert ladders_of(Architecture.of(config), grid)["layers"].low == least
+
+
 def test_heads_shrink_where_the_grid_says_so():
     teacher = teacher_of("llama-tied-gqa")
     assert head_values(teacher, GridSettings(head_dim_min=1)) == [2, 4, 6, 8, 10, 12, 14, 16]

@@ -27,14 +27,20 @@ PIECE_ROWS = 1_000_000
 """How many rows are looked at in one piece, which bounds the memory."""
 
 
+LEAST_DEPTH = 6
+"""One layer in so many is kept at least. Shallower students train to losses far above what a refit
+promises (docs/benchmarks/shapes.md)."""
+
+
 @dataclass(frozen=True)
 class GridSettings:
     """Smallest size and step of each searched axis; 0 chooses from the teacher's shape.
 
     A step of 0 is 1 for depth and KV groups, a multiple of 8 that the query heads divide for the
     residual width, and for the MLP the largest multiple of 8 that divides it into 24 steps or more,
-    or else the largest step that does. A minimum of 0 is one step; for heads it keeps them whole,
-    and any other value lets them shrink to that many channels.
+    or else the largest step that does. A minimum of 0 is one step, but for depth a sixth of the
+    teacher's layers if that is more; for heads it keeps them whole, and any other value lets them
+    shrink to that many channels.
 
     `square_attention` keeps only shapes whose heads together are as wide as the residual stream,
     as llama.cpp needs of Qwen2 and OLMo 2; uniform spaces alone have it.
@@ -92,7 +98,8 @@ def ladders_of(architecture: Architecture, grid: GridSettings) -> dict[str, Ladd
     ladders = {}
     for axis, default in defaults.items():
         step = getattr(grid, f"{axis}_step") or default
-        low = getattr(grid, f"{axis}_min") or min(step, sizes[axis])
+        least = sizes[axis] // LEAST_DEPTH if axis == "layers" else 0
+        low = getattr(grid, f"{axis}_min") or min(max(least // step, 1) * step, sizes[axis])
         _check_range(axis, low, step, sizes[axis])
         if axis == "layers" and (low % period or step % period):
             raise UserError(
