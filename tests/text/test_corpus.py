@@ -301,5 +301,5 @@ def test_the_demos_text_is_no_folder_of_that_name(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus_module, "demo_corpus", lambda: text)
     corpus = corpus_module.find_corpus("demo")
-    taken = {0: Taken([], is_whole=True)}
+    taken = {0: Taken(is_whole=True)}
     assert corpus.files == (text,) and not PassedOver.of(corpus, taken).sentences("text")

@@ -4,9 +4,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from tests.text.documents import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from headstart.system.errors import UserError
+from headstart.text import corpus as corpus_module
 from headstart.text import needs as needs_module
 from headstart.text import tokenise as tokenise_module
 from headstart.text.needs import Needed, shares_of
@@ -198,6 +201,24 @@ def test_parts_of_a_mixture_give_their_shares(tmp_path: Path, tokenizer: Path) -
     assert 300 <= second["splits"]["train"]["tokens"] < 700
     for split, count in needed.tokens.items():
         assert prepared.split(split).size >= count - 2 * SETTINGS.block_length
+    assert prepared.split("train").size <= 1200 + 2 * SETTINGS.block_length
+    rows = list(map(tuple, prepared.split("train").order))
+    assert len(set(rows)) == len(rows), "blocks are repeated"
+
+
+def test_a_small_part_of_a_mixture_gives_a_block_of_every_split(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 2)
+    texts = {"a": DOCUMENTS, "b": [f"w{number} {text}" for number, text in enumerate(DOCUMENTS)]}
+    for name, documents in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text(as_jsonl(documents))
+    weights = {"a": 99.0, "b": 1.0}
+    parts = tuple(MixtureSource(str(tmp_path / f"{n}.jsonl"), w) for n, w in weights.items())
+    settings = replace(SETTINGS, source="", mixture=parts, block_length=64)
+    needed = Needed({"train": 1500, "search": 100, "validation": 100, "test": 100})
+    prepared = prepare(settings, tokenizer, tmp_path / "cache", needed)
+    assert 1400 <= prepared.split("train").size <= 1700
 
 
 def test_a_finished_text_needs_no_tokenizer_call(
@@ -234,3 +255,44 @@ def test_shares_come_to_what_is_needed(expected: list[float], num_tokens: float)
     if len(shares) < len(expected):
         assert sum(min(expected[unit], 1 << 20) for unit in shares) >= num_tokens
     assert shares_of(expected, math.inf) == dict.fromkeys(range(len(expected)), math.inf)
+
+
+def test_a_strict_reader_refuses_again(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 10)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(as_jsonl(DOCUMENTS))
+    (folder / "b.jsonl").write_text(as_jsonl(DOCUMENTS, column="body"))
+    settings = replace(SETTINGS, source=str(folder), strict=True)
+    for _ in range(2):
+        with pytest.raises(UserError, match="has no column 'text'"):
+            prepare(settings, tokenizer, tmp_path / "cache")
+
+
+def test_a_fault_that_has_passed_is_read_over(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, source=str(write_shards(tmp_path / "shards", 2)))
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "json_lines", _one_fault(corpus_module.json_lines))
+        broken = prepare(settings, tokenizer, tmp_path / "cache")
+    assert list(broken.manifest["faults"]) == ["000.jsonl"]
+    mended = prepare(replace(settings, block_length=16), tokenizer, tmp_path / "cache")
+    assert not mended.manifest["faults"]
+    count = sum(split["documents"] for split in mended.manifest["splits"].values())
+    assert count == len(DOCUMENTS)
+
+
+def _one_fault(read: Callable[..., Iterator[dict[str, str]]]) -> Callable[..., Any]:
+    """A reader that fails once, after 30 rows."""
+    faults = ["a fault"]
+
+    def rows(*given: Any) -> Iterator[dict[str, str]]:
+        for number, row in enumerate(read(*given)):
+            if number == 30 and faults:
+                raise ValueError(faults.pop())
+            yield row
+
+    return rows

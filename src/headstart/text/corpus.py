@@ -148,6 +148,7 @@ def texts_of(
     text_column: str,
     document_separator: str = "",
     skip_rows: int = 0,
+    has_column: bool = False,
     on_corrupt: Callable[[str], None] | None = None,
     on_missing: Callable[[str], None] = lambda where: None,
 ) -> Iterator[str]:
@@ -159,6 +160,7 @@ def texts_of(
         text_column: The column that holds the text; a .txt file has none.
         document_separator: What ends a document in a .txt file, see `DataSettings`.
         skip_rows: How many rows to pass over at the start.
+        has_column: Whether any of these had the column.
         on_corrupt: Called with "FILE, line N: reason" for each line of a .jsonl file that is no
             JSON object, whose text is then empty; such a line is an error when None.
         on_missing: Called with "FILE, row N" for each other row that lacks the column.
@@ -169,7 +171,7 @@ def texts_of(
     file = corpus.files[unit] if corpus.files else None
     column = "text" if file is not None and is_plain_text(file) else text_column
     place = file or corpus.source
-    has_column, names = skip_rows > 0, list[str]()
+    names = list[str]()
     rows = _rows(corpus, unit, column, document_separator, skip_rows, on_corrupt)
     for number, row in enumerate(rows, skip_rows + 1):
         if column in row:
@@ -255,7 +257,7 @@ def _is_passing(error: Exception, is_remote: bool) -> bool:
     Corrupt files raise OSErrors too, but without the system's number for it. Of a dataset on the
     hub all errors are passing that do not say that its content is wrong.
     """
-    if isinstance(error, TimeoutError | ConnectionError):
+    if isinstance(error, TimeoutError | ConnectionError | MemoryError | ImportError):
         return True
     if is_remote:
         return not isinstance(error, ValueError | LookupError | TypeError)

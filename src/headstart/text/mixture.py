@@ -51,7 +51,7 @@ class MixedBlocks:
 
 
 def mixed_order(
-    num_blocks: Sequence[int], weights: Sequence[float], repeats: bool
+    num_blocks: Sequence[int], weights: Sequence[float], repeats: bool, most: int | None = None
 ) -> Int[np.ndarray, "mixed 2"]:
     """Which part, and which row of it, comes when, so that every stretch has the weights' shares.
 
@@ -60,6 +60,7 @@ def mixed_order(
         weights: Share of each part, in any unit.
         repeats: Whether parts are read again until every block of every part has come; otherwise
             the order ends where the first part would have to be repeated.
+        most: At which number of blocks it ends in any case, about.
 
     >>> mixed_order([2, 4], [1, 1], repeats=True).tolist()
     [[0, 0], [1, 0], [0, 1], [1, 1], [0, 0], [1, 2], [0, 1], [1, 3]]
@@ -69,6 +70,7 @@ def mixed_order(
     shares = np.array(weights, dtype=float) / sum(weights)
     lengths = np.array(num_blocks) / shares
     length = lengths.max() if repeats else lengths.min()
+    length = length if most is None else min(length, most)
     places, order = [], []
     for part, (available, share) in enumerate(zip(num_blocks, shares, strict=True)):
         count = round(length * share)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from headstart.text.blocks import halving_order
-from headstart.text.corpus import Corpus
 from headstart.text.local import is_packed
 from headstart.text.settings import DataSettings, SplitName
 
@@ -52,22 +53,35 @@ class Needed:
         missing.append(self.train_bytes / max(counts["train"]["text_bytes"], 1))
         return 1.0 if max(missing) <= 1 else min(MARGIN * max(missing), MOST)
 
-    def share(self, share: float) -> Needed:
-        """What a part of a mixture has to give."""
+    def share(self, share: float, least_tokens: int = 0) -> Needed:
+        """What a part of a mixture has to give: its share, and at least so much of every split."""
         return Needed(
-            {name: math.ceil(share * count) for name, count in self.tokens.items()},
+            {
+                name: max(math.ceil(share * count), least_tokens)
+                for name, count in self.tokens.items()
+            },
             math.ceil(share * self.train_bytes),
         )
 
+    def train_tokens(self, counts: Mapping[str, int]) -> int:
+        """Of the training split that is needed, by the counts of what was read of it."""
+        by_bytes = self.train_bytes * counts["tokens"] / max(counts["text_bytes"], 1)
+        return max(self.tokens.get("train", 0), math.ceil(by_bytes))
 
-def expected_tokens(corpus: Corpus, num_units: int) -> list[float]:
+
+def expected_tokens(inputs: Sequence[Mapping[str, Any]], num_units: int) -> list[float]:
     """About how many tokens each unit holds, by the size of its file; shards of the hub all have
-    enough."""
-    if corpus.dataset is not None:
+    enough.
+
+    Args:
+        inputs: as `inputs_of` says.
+        num_units: of the corpus.
+    """
+    if "size_bytes" not in inputs[0]:
         return [float(UNIT_TOKENS)] * num_units
     return [
-        max(file.stat().st_size / (1.0 if is_packed(file) else BYTES_PER_TOKEN), 1.0)
-        for file in corpus.files
+        max(file["size_bytes"] / (1.0 if is_packed(Path(file["name"])) else BYTES_PER_TOKEN), 1.0)
+        for file in inputs
     ]
 
 

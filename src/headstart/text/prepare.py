@@ -5,6 +5,7 @@ cache. What is written is one flat binary file per split and a manifest that say
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ from headstart.text.mixture import mixed_order
 from headstart.text.needs import Needed
 from headstart.text.settings import FRACTIONS, SPLITS, DataSettings, SplitName
 from headstart.text.tokenise import UNIT_SETTINGS, Tokenisation
-from headstart.text.units import PassedOver, total_counts
+from headstart.text.units import PassedOver, Taken, total_counts
 
 LAYOUT_VERSION = 6
 """Raise it when the same inputs give other bytes."""
@@ -98,9 +99,12 @@ def prepare(
     weights = [part.weight for part in settings.mixture] or [1.0]
     parts = []
     for part, weight in zip(parts_of(settings), weights, strict=True):
-        of_part = needed.share(weight / sum(weights)) if needed is not None else None
+        share = weight / sum(weights)
+        of_part = needed and needed.share(share, settings.block_length + 1)
         parts.append(_prepare_one(part, loaded, cache_folder, of_part))
-    blocks = _mixed(parts, weights, cache_folder) if settings.mixture else parts[0]
+    blocks = parts[0]
+    if settings.mixture:
+        blocks = _mixed(parts, weights, cache_folder, None if settings.max_tokens else needed)
     return replace(blocks, separate_documents=settings.separate_documents)
 
 
@@ -171,10 +175,11 @@ def _prepare_one(
             tokenizer=tokenizer,
             tokenizer_hash=of_tokenizer,
             dtype=token_dtype(vocabulary),
+            inputs=inputs,
             begin=first_token(tokenizer),
             needed=needed,
         )
-        shares = tokenisation.read()
+        taken = tokenisation.read()
         manifest = {
             "settings": relevant | {"source": settings.source},
             "inputs": inputs,
@@ -183,18 +188,17 @@ def _prepare_one(
             "end_token": int(tokenizer.eos_token_id),
             "dtype": tokenisation.dtype.name,
         }
-        return from_main(lambda: _joined(tokenisation, shares, folder, manifest))
+        return from_main(lambda: _joined(tokenisation, taken, folder, manifest))
 
 
 def _joined(
-    tokenisation: Tokenisation, shares: Mapping[int, float], folder: Path, manifest: dict[str, Any]
+    tokenisation: Tokenisation, taken: Mapping[int, Taken], folder: Path, manifest: dict[str, Any]
 ) -> TokenBlocks:
     """Put the tokens that were read one after another, in whole blocks, with a manifest.
 
     The text is known by its tokens, so that it is the same wherever and however often it was read.
     """
     settings, corpus = tokenisation.settings, tokenisation.corpus
-    taken = tokenisation.taken(shares)
     splits = total_counts(taken.values())
     passed_over = PassedOver.of(corpus, taken)
     if passed_over.faults and not any(count["documents"] for count in splits.values()):
@@ -262,20 +266,34 @@ def _count_blocks(
             )
 
 
-def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -> TokenBlocks:
-    """The mixture of prepared corpora: their order on disk, and counts by their shares."""
+def _mixed(
+    parts: list[TokenBlocks], weights: list[float], cache_folder: Path, needed: Needed | None
+) -> TokenBlocks:
+    """The mixture of prepared corpora: their order on disk, and counts by their shares.
+
+    Training takes no more than is needed: some corpora were read beyond their share, and the others
+    would be repeated to match.
+    """
     mixed = [
         {"folder": part.folder.name, "fingerprint": part.fingerprint, "weight": weight}
         for part, weight in zip(parts, weights, strict=True)
     ]
-    folder = cache_folder / hash_json([LAYOUT_VERSION, mixed])
+    most = None
+    if needed is not None:
+        num_tokens = sum(
+            needed.share(weight / sum(weights)).train_tokens(part.manifest["splits"]["train"])
+            for part, weight in zip(parts, weights, strict=True)
+        )
+        most = math.ceil(num_tokens / parts[0].manifest["settings"]["block_length"])
+    folder = cache_folder / hash_json([LAYOUT_VERSION, mixed, most])
     contents = [[part["fingerprint"], part["weight"]] for part in mixed]
     first = parts[0].manifest
     orders, splits = {}, {}
     for name in SPLITS:
         counts = [part.manifest["splits"][name] for part in parts]
         blocks = [count["blocks"] for count in counts]
-        orders[name] = mixed_order(blocks, weights, repeats=name == "train")
+        is_trained = name == "train"
+        orders[name] = mixed_order(blocks, weights, is_trained, most if is_trained else None)
         read = np.bincount(orders[name][:, 0], minlength=len(parts)) / blocks
         splits[name] = {
             key: round(sum(share * count[key] for share, count in zip(read, counts, strict=True)))
@@ -286,7 +304,7 @@ def _mixed(parts: list[TokenBlocks], weights: list[float], cache_folder: Path) -
                 f"the {name} split of the mixture has no block: give its smallest corpus more text"
             )
     manifest = {
-        "fingerprint": hash_json([LAYOUT_VERSION, contents]),
+        "fingerprint": hash_json([LAYOUT_VERSION, contents, most]),
         "settings": first["settings"],
         "parts": mixed,
         **{key: first[key] for key in ("tokenizer", "vocabulary", "end_token", "dtype")},

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ from headstart.system.hashing import hash_json
 from headstart.system.locks import locked
 from headstart.system.memo import LOCKS
 from headstart.system.progress import console, progress
-from headstart.text.corpus import Corpus, inputs_of, texts_of, units_of
+from headstart.text.corpus import Corpus, texts_of, units_of
 from headstart.text.needs import Needed, expected_tokens, shares_of
 from headstart.text.settings import FRACTIONS, SPLITS, DataSettings, SplitName
-from headstart.text.units import NO_COUNTS, Batch, Taken, UnitLog, total_counts
+from headstart.text.units import Batch, Taken, UnitLog, no_counts, total_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +62,7 @@ class Tokenisation:
         tokenizer: its end-of-sequence token is put after every document.
         tokenizer_hash: of it.
         dtype: of the token ids on disk.
+        inputs: what identifies the corpus' files, as `inputs_of` says.
         begin: the token that every document and every block begins with, or none.
         needed: how much has to be read; everything when None.
     """
@@ -72,50 +73,45 @@ class Tokenisation:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_hash: str
     dtype: np.dtype[Any]
+    inputs: Sequence[Mapping[str, Any]]
     begin: int | None = None
     needed: Needed | None = None
 
-    def read(self) -> dict[int, float]:
+    def read(self) -> dict[int, Taken]:
         """Read as much of every unit as is needed, going on with what was read before.
 
         Every process must call it; those of torchrun share the units.
 
         Returns:
-            How many tokens of which units are needed, for `taken`.
+            What is taken of which units; of none on other processes than the main one.
 
         Raises:
             UserError: as `texts_of`; where others of a folder hold text, only if `strict`.
         """
-        expected = expected_tokens(self.corpus, self._num_units)
+        expected = expected_tokens(self.inputs, self._num_units)
         num_tokens: float = math.inf
         if self.needed is not None:
             num_tokens = self.needed.first_tokens(self.settings)
         total = num_tokens if self.corpus.dataset else min(num_tokens, sum(expected))
         with progress("tokenise", None if math.isinf(total) else total, "tokens") as advance:
             shares: dict[int, float] = {}
+            taken: dict[int, Taken] = {}
             while True:
                 before, shares = shares, shares_of(expected, num_tokens)
                 for unit in list(shares)[rank() :: world_size()]:
-                    if unit not in before and (num_found := self._log(unit).num_tokens):
-                        advance(min(num_found, shares[unit]), "resumed")
-                    self._read_unit(unit, shares[unit], advance)
+                    self._read_unit(unit, shares[unit], advance, is_first=unit not in before)
                 barrier()
-                growth = from_main(partial(self._growth, shares))
+                growth = from_main(partial(self._growth, shares, taken))
                 if growth == 1:
-                    return shares
+                    return taken
                 num_tokens *= growth
-
-    def taken(self, shares: Mapping[int, float]) -> dict[int, Taken]:
-        """What a corpus that needs so much takes of each unit, once it was read."""
-        taken = {unit: self._log(unit).taken(share) for unit, share in shares.items()}
-        return {unit: of_unit for unit, of_unit in taken.items() if of_unit is not None}
 
     def tokens(
         self, split: SplitName, taken: Mapping[int, Taken]
     ) -> Iterator[UInt[np.ndarray, " _"]]:
         """The token ids of a split, unit after unit; in whole blocks if all begin with a token."""
         pieces = chain.from_iterable(
-            self._log(unit).tokens_of(split, len(of_unit.batches))
+            UnitLog(self._folder(unit), self.dtype).tokens_of(split, of_unit.num_batches)
             for unit, of_unit in taken.items()
         )
         if self.begin is None:
@@ -126,21 +122,28 @@ class Tokenisation:
     def _num_units(self) -> int:
         return units_of(self.corpus)
 
-    def _growth(self, shares: Mapping[int, float]) -> float:
-        """How many times as much has to be read; 1 where there is enough, or no more."""
-        taken = self.taken(shares)
+    def _growth(self, shares: Mapping[int, float], taken: dict[int, Taken]) -> float:
+        """Take so much of each unit, and say how many times as much has to be read; 1 where there
+        is enough, or no more."""
+        taken.clear()
+        taken |= {unit: self._log(unit).taken(share) for unit, share in shares.items()}
         is_all = len(taken) == self._num_units and all(unit.is_whole for unit in taken.values())
         if self.needed is None or is_all:
             return 1.0
         return self.needed.growth(total_counts(taken.values()))
 
-    def _read_unit(self, unit: int, num_tokens: float, advance: Callable[..., None]) -> None:
+    def _read_unit(
+        self, unit: int, num_tokens: float, advance: Callable[..., None], is_first: bool
+    ) -> None:
         """Read a unit until it has given so many tokens, or ends."""
-        log = self._log(unit)
+        log = self._log(unit, forgets_fault=is_first)
+        if is_first and log.num_tokens:
+            advance(min(log.num_tokens, num_tokens), "resumed")
         if log.is_enough(num_tokens):
             return
         with locked(self.cache_folder / LOCKS / f"unit-{log.folder.name}", on_busy=_wait):
-            self._read_on(unit, self._log(unit), num_tokens, advance)
+            log = self._log(unit, forgets_fault=is_first)
+            self._read_on(unit, log, num_tokens, advance)
 
     def _read_on(
         self, unit: int, log: UnitLog, num_tokens: float, advance: Callable[..., None]
@@ -153,6 +156,7 @@ class Tokenisation:
             self.settings.text_column,
             self.settings.document_separator,
             log.num_rows,
+            has_column=log.has_column,
             on_corrupt=None if self.settings.strict else corrupt.append,
             on_missing=without_column.append,
         )
@@ -171,7 +175,7 @@ class Tokenisation:
                 writer.add(batch, tokens)
                 advance(batch.tokens)
 
-            batches = _batches(texts, len(log.batches))
+            batches = _batches(texts, log.num_batches)
             while not log.is_enough(num_tokens):
                 if waiting and _may_be_enough(log, num_tokens):
                     finish()
@@ -197,14 +201,20 @@ class Tokenisation:
             while waiting:  # what is encoded already
                 finish()
 
-    def _log(self, unit: int) -> UnitLog:
-        """What was read of a unit so far, by this run or others."""
-        return UnitLog.read(self.cache_folder / "units" / self._keys[unit], self.dtype)
+    def _log(self, unit: int, forgets_fault: bool = False) -> UnitLog:
+        """What was read of a unit so far, by this run or others; a fault may have passed since."""
+        log = UnitLog.read(self._folder(unit), self.dtype)
+        if forgets_fault and log.fault:
+            log.fault = None
+        return log
+
+    def _folder(self, unit: int) -> Path:
+        return self.cache_folder / "units" / self._keys[unit]
 
     @cached_property
     def _keys(self) -> list[str]:
         """What each unit's tokens are found by."""
-        inputs: list[Any] = list(inputs_of(self.corpus))
+        inputs: list[Any] = list(self.inputs)
         if self.corpus.dataset:
             inputs = [[*inputs, unit, self._num_units] for unit in range(self._num_units)]
         settings = [getattr(self.settings, key) for key in UNIT_SETTINGS]
@@ -214,7 +224,7 @@ class Tokenisation:
         self, texts: list[str], encoded: list[np.ndarray]
     ) -> tuple[dict[SplitName, dict[str, int]], dict[SplitName, list[np.ndarray]]]:
         """Counts and token ids of some documents, by their splits."""
-        counts = {name: NO_COUNTS.copy() for name in SPLITS}
+        counts = no_counts()
         tokens: dict[SplitName, list[np.ndarray]] = {name: [] for name in SPLITS}
         end = np.array([self.tokenizer.eos_token_id], self.dtype)
         begin = np.array([] if self.begin is None else [self.begin], self.dtype)
@@ -307,7 +317,7 @@ def _until_fault(texts: Iterator[str], on_fault: Callable[[str], None]) -> Itera
 def _may_be_enough(log: UnitLog, num_tokens: float) -> bool:
     """Whether a batch that waits, which is hardly larger than the last one, may be all there is
     need of."""
-    next_tokens = GROWTH * log.batches[-1].tokens if log.batches else math.inf
+    next_tokens = GROWTH * log.last_tokens if log.num_batches else math.inf
     return log.num_tokens + next_tokens >= num_tokens
 
 

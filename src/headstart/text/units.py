@@ -8,9 +8,10 @@ takes the first batches of a unit, as many as it needs, however many others have
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +22,8 @@ from headstart.text.corpus import Corpus
 from headstart.text.local import kinds_of, some_of
 from headstart.text.settings import SPLITS, SplitName
 
-NO_COUNTS = {"documents": 0, "text_bytes": 0, "tokens": 0}
 Counts = Mapping[SplitName, Mapping[str, int]]
-"""Of each split, what `NO_COUNTS` has."""
+"""Of each split: documents, text_bytes and tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,108 +52,142 @@ class Batch:
         return sum(count["tokens"] for count in self.counts.values())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Taken:
-    """What a corpus takes of a unit.
+    """What a corpus takes of a unit, its first batches together.
 
     Attributes:
-        batches: the unit's first ones.
-        is_whole: whether it holds no more, or no more that can be read.
+        counts: of what goes into each split.
+        num_batches: how many they are.
+        is_whole: whether the unit holds no more, or no more that can be read.
         fault: why a file of a folder was not read to its end, or empty.
+
+    All others are as in `Batch`.
     """
 
-    batches: Sequence[Batch]
+    counts: dict[SplitName, dict[str, int]] = field(default_factory=lambda: no_counts())
+    num_batches: int = 0
     is_whole: bool = False
     fault: str = ""
+    corrupt_lines: int = 0
+    first_corrupt: str = ""
+    rows_without_column: int = 0
+    first_without_column: str = ""
+
+    def add(self, batch: Batch) -> None:
+        add_counts(self.counts, batch.counts)
+        self.num_batches += 1
+        self.corrupt_lines += batch.corrupt_lines
+        self.first_corrupt = self.first_corrupt or batch.first_corrupt
+        self.rows_without_column += batch.rows_without_column
+        self.first_without_column = self.first_without_column or batch.first_without_column
 
 
 @dataclass
 class UnitLog:
-    """What was read of a unit so far.
+    """How far a unit was read. Of its batches no more is in memory than their sums.
 
     Attributes:
         folder: has tokens.bin, each batch's tokens split by split, and batches.jsonl.
         dtype: of the tokens.
-        batches: in the order of rows.
-        num_tokens: of all of them, in all splits.
+        num_batches: that were read.
+        num_rows: in all of them.
+        num_tokens: in all splits.
+        last_tokens: of the last batch.
+        log_bytes: of their lines.
+        has_column: whether any row had the column of text.
         fault: why reading ended, empty if the unit did; None while there may be more.
     """
 
     folder: Path
     dtype: np.dtype[Any]
-    batches: list[Batch] = field(default_factory=list)
+    num_batches: int = 0
+    num_rows: int = 0
     num_tokens: int = 0
+    last_tokens: int = 0
+    log_bytes: int = 0
+    has_column: bool = False
     fault: str | None = None
 
     @staticmethod
     def read(folder: Path, dtype: np.dtype[Any]) -> UnitLog:
         """What a folder holds; what a kill or another process has left half written is not read."""
         log = UnitLog(folder, dtype)
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            num_kept = (folder / "tokens.bin").stat().st_size // dtype.itemsize
-            for line in (folder / "batches.jsonl").read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                entry = json.loads(line)
-                if "fault" in entry:
-                    log.fault = entry["fault"]
-                    break
-                batch = Batch(**entry)
-                if log.num_tokens + batch.tokens > num_kept:
-                    break
-                log.add(batch)
+        for entry, num_bytes in log._entries():
+            if isinstance(entry, str):
+                log.fault = entry
+            else:
+                log.count(entry, num_bytes)
         return log
 
-    @property
-    def num_rows(self) -> int:
-        return sum(batch.rows for batch in self.batches)
+    def _entries(self) -> Iterator[tuple[Batch | str, int]]:
+        """Every batch with the length of its line; at the end the fault, if there is one."""
+        num_tokens = 0
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            num_kept = (self.folder / "tokens.bin").stat().st_size // self.dtype.itemsize
+            with (self.folder / "batches.jsonl").open("rb") as lines:
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        return
+                    entry = json.loads(line)
+                    if "fault" in entry:
+                        yield entry["fault"], 0
+                        return
+                    batch = Batch(**entry)
+                    num_tokens += batch.tokens
+                    if num_tokens > num_kept:
+                        return
+                    yield batch, len(line)
 
-    def add(self, batch: Batch) -> None:
-        self.batches.append(batch)
+    def count(self, batch: Batch, num_bytes: int) -> None:
+        """Add a batch whose line has so many bytes."""
+        self.num_batches += 1
+        self.num_rows += batch.rows
         self.num_tokens += batch.tokens
+        self.last_tokens = batch.tokens
+        self.log_bytes += num_bytes
+        self.has_column |= batch.rows > batch.rows_without_column + batch.corrupt_lines
 
     def is_enough(self, num_tokens: float) -> bool:
         """Whether there are so many tokens, or no more."""
         return self.num_tokens >= num_tokens or self.fault is not None
 
-    def taken(self, num_tokens: float) -> Taken | None:
-        """The first batches, until they have so many tokens or are all that the unit holds; None
-        if more have to be read."""
-        if not self.is_enough(num_tokens):
-            return None
-        found, batches = 0, list[Batch]()
-        for batch in self.batches:
+    def taken(self, num_tokens: float) -> Taken:
+        """The first batches, until they have so many tokens or are all that were read."""
+        taken, found = Taken(), 0
+        for entry, _ in self._entries():
             if found >= num_tokens:
-                return Taken(batches)
-            batches.append(batch)
-            found += batch.tokens
-        return Taken(batches) if found >= num_tokens else Taken(batches, True, self.fault or "")
+                return taken
+            if isinstance(entry, str):
+                taken.is_whole, taken.fault = True, entry
+                return taken
+            taken.add(entry)
+            found += entry.tokens
+        return taken
 
     @contextmanager
     def appended(self) -> Iterator[UnitWriter]:
         """Open both files behind what was read; one process at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        num_bytes = self.num_tokens * self.dtype.itemsize
-        lines = b"".join(_line(asdict(batch)) for batch in self.batches)
         with (
             (self.folder / "tokens.bin").open("ab") as tokens,
             (self.folder / "batches.jsonl").open("ab") as log,
         ):
-            log.truncate(len(lines))
-            tokens.truncate(num_bytes)
+            log.truncate(self.log_bytes)
+            tokens.truncate(self.num_tokens * self.dtype.itemsize)
             yield UnitWriter(self, tokens, log)
 
     def tokens_of(self, split: SplitName, num_batches: int) -> Iterator[UInt[np.ndarray, " _"]]:
         """The token ids of a split in the first batches, each memory-mapped."""
-        if not self.num_tokens:  # an empty file cannot be mapped
-            return
-        whole = np.memmap(self.folder / "tokens.bin", self.dtype, mode="r")
-        place = 0
-        for batch in self.batches[:num_batches]:
+        tokens, place = None, 0
+        for entry, _ in islice(self._entries(), num_batches):
+            assert isinstance(entry, Batch)
+            if tokens is None and entry.tokens:  # an empty file cannot be mapped
+                tokens = np.memmap(self.folder / "tokens.bin", self.dtype, mode="r")
             for name in SPLITS:
-                count = batch.counts[name]["tokens"]
-                if name == split:
-                    yield whole[place : place + count]
+                count = entry.counts[name]["tokens"]
+                if name == split and tokens is not None:
+                    yield tokens[place : place + count]
                 place += count
 
 
@@ -170,30 +204,37 @@ class UnitWriter:
         for name in SPLITS:
             self.tokens_file.write(b"".join(piece.tobytes() for piece in tokens[name]))
         self.tokens_file.flush()  # first, since what the log says is believed
-        self.log.add(batch)
-        self._write(asdict(batch))
+        self.log.count(batch, self._write(asdict(batch)))
 
     def end(self, fault: str) -> None:
         """The unit holds no more, or no more that can be read."""
         self.log.fault = fault
         self._write({"fault": fault})
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        self.log_file.write(_line(entry))
+    def _write(self, entry: dict[str, Any]) -> int:
+        line = json.dumps(entry).encode() + b"\n"
+        self.log_file.write(line)
         self.log_file.flush()
+        return len(line)
 
 
-def _line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
+def no_counts() -> dict[SplitName, dict[str, int]]:
+    """Of every split, none."""
+    return {name: {"documents": 0, "text_bytes": 0, "tokens": 0} for name in SPLITS}
+
+
+def add_counts(counts: Mapping[SplitName, dict[str, int]], more: Counts) -> None:
+    """Add to every count in place."""
+    for name, of_split in counts.items():
+        for key in of_split:
+            of_split[key] += more[name][key]
 
 
 def total_counts(taken: Iterable[Taken]) -> dict[SplitName, dict[str, int]]:
     """Of all that was taken of some units."""
-    totals: dict[SplitName, dict[str, int]] = {name: NO_COUNTS.copy() for name in SPLITS}
-    for batch in (batch for of_unit in taken for batch in of_unit.batches):
-        for name, total in totals.items():
-            for key in total:
-                total[key] += batch.counts[name][key]
+    totals = no_counts()
+    for of_unit in taken:
+        add_counts(totals, of_unit.counts)
     return totals
 
 
@@ -224,7 +265,7 @@ class PassedOver:
     @staticmethod
     def of(corpus: Corpus, taken: Mapping[int, Taken]) -> PassedOver:
         """By what was taken of the units that were needed."""
-        folder, batches = corpus.folder, [b for unit in taken.values() for b in unit.batches]
+        folder, units = corpus.folder, taken.values()
         read = [corpus.files[unit] for unit in taken] if folder else []
         faults = {unit: of_unit.fault for unit, of_unit in taken.items() if of_unit.fault}
         return PassedOver(
@@ -236,10 +277,10 @@ class PassedOver:
             }
             if folder
             else {},
-            corrupt_lines=sum(batch.corrupt_lines for batch in batches),
-            first_corrupt=_first(batch.first_corrupt for batch in batches),
-            rows_without_column=sum(batch.rows_without_column for batch in batches),
-            first_without_column=_first(batch.first_without_column for batch in batches),
+            corrupt_lines=sum(unit.corrupt_lines for unit in units),
+            first_corrupt=_first(unit.first_corrupt for unit in units),
+            rows_without_column=sum(unit.rows_without_column for unit in units),
+            first_without_column=_first(unit.first_without_column for unit in units),
         )
 
     def sentences(self, text_column: str) -> list[str]:
