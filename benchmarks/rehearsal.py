@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import subprocess
@@ -112,7 +111,6 @@ def recipe_tree(place: Path, num_tokens: int) -> dict[str, Any]:
             "tokens": 4096,
             "calibration_tokens": 4096,
             "evolution": {"population": 8, "generations": 2, "elites": 4},
-            "finalists": {"count": 2},
         },
         "pretrain": {
             "tokens": num_tokens,
@@ -227,8 +225,7 @@ def planned(recipe: Recipe, num_processes: int) -> dict[str, float]:
     for of_bin, search, arms in zip(bin_recipes(recipe), searches, bins, strict=True):
         label = of_bin.search.bin.label()
         plans[f"{label}: candidates"] = search.num_candidates
-        # All but the elites drop out at the first rung, or none does.
-        plans[f"{label}: search FLOPs"] = math.sqrt(math.prod(search.flops)) + search.finals_flops
+        plans[f"{label}: search FLOPs"] = max(search.flops) + search.finals_flops
         plans |= {f"{label}: tokens of {arm.name}": arm.tokens for arm in arms}
     return plans
 
@@ -250,8 +247,7 @@ def counted(place: Path, recipe: Recipe) -> dict[str, float]:
         label, folder = of_bin.search.bin.label(), Path(of_bin.output)
         search = json.loads((folder / "search.json").read_text())
         result = json.loads((folder / "result.json").read_text())
-        proposed = [c for c in search["candidates"] if c.get("proposed_by") != "proportional"]
-        counts[f"{label}: candidates"] = len(proposed)
+        counts[f"{label}: candidates"] = len(search["candidates"])
         counts[f"{label}: search FLOPs"] = search["search_flops"] + search["calibration_flops"]
         counts |= {f"{label}: tokens of {arm['name']}": arm["tokens"] for arm in result["arms"]}
     return counts

@@ -447,17 +447,21 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Read and tokenise the text of a recipe, on machines that need no GPU."""
+    """Read and tokenise the text of a recipe, on a machine without GPUs."""
     from headstart.runs.stages import run_prepare
-    from headstart.system.distributed import is_main, start_processes
-    from headstart.text.prepare import check_source
+    from headstart.system.distributed import is_main, run_processes
 
     recipe = _load(options, overrides)
     if options.processes < 1:
         raise UserError(f"--processes is {options.processes}; use at least 1")
     if options.processes > 1:
-        check_source(recipe.data)
-        start_processes(options.processes, ["-m", "headstart.cli", "prepare", *overrides])
+        debug = ["--debug"] if options.debug else []
+        command = ["-m", "headstart.cli", "prepare", *overrides, *debug]
+        if codes := run_processes(options.processes, command):
+            if 2 in codes:  # the user's mistake, which the processes have told
+                raise UserError("the text was not prepared; see above")
+            raise RuntimeError("a process failed; see above")
+        return
     text = run_prepare(recipe)
     if is_main():
         for name, counts in text.manifest["splits"].items():

@@ -413,6 +413,19 @@ def test_processes_prepare_what_one_does(recipe: dict[str, Any], tmp_path: Path)
         assert file.read_bytes() == (shared / file.name).read_bytes()
 
 
+@pytest.mark.exhaustive
+def test_a_mistake_is_the_users_in_processes_too(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = ["prepare", str(path), "--processes", "2", "--teacher", str(tmp_path / "nowhere")]
+    found = subprocess.run(
+        [sys.executable, "-m", "headstart.cli", *command],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert "nowhere' is neither a folder nor a model" in found.stderr
+
+
 def test_processes_are_one_or_more(
     recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -450,6 +463,28 @@ def test_a_cache_of_another_text_is_refused_before_the_search(
     with pytest.raises(ValueError, match="was written for another teacher"):
         run_recipe(recipe_from_dict(recipe))
     assert not (tmp_path / "run" / "search.json").exists()
+
+
+def test_two_arms_cannot_make_one_cache_of_two(recipe: dict[str, Any], tmp_path: Path) -> None:
+    arms = [
+        {"name": str(top_k), "kd": {"top_k": top_k, "cache": str(tmp_path / "outputs")}}
+        for top_k in (4, 8)
+    ]
+    recipe = {**recipe, "pretrain": {**recipe["pretrain"], "arms": arms}}
+    with pytest.raises(UserError, match=r"two arms have the same kd.cache .* a cache of its own"):
+        run_recipe(recipe_from_dict(recipe))
+    assert not (tmp_path / "run" / "search.json").exists()
+
+
+@pytest.mark.parametrize("command", ["prepare", "plan"])
+def test_text_for_the_test_alone_is_refused(
+    command: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"validation_fraction": 0.0, "search_fraction": 0.0, "test_fraction": 1.0}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "data": {**recipe["data"], **data}}))
+    assert main([command, str(path)]) == 2
+    assert "leaves nothing to search and train on" in capsys.readouterr().err
 
 
 def test_a_cache_that_no_arm_asks_for_is_refused(recipe: dict[str, Any]) -> None:

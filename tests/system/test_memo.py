@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headstart.system import memo
-from headstart.system.memo import remembered, remembered_of_file
+from headstart.system.memo import remembered, remembered_of_files
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ MAKER = """
 import sys, time
 from pathlib import Path
 from headstart.system import memo
-from headstart.system.memo import remembered, remembered_of_file
+from headstart.system.memo import remembered, remembered_of_files
 
 def make(folder):
     with open(sys.argv[1], "a") as stream:
@@ -156,17 +156,19 @@ def test_a_file_is_read_once_while_it_is_the_same(tmp_path, monkeypatch):
         reads.append(file.read_bytes())
         return reads[-1].decode()
 
-    assert [remembered_of_file("text", 1, file, read) for _ in range(3)] == ["first"] * 3
+    assert [remembered_of_files("text", 1, [file], read) for _ in range(3)] == ["first"] * 3
     assert reads == [b"first"]
-    assert remembered_of_file("text", 2, file, read) == "first" and len(reads) == 2
-    assert remembered_of_file("other", 1, file, read) == "first" and len(reads) == 3
+    assert remembered_of_files("text", 2, [file], read) == "first" and len(reads) == 2
+    assert remembered_of_files("other", 1, [file], read) == "first" and len(reads) == 3
     file.write_bytes(b"other")  # as long
-    assert remembered_of_file("text", 1, file, read) == "other"
+    assert remembered_of_files("text", 1, [file], read) == "other"
     aged(file)
-    assert remembered_of_file("text", 1, file, read) == "other" and len(reads) == 5
-    moved = file.rename(tmp_path / "moved")
-    file = moved
-    assert remembered_of_file("text", 1, file, read) == "other" and len(reads) == 6
+    assert remembered_of_files("text", 1, [file], read) == "other" and len(reads) == 5
+    file = file.rename(tmp_path / "moved")
+    assert remembered_of_files("text", 1, [file], read) == "other" and len(reads) == 6
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    assert remembered_of_files("text", 1, [link], read) == "other" and len(reads) == 7
 
 
 def test_what_was_just_written_is_read_again(tmp_path):
@@ -174,7 +176,7 @@ def test_what_was_just_written_is_read_again(tmp_path):
     file.write_bytes(b"first")
     reads = []
     for _ in range(2):
-        remembered_of_file("text", 1, file, lambda: reads.append(1))
+        remembered_of_files("text", 1, [file], lambda: reads.append(1))
     assert len(reads) == 2
 
 
@@ -188,4 +190,4 @@ def test_a_fault_of_a_file_is_found_again(tmp_path, monkeypatch):
 
     for _ in range(2):
         with pytest.raises(ValueError, match="not finite"):
-            remembered_of_file("finite", 1, file, fail)
+            remembered_of_files("finite", 1, [file], fail)

@@ -40,8 +40,8 @@ class DistillationSettings:
         schedule_tokens: when the end of "linear" is reached, or when "switch" does.
         alpha_end: weight of the cross-entropy from then on.
         beta_end: weight of the divergence from then on; at 0 the teacher is no longer asked.
-        cache: folder or URL of the teacher's outputs, which `headstart cache-teacher` writes; empty
-            to ask the teacher while training.
+        cache: folder or URL of the teacher's outputs, which a run writes if `headstart
+            cache-teacher` did not before; empty to ask the teacher while training.
         cache_dtype: of the numbers in it, "float16" or "float32".
         shard_teacher: spread the teacher's weights over all processes instead of copying them.
     """

@@ -29,9 +29,9 @@ from headstart.model.weights import (
     weight_files,
 )
 from headstart.system.errors import UserError
-from headstart.system.hashing import hash_files, hash_json
+from headstart.system.hashing import hash_files
 from headstart.system.hub import HubName
-from headstart.system.memo import remembered_of_file
+from headstart.system.memo import remembered_of_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -75,12 +75,7 @@ class Checkpoint:
     def hash(self) -> str:
         """Of config and weights. These are read to their end, unless they were before."""
         files = [self.folder / "config.json", *weight_files(self.folder)]
-        return hash_json(
-            [
-                remembered_of_file("hash", FILES_VERSION, file, partial(hash_files, [file]))
-                for file in files
-            ]
-        )
+        return remembered_of_files("hash", FILES_VERSION, files, partial(hash_files, files))
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -114,7 +109,7 @@ class Checkpoint:
         self.architecture.refuse_missing(missing)
         for file in sorted(set(self.files.values())):
             check = partial(self._check_finite, file)
-            remembered_of_file("finite", FILES_VERSION, file, check)
+            remembered_of_files("finite", FILES_VERSION, [file], check)
         for name, pattern in unused:
             if self.architecture.family.tensors[pattern].startswith(EMBEDDING):
                 self._refuse_untied(name)

@@ -14,6 +14,7 @@ from headstart.model.checkpoint import Checkpoint
 from headstart.searching.fitness import fitting_batch_size
 from headstart.system.device import default_device, load_frozen, release_memory
 from headstart.system.distributed import from_main, world_size
+from headstart.system.errors import UserError
 from headstart.system.files import cache_root
 from headstart.system.hashing import hash_bytes
 from headstart.system.locks import locked
@@ -34,10 +35,18 @@ def check_caches(teacher: Checkpoint, text: TokenBlocks, arms: Sequence[Arm]) ->
     """Find out, before anything costly, whether caches that were begun are those of this run.
 
     Raises:
-        UserError: one is of another teacher, text or setting.
+        UserError: one is of another teacher, text or setting, or two arms want one cache to be
+            different.
     """
+    identities = dict[str, CacheIdentity]()
     for kd in cached_distillation(arms):
-        check_cache(kd.cache, CacheIdentity.of(kd, teacher.hash, text.fingerprint))
+        identity = CacheIdentity.of(kd, teacher.hash, text.fingerprint)
+        if identities.setdefault(kd.cache, identity) != identity:
+            raise UserError(
+                f"two arms have the same kd.cache {kd.cache} and other settings of what it holds; "
+                "give one of them a cache of its own"
+            )
+        check_cache(kd.cache, identity)
 
 
 def write_caches(

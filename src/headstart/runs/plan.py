@@ -21,7 +21,8 @@ from headstart.searching.run import space_of
 from headstart.system.formats import bytes_text
 from headstart.system.progress import output
 from headstart.text.blocks import token_dtype
-from headstart.text.needs import Needed
+from headstart.text.needs import BYTES_PER_TOKEN, Needed
+from headstart.text.prepare import parts_of
 from headstart.training.arguments import tokens_per_step, training_arguments
 from headstart.training.budgets import budgets_of
 from headstart.training.cache import CacheIdentity, bytes_per_token
@@ -29,9 +30,6 @@ from headstart.training.memory import setup_of
 from headstart.training.plan import ArmPlan, Hardware, arms_table, misfits, plan_arm
 from headstart.training.settings import Arm
 from headstart.training.variants import variants_of
-
-BYTES_PER_TOKEN = 4.0
-"""Of a text that no plan reads, for a budget in bytes; English has about so many."""
 
 
 def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
@@ -79,7 +77,9 @@ class TextPlan:
 def planned_text(recipe: Recipe, teacher: Architecture) -> TextPlan:
     """Plan the text of a recipe and its teacher caches."""
     data, vocab = recipe.data, teacher.sizes["vocab"]
-    needed = Needed({"train": data.max_tokens}) if data.max_tokens else needed_text(recipe)
+    needed = needed_text(recipe)
+    if data.max_tokens:
+        needed = Needed({"train": len(parts_of(data)) * data.max_tokens})
     tokens = needed.first_tokens(data)
     cached_tokens = math.ceil(tokens * data.share("train"))
     caches = {arm.kd.cache: arm.kd for arm in recipe.pretrain.arms if arm.kd and arm.kd.cache}
@@ -100,7 +100,7 @@ def text_table(plan: TextPlan) -> Table:
     table = Table(title="text", box=SIMPLE_HEAD)
     for heading in ("", "tokens", "on disk", "teacher's FLOPs"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("read at most", f"{plan.tokens:.3g}", bytes_text(plan.disk_bytes), "")
+    table.add_row("read, about", f"{plan.tokens:.3g}", bytes_text(plan.disk_bytes), "")
     for path, size in plan.cache_bytes.items():
         flops = f"{plan.cache_flops:.2e}"
         table.add_row(f"cache {path}", f"{plan.cached_tokens:.3g}", bytes_text(size), flops)

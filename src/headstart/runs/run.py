@@ -40,7 +40,7 @@ from headstart.system.settings import settings_from_tree, tree_of
 from headstart.text.blocks import TokenBlocks
 from headstart.text.needs import Needed
 from headstart.text.prepare import check_vocabulary, prepare
-from headstart.text.settings import SplitName
+from headstart.text.settings import DataSettings, SplitName
 from headstart.training.arguments import (
     check_step,
     tokens_per_step,
@@ -166,14 +166,28 @@ def open_run(recipe: Recipe, student: str = "", waits: bool = False) -> Iterator
         yield Run(recipe, Path(recipe.output), teacher, text, given, revisions)
 
 
+def refuse_test_alone(data: DataSettings) -> None:
+    """Raise a UserError if a text has nothing to train on."""
+    if data.is_test_only:
+        raise UserError(
+            "data.test_fraction is 1 and leaves nothing to search and train on; lower it"
+        )
+
+
 def needed_text(recipe: Recipe) -> Needed:
-    """How much text a run reads at most, whatever it runs on: its largest budget, what is measured,
-    and what is held out."""
+    """How much text a run needs, whatever it runs on: its largest budget, what is measured, and
+    what is held out.
+
+    Raises:
+        UserError: the text is for the test alone.
+    """
+    refuse_test_alone(recipe.data)
     search, pretrain = recipe.search, recipe.pretrain
     finals = search.finalists
     train = [
         LEAST_TRAINING_TOKENS,
         search.calibration_tokens,
+        search.refit_tokens,
         finals.calibration_tokens,
         finals.steps * finals.batch_size * recipe.data.block_length,
         *(() if pretrain.bytes else pretrain.budget_tokens),
@@ -205,10 +219,7 @@ def _checked(
     settings_from_tree(tree_of(recipe), Recipe)  # one made in Python may hold NaN or infinity
     for arm in recipe.pretrain.arms:
         check_arguments(arm, training_arguments(recipe.train, arm, Path(recipe.output)))
-    if recipe.data.is_test_only:
-        raise UserError(
-            "data.test_fraction is 1 and leaves nothing to search and train on; lower it"
-        )
+    refuse_test_alone(recipe.data)
     revisions = find_revisions(recipe)
     pinned = at_commits(recipe, revisions)
     teacher = checked_teacher(pinned)

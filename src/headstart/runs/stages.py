@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -315,11 +315,12 @@ def run_prepare(recipe: Recipe) -> TokenBlocks:
     """Read and tokenise the text of a run, as all of its stages find it then.
 
     Of the teacher nothing is read but its config and tokenizer, unless its vocabulary is trimmed.
+    Baselines with another tokenizer have text of their own, which is not prepared here.
 
     Raises:
         UserError: as `prepare`; or the vocabulary cannot be trimmed so.
     """
-    return _teacher_and_text(recipe, Checkpoint.open)[1]
+    return _teacher_and_text(recipe, reads_weights=False)[1]
 
 
 def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -338,23 +339,24 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "in pretrain.arms"
         )
     with process_group():
-        teacher, text = _teacher_and_text(recipe, Checkpoint.open_whole)
+        teacher, text = _teacher_and_text(recipe, reads_weights=True)
         from_main(lambda: check_caches(teacher, text, arms))
         return write_caches(teacher, text, arms)
 
 
-def _teacher_and_text(
-    recipe: Recipe, open_teacher: Callable[[str], Checkpoint]
-) -> tuple[Checkpoint, TokenBlocks]:
-    """The teacher of a recipe, hashed, and its text in tokens, without a run folder."""
+def _teacher_and_text(recipe: Recipe, reads_weights: bool) -> tuple[Checkpoint, TokenBlocks]:
+    """The teacher of a recipe and its text in tokens, without a run folder."""
 
     def found() -> tuple[Checkpoint, DataSettings]:
         pinned = at_commits(recipe, find_revisions(recipe))
         check_source(pinned.data)
-        teacher = open_teacher(pinned.teacher)
+        opened = Checkpoint.open_whole if reads_weights else Checkpoint.open
+        teacher = opened(pinned.teacher)
         teacher.architecture.check_context(pinned.data.block_length)
         check_trims(teacher, pinned.vocabulary)
-        return trimmed_teacher(teacher, pinned.vocabulary, pinned.data), pinned.data
+        teacher = trimmed_teacher(teacher, pinned.vocabulary, pinned.data)
+        assert not reads_weights or teacher.hash  # which travels to the other processes
+        return teacher, pinned.data
 
     with process_group():
         teacher, data = from_main(found)

@@ -66,7 +66,7 @@ def fitness_preparation_flops(
 def candidate_cut_flops(
     teacher: Architecture, sizes: Sizes, num_refit_blocks: int, context_length: int
 ) -> int:
-    """Of cutting a candidate out and refitting it, on every rung that it is scored on."""
+    """Of cutting a candidate out and refitting it once, which every rung does."""
     if not num_refit_blocks:
         return 0
     return refit_flops(teacher, sizes, num_refit_blocks, context_length)

@@ -39,8 +39,8 @@ class FinalistSettings:
         count: candidates, each of another shape; 0 for no last round.
         refitted: whether they are refitted by least squares even where the student will be a plain
             slice; without it they are started as the student.
-        calibration_tokens: of a refit, unless the search has measured the teacher for its
-            candidates already.
+        calibration_tokens: of a refit, unless the search has measured the teacher already, to
+            rotate it.
         steps: optimizer steps of AdamW before they are scored.
         learning_rate: reached after a tenth of the steps, then constant.
         batch_size: blocks of training text in a step.

@@ -97,7 +97,9 @@ def search_bins(
                 _journal(folder, identity, orders, settings)  # refuses another search's folder
                 yield outcome
                 continue
-            if loaded is None or orders not in (None, loaded.orders):
+            if loaded is not None and orders not in (None, loaded.orders):
+                loaded = None  # or two of them would be in memory
+            if loaded is None:
                 loaded = SearchedTeacher.load(teacher, blocks, settings, identity, orders)
             if orders is None:
                 from_main(partial(keep_orders, folder, loaded.orders))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
@@ -52,19 +52,30 @@ def process_group() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def start_processes(count: int, arguments: list[str]) -> NoReturn:
-    """Become so many processes of this machine that work together, without its GPUs.
+def run_processes(count: int, arguments: list[str]) -> list[int]:
+    """Run so many processes of this machine that work together, without its GPUs.
 
     They share its cores. Each runs Python with these arguments.
+
+    Returns:
+        The exit codes of those that failed; none if all went well.
     """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     threads = str(max((os.cpu_count() or 1) // count, 1))
-    environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads,
-        "RAYON_NUM_THREADS": threads,  # of tokenizers
-    }  # fmt: skip
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command = [sys.executable, *launcher, *arguments]
-    os.execve(sys.executable, command, environment)
+    # The second is of tokenizers.
+    os.environ |= {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=str(os.getpid()),
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        return [failure.exitcode for failure in error.failures.values()]
+    return []
 
 
 def barrier() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,27 +28,33 @@ SETTLED_SECONDS = 2.0
 """Of a file that was changed more lately than that, another change might not be seen."""
 
 
-def remembered_of_file(kind: str, version: int, file: Path, make: Callable[[], Value]) -> Value:
-    """What `make` finds out of a file's content, now or earlier, on this machine.
+def remembered_of_files(
+    kind: str, version: int, files: Sequence[Path], make: Callable[[], Value]
+) -> Value:
+    """What `make` finds out of the names and contents of files, now or earlier, on this machine.
 
     Args:
         kind: of what is found.
         version: of how it is found out.
-        file: that is read; it counts as the same while its place, size and times are.
+        files: that are read; they count as the same while their places, sizes and times are.
         make: returns what JSON can write; an error is not remembered.
     """
-    status = file.stat()
-    times = (status.st_mtime_ns, status.st_ctime_ns)
-    identity = [str(file.resolve()), status.st_ino, status.st_size, *times]
-    record = cache_root() / "files" / hash_json([kind, version, identity])
+    identities, newest = list[list[Any]](), 0
+    for file in files:
+        status = file.stat()
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        place = [file.name, str(file.resolve()), status.st_ino]
+        identities.append([*place, status.st_size, *times])
+        newest = max(newest, *times)
+    record = cache_root() / "files" / hash_json([kind, version, identities])
     with suppress(OSError, ValueError, KeyError):
         found: Value = json.loads(record.read_text())["found"]
         return found
-    is_settled = time.time() - max(times) / 1e9 > SETTLED_SECONDS
+    is_settled = time.time() - newest / 1e9 > SETTLED_SECONDS
     value = make()
     if is_settled:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"file": str(file), "found": value})
+        write_json(record, {"files": list(map(str, files)), "found": value})
     return value
 
 

@@ -258,5 +258,5 @@ def check_step(step_tokens: int, blocks: TokenBlocks) -> None:
     if step_tokens > num_tokens:
         raise UserError(
             f"a step takes {step_tokens:,} tokens but the training split has {num_tokens:,}; "
-            "lower train.per_device_train_batch_size or give more text"
+            "lower train.per_device_train_batch_size, or train on more, for which more text is read"
         )

@@ -13,7 +13,6 @@ from headstart.model.architecture import Architecture
 from headstart.system.errors import UserError
 from headstart.system.formats import bytes_text
 from headstart.system.settings import check_least
-from headstart.training.cache import CacheIdentity, bytes_per_token
 from headstart.training.memory import (
     Memory,
     Setup,
@@ -61,15 +60,14 @@ class ArmPlan:
         name: of the arm.
         tokens: that it trains on.
         student_flops: of training, 3 forward passes a token.
-        teacher_flops: of asking the teacher.
-        hours: on all GPUs together.
+        teacher_flops: of asking the teacher, whether now or when a cache was written.
+        hours: on all GPUs together, without writing a cache.
         memory: of each GPU.
         checkpoints: whether activations inside layers are computed again.
         is_chosen: whether that was chosen here, since the recipe does not say it.
         remedies: what would fit where this does not.
         least_peak: with activations computed again.
         dense_logits_bytes: that both models' float32 logits of a batch would take.
-        cache_bytes: of the teacher cache on disk, for one pass over the tokens.
     """
 
     name: str
@@ -83,7 +81,6 @@ class ArmPlan:
     remedies: tuple[str, ...]
     least_peak: int
     dense_logits_bytes: int
-    cache_bytes: int
 
     def fits(self, hardware: Hardware) -> bool:
         """Whether a GPU holds it."""
@@ -106,9 +103,7 @@ def plan_arm(
     student_flops = runs * tokens * trained.training_flops_per_token
     teacher_flops = runs * teacher_tokens * whole.inference_flops_per_token
     num_models, vocab = (2 if arm.kd else 1), student.sizes["vocab"]
-    cache_bytes = 0
-    if arm.kd and arm.kd.cache:
-        cache_bytes = tokens * bytes_per_token(CacheIdentity.of(arm.kd, "", ""), vocab)
+    asked_flops = 0 if arm.kd and arm.kd.cache else teacher_flops
     flops_per_second = hardware.gpus * hardware.peak_tflops * 1e12 * hardware.mfu
     checkpoints, memory = chosen_memory(
         arm.kd, teacher, student, setup, hardware.gpus, hardware.memory_bytes
@@ -130,14 +125,13 @@ def plan_arm(
         tokens=tokens,
         student_flops=student_flops,
         teacher_flops=teacher_flops,
-        hours=(student_flops + teacher_flops) / flops_per_second / 3600,
+        hours=(student_flops + asked_flops) / flops_per_second / 3600,
         memory=memory,
         checkpoints=checkpoints,
         is_chosen=not setup.says_checkpoints,
         remedies=tuple(remedies),
         least_peak=least_peak,
         dense_logits_bytes=4 * batch.blocks * batch.block_length * vocab * num_models,
-        cache_bytes=cache_bytes,
     )
 
 
@@ -158,6 +152,8 @@ def _remedies(
     blocks = setup.batch.blocks
     while blocks > 1:
         blocks //= 2
+        if setup.batch.blocks % blocks:  # another step
+            continue
         if fits(arm, replace(setup, batch=replace(setup.batch, blocks=blocks, accumulates=True))):
             accumulation = setup.accumulation * setup.batch.blocks // blocks
             yield (
@@ -200,7 +196,7 @@ def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
         "gathered layers": [memory.gathered for memory in memories],
         "activations": [memory.kept for memory in memories],
         "bfloat16 weights": [memory.copies for memory in memories],
-        "its activations": [memory.asking for memory in memories],
+        "teacher's activations": [memory.asking for memory in memories],
         "loss, logits": [memory.loss for memory in memories],
         "backward pass": [memory.backward for memory in memories],
         "fragmentation": [memory.fragmentation for memory in memories],
@@ -219,8 +215,6 @@ def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
         ],
         "(whole logits)": [bytes_text(plan.dense_logits_bytes) for plan in plans],
     }
-    if any(plan.cache_bytes for plan in plans):
-        rows["teacher cache"] = [bytes_text(plan.cache_bytes) for plan in plans]
     for name, values in rows.items():
         table.add_row(name, *values)
     return table
