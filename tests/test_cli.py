@@ -380,16 +380,7 @@ def test_a_baseline_that_is_not_there_is_told_before_text_is_read(
 ) -> None:
     assert run_with(arguments, pretrain__baselines=f"[{tmp_path / 'nowhere'}]") == 2
     assert "nowhere' is neither a folder nor a model" in one_sentence(capsys)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_teacher_cache_nowhere_is_told_before_text_is_read(
-    arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arms = "[{name: cached, kd: {top_k: 3, cache: nosuchprotocol://x}}]"
-    assert run_with(arguments, pretrain__arms=arms) == 2
-    assert "kd.cache nosuchprotocol://x cannot be read" in one_sentence(capsys)
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache" / "data").exists()
 
 
 def test_a_plan_for_hardware_of_no_speed(
@@ -476,7 +467,7 @@ def test_no_command_reads_a_model_that_lacks_a_tensor(
         changed = {"run": {"--teacher": model}, "baseline": {"--pretrain.baselines": f"[{model}]"}}
         assert run_with(arguments | changed[command]) == 2
     assert "lacks 'model.layers.1.mlp.down_proj.weight'" in one_sentence(capsys)
-    assert not Path(out).exists() and not (tmp_path / "cache").exists()
+    assert not Path(out).exists() and not (tmp_path / "cache" / "data").exists()
 
 
 def test_more_likely_tokens_than_the_teacher_has(
@@ -499,4 +490,4 @@ def test_an_optimizer_that_is_not_installed_is_told_before_text_is_read(
 ) -> None:
     assert run_with(arguments, train="{optim: galore_adamw}") == 2
     assert "train.optim galore_adamw cannot be made (You need to install" in one_sentence(capsys)
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache" / "data").exists() and not (tmp_path / "run").exists()

@@ -328,7 +328,9 @@ def test_weights_and_text_are_read_once_in_a_whole_run(
     recipe["pretrain"] |= {"tokens": 256, "arms": recipe["pretrain"]["arms"][:2]}
     loaded = recipe_from_dict(recipe)
     weights, text = Path(recipe["teacher"]) / "model.safetensors", Path(recipe["data"]["source"])
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "nothing is known"))
     assert opened_in(lambda: Checkpoint.open(weights.parent).hash, weights) == 1
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "nothing is known either"))
     assert opened_in(lambda: run_recipe(loaded), weights) == 1
     # Once more than `prepare`: to find a mistake in the text before anything else.
     first_look = opened_in(lambda: check_source(loaded.data), text)
