@@ -18,7 +18,7 @@ UNIT_TOKENS = 1 << 20
 """More units are read from where each gives so many tokens: opening one should be worth it."""
 BYTES_PER_TOKEN = 4.0
 """Of text that was not read yet; English has about so many. Packed, a token takes about a byte."""
-MARGIN, MOST = 1.05, 2.0
+MARGIN, MOST = 1.02, 2.0
 """What is missing is read in the next round with so much more, up to so many times as much."""
 
 

@@ -42,7 +42,7 @@ VERSION = 1
 """Of what is kept of a unit; raise it when the same unit would give other tokens."""
 UNIT_SETTINGS = ("text_column", *FRACTIONS, "seed", "strict", "document_separator")
 """Those that decide a unit's tokens, and to which splits they go."""
-BATCH_CHARACTERS, FIRST_CHARACTERS, GROWTH = 1 << 20, 1 << 14, 1.125
+BATCH_CHARACTERS, FIRST_CHARACTERS, GROWTH = 1 << 20, 1 << 14, 1.06
 """Of a unit's batches: the most, the first one's, and by how much each is larger than the last."""
 BATCH_ROWS = 4096
 PIECE_CHARACTERS = 1 << 18
@@ -322,8 +322,8 @@ def _may_be_enough(log: UnitLog, num_tokens: float) -> bool:
 
 
 def batch_characters(number: int) -> int:
-    """How large a unit's batch of that number is, about a ninth of what comes before it, so that
-    hardly more is read than is needed."""
+    """How large a unit's batch of that number is: about a seventeenth of what comes before it, so
+    that hardly more is read than is needed."""
     exponent = min(number, math.ceil(math.log(BATCH_CHARACTERS / FIRST_CHARACTERS, GROWTH)))
     return min(math.ceil(FIRST_CHARACTERS * GROWTH**exponent), BATCH_CHARACTERS)
 
