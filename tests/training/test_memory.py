@@ -57,7 +57,13 @@ def test_a_sharded_teacher_keeps_its_matrices_outside_of_layers():
 
 def test_a_cache_needs_no_teacher():
     cached = memory(DistillationSettings(samples=5, cache="c"))
-    assert cached.teacher == cached.asking == cached.answer == 0 < memory(KD).teacher
+    assert (
+        cached.teacher
+        == cached.teacher_activations
+        == cached.teacher_hidden
+        == 0
+        < memory(KD).teacher
+    )
 
 
 def test_gradients_are_there_during_the_forward_pass_if_they_accumulate():

@@ -109,7 +109,7 @@ def test_the_table_has_a_column_for_each_arm():
 
 def test_activations_are_computed_again_only_where_memory_needs_it():
     batch = replace(BATCH, blocks=64, block_length=128)
-    open_setup = Setup(batch, says_checkpoints=False)
+    open_setup = Setup(batch, sets_checkpointing=False)
     plain, again = (
         plan(blocks=64, block_length=128),
         plan(blocks=64, block_length=128, checkpoints=True),

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from headstart.losses.distillation import DistillationSettings
 from headstart.model.checkpoint import Checkpoint
 from headstart.searching.fitness import fitting_batch_size
 from headstart.system.device import default_device, load_frozen, release_memory
-from headstart.system.distributed import from_main, world_size
+from headstart.system.distributed import entered_by_main, from_main, world_size
 from headstart.system.errors import UserError
 from headstart.system.files import cache_root
 from headstart.system.hashing import hash_bytes
@@ -21,7 +21,7 @@ from headstart.system.locks import locked
 from headstart.system.memo import LOCKS
 from headstart.system.progress import console, progress
 from headstart.text.blocks import TokenBlocks
-from headstart.training.cache import CacheIdentity, check_cache, is_finished, write_cache
+from headstart.training.cache import CacheIdentity, check_cache, finished_cache, write_cache
 from headstart.training.settings import Arm
 from headstart.training.teacher import Teacher
 
@@ -66,7 +66,7 @@ def write_caches(
 def _written(teacher: Checkpoint, text: TokenBlocks, kd: DistillationSettings) -> dict[str, Any]:
     identity = CacheIdentity.of(kd, teacher.hash, text.fingerprint)
     with _one_run_at_a_time(kd.cache):
-        if (manifest := from_main(lambda: is_finished(kd.cache, identity))) is not None:
+        if (manifest := from_main(lambda: finished_cache(kd.cache, identity))) is not None:
             return manifest
         split, device = text.split("train"), default_device()
         model = load_frozen(teacher.folder, device)
@@ -95,7 +95,6 @@ def _one_run_at_a_time(path: str) -> Iterator[None]:
     def wait(owner: str) -> None:
         console.print(f"{owner} writes kd.cache {path}; waiting for it")
 
-    with ExitStack() as stack:
-        file = cache_root() / LOCKS / f"teacher-cache-{hash_bytes(path.encode())}"
-        from_main(lambda: stack.enter_context(locked(file, on_busy=wait)))
+    file = cache_root() / LOCKS / f"teacher-cache-{hash_bytes(path.encode())}"
+    with entered_by_main(lambda: locked(file, on_busy=wait)):
         yield

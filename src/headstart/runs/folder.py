@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from headstart.recipe import Recipe, recipe_to_dict
-from headstart.system.distributed import from_main
+from headstart.system.distributed import entered_by_main
 from headstart.system.errors import UserError
 from headstart.system.files import UNFINISHED, read_json, remove, write_json, write_whole
 from headstart.system.locks import locked as lock
@@ -142,8 +142,7 @@ def locked(folder: Path, waits: bool = False) -> Iterator[None]:
 @contextmanager
 def locked_by_main(folder: Path, waits: bool = False) -> Iterator[None]:
     """`locked` for processes that torchrun has started: all go in together."""
-    with ExitStack() as stack:
-        from_main(lambda: stack.enter_context(locked(folder, waits)))
+    with entered_by_main(lambda: locked(folder, waits)):
         yield
 
 

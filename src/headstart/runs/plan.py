@@ -13,6 +13,7 @@ from headstart.calibration.costs import refit_bytes
 from headstart.calibration.start import cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.recipe import Recipe
+from headstart.runs.caches import cached_distillation
 from headstart.runs.run import bin_recipes, in_tokens, needed_text
 from headstart.runs.vocabulary import planned_architecture
 from headstart.searching.candidate import Orders
@@ -82,7 +83,7 @@ def planned_text(recipe: Recipe, teacher: Architecture) -> TextPlan:
         needed = Needed({"train": len(parts_of(data)) * data.max_tokens})
     tokens = needed.first_tokens(data)
     cached_tokens = math.ceil(tokens * data.share("train"))
-    caches = {arm.kd.cache: arm.kd for arm in recipe.pretrain.arms if arm.kd and arm.kd.cache}
+    caches = {kd.cache: kd for kd in cached_distillation(recipe.pretrain.arms)}
     return TextPlan(
         tokens=tokens,
         disk_bytes=2 * tokens * token_dtype(vocab).itemsize,

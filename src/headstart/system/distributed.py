@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -115,6 +115,14 @@ def from_main(decide: Callable[[], Value]) -> Value:
     if message is not None:
         raise UserError(message) if is_users else RuntimeError(message)
     return cast(Value, value)
+
+
+@contextmanager
+def entered_by_main(enter: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Let all processes go on once the main one has entered a context, such as a lock."""
+    with ExitStack() as stack:
+        from_main(lambda: stack.enter_context(enter()))
+        yield
 
 
 def gather(value: Value) -> list[Value]:

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headstart.demo import DEMO
-from headstart.system.distributed import from_main
+from headstart.system.distributed import entered_by_main, from_main
 from headstart.system.errors import UserError
 from headstart.system.files import cache_root, finished_folder, remove_abandoned, write_json
 from headstart.system.hashing import hash_files, hash_json
@@ -241,9 +241,7 @@ def _one_run_at_a_time(folder: Path) -> Iterator[None]:
     def wait(owner: str) -> None:
         console.print(f"{owner} prepares the same text; waiting for it")
 
-    with ExitStack() as stack:
-        file = folder.parent / LOCKS / folder.name
-        from_main(lambda: stack.enter_context(locked(file, on_busy=wait)))
+    with entered_by_main(lambda: locked(folder.parent / LOCKS / folder.name, on_busy=wait)):
         yield
 
 

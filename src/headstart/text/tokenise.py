@@ -111,7 +111,7 @@ class Tokenisation:
     ) -> Iterator[UInt[np.ndarray, " _"]]:
         """The token ids of a split, unit after unit; in whole blocks if all begin with a token."""
         pieces = chain.from_iterable(
-            UnitLog(self._folder(unit), self.dtype).tokens_of(split, of_unit.num_batches)
+            self._unit(unit).tokens_of(split, of_unit.num_batches)
             for unit, of_unit in taken.items()
         )
         if self.begin is None:
@@ -126,7 +126,7 @@ class Tokenisation:
         """Take so much of each unit, and say how many times as much has to be read; 1 where there
         is enough, or no more."""
         taken.clear()
-        taken |= {unit: self._log(unit).taken(share) for unit, share in shares.items()}
+        taken |= {unit: self._unit(unit).taken(share) for unit, share in shares.items()}
         is_all = len(taken) == self._num_units and all(unit.is_whole for unit in taken.values())
         if self.needed is None or is_all:
             return 1.0
@@ -203,13 +203,14 @@ class Tokenisation:
 
     def _log(self, unit: int, forgets_fault: bool = False) -> UnitLog:
         """What was read of a unit so far, by this run or others; a fault may have passed since."""
-        log = UnitLog.read(self._folder(unit), self.dtype)
+        log = self._unit(unit).read()
         if forgets_fault and log.fault:
             log.fault = None
         return log
 
-    def _folder(self, unit: int) -> Path:
-        return self.cache_folder / "units" / self._keys[unit]
+    def _unit(self, unit: int) -> UnitLog:
+        """The log of a unit, not read yet."""
+        return UnitLog(self.cache_folder / "units" / self._keys[unit], self.dtype)
 
     @cached_property
     def _keys(self) -> list[str]:

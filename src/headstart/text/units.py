@@ -26,6 +26,18 @@ Counts = Mapping[SplitName, Mapping[str, int]]
 """Of each split: documents, text_bytes and tokens."""
 
 
+def no_counts() -> dict[SplitName, dict[str, int]]:
+    """Of every split, none."""
+    return {name: {"documents": 0, "text_bytes": 0, "tokens": 0} for name in SPLITS}
+
+
+def add_counts(counts: Mapping[SplitName, dict[str, int]], more: Counts) -> None:
+    """Add to every count in place."""
+    for name, of_split in counts.items():
+        for key in of_split:
+            of_split[key] += more[name][key]
+
+
 @dataclass(frozen=True)
 class Batch:
     """What some rows of a unit came to.
@@ -65,7 +77,7 @@ class Taken:
     All others are as in `Batch`.
     """
 
-    counts: dict[SplitName, dict[str, int]] = field(default_factory=lambda: no_counts())
+    counts: dict[SplitName, dict[str, int]] = field(default_factory=no_counts)
     num_batches: int = 0
     is_whole: bool = False
     fault: str = ""
@@ -94,7 +106,7 @@ class UnitLog:
         num_rows: in all of them.
         num_tokens: in all splits.
         last_tokens: of the last batch.
-        log_bytes: of their lines.
+        log_bytes: of the batches' lines in batches.jsonl.
         has_column: whether any row had the column of text.
         fault: why reading ended, empty if the unit did; None while there may be more.
     """
@@ -109,16 +121,15 @@ class UnitLog:
     has_column: bool = False
     fault: str | None = None
 
-    @staticmethod
-    def read(folder: Path, dtype: np.dtype[Any]) -> UnitLog:
-        """What a folder holds; what a kill or another process has left half written is not read."""
-        log = UnitLog(folder, dtype)
-        for entry, num_bytes in log._entries():
+    def read(self) -> UnitLog:
+        """Itself, with the sums of what the folder holds; what a kill or another process has left
+        half written is not read."""
+        for entry, num_bytes in self._entries():
             if isinstance(entry, str):
-                log.fault = entry
+                self.fault = entry
             else:
-                log.count(entry, num_bytes)
-        return log
+                self.count(entry, num_bytes)
+        return self
 
     def _entries(self) -> Iterator[tuple[Batch | str, int]]:
         """Every batch with the length of its line; at the end the fault, if there is one."""
@@ -216,18 +227,6 @@ class UnitWriter:
         self.log_file.write(line)
         self.log_file.flush()
         return len(line)
-
-
-def no_counts() -> dict[SplitName, dict[str, int]]:
-    """Of every split, none."""
-    return {name: {"documents": 0, "text_bytes": 0, "tokens": 0} for name in SPLITS}
-
-
-def add_counts(counts: Mapping[SplitName, dict[str, int]], more: Counts) -> None:
-    """Add to every count in place."""
-    for name, of_split in counts.items():
-        for key in of_split:
-            of_split[key] += more[name][key]
 
 
 def total_counts(taken: Iterable[Taken]) -> dict[SplitName, dict[str, int]]:

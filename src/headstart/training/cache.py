@@ -344,7 +344,7 @@ def check_cache(path: str, identity: CacheIdentity | None = None) -> dict[str, A
     return found
 
 
-def is_finished(path: str, identity: CacheIdentity) -> dict[str, Any] | None:
+def finished_cache(path: str, identity: CacheIdentity) -> dict[str, Any] | None:
     """The content of a cache's `cache.json` if all of it is there, or None; errors as
     `check_cache`."""
     found = check_cache(path, identity)

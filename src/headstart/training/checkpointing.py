@@ -40,7 +40,7 @@ def choose_checkpointing(
     setup = setup_of(arguments, train, block_length, separates)
     sizes = gather(memory_bytes(arguments.device))
     known = [size for size in sizes if size is not None]
-    if setup.says_checkpoints or len(known) < len(sizes):
+    if setup.sets_checkpointing or len(known) < len(sizes):
         return
     available = min(known)
     checkpoints, memory = from_main(

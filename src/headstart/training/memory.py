@@ -52,15 +52,15 @@ class Setup:
     Attributes:
         batch: of one GPU.
         accumulation: batches in an optimizer step.
-        says_checkpoints: whether the recipe says if activations are computed again; otherwise they
-            are where memory needs it.
+        sets_checkpointing: whether the recipe says if activations are computed again; otherwise
+            they are where memory needs it.
         shards_student: whether FSDP divides the student among the GPUs.
         refit_bytes: of the stage in which the student gets its first weights.
     """
 
     batch: Batch
     accumulation: int = 1
-    says_checkpoints: bool = True
+    sets_checkpointing: bool = True
     shards_student: bool = False
     refit_bytes: int = 0
 
@@ -79,8 +79,8 @@ class Memory:
             outside of its layers.
         kept: activations, from the forward pass to the backward pass.
         copies: the weights in bfloat16, as long as `kept`.
-        asking: activations of the teacher while it computes.
-        answer: its last hidden states, until the loss is known.
+        teacher_activations: activations of the teacher while it computes.
+        teacher_hidden: its last hidden states, until the loss is known.
         loss: chunks of logits, with the gradients of hidden states and output matrix.
         loss_gradients: of these the two gradients, which the backward pass takes twice at first.
         backward: what the backward pass holds besides, of one layer at a time.
@@ -98,8 +98,8 @@ class Memory:
     gathered: int
     kept: int
     copies: int
-    asking: int
-    answer: int
+    teacher_activations: int
+    teacher_hidden: int
     loss: int
     loss_gradients: int
     backward: int
@@ -126,8 +126,8 @@ class Memory:
         head = 0 if self.accumulates else self.head
         last_layer = (self.kept + self.copies) // self.layers + self.backward
         return {
-            "teacher": whole + self.asking,
-            "loss": whole + self.answer + self.loss,
+            "teacher": whole + self.teacher_activations,
+            "loss": whole + self.teacher_hidden + self.loss,
             "backward": whole + max(2 * self.loss_gradients, head + self.backward),
             "last layer": base + self.gradients + last_layer,
             "refit": self.refit,
@@ -186,9 +186,9 @@ def arm_memory(
         outside = count.parameters - count.non_embedding_parameters
         of_layer = count.non_embedding_parameters // sizes["layers"]
         gathered = (2 if computes_half else 4) * (2 * outside + GATHERED_LAYERS * of_layer)
-    teacher_weights = asking = answer = 0
+    teacher_weights = teacher_activations = teacher_hidden = 0
     if kd and not kd.cache:
-        asking, answer = inference_bytes(teacher, batch)
+        teacher_activations, teacher_hidden = inference_bytes(teacher, batch)
         of_teacher = teacher.count(batch.block_length)
         half = 2 if batch.has_bf16 else 4
         teacher_weights = half * of_teacher.parameters
@@ -205,8 +205,8 @@ def arm_memory(
         gathered=gathered,
         kept=activations.kept,
         copies=activations.copies,
-        asking=asking,
-        answer=answer,
+        teacher_activations=teacher_activations,
+        teacher_hidden=teacher_hidden,
         loss=_loss_bytes(kd, tokens, sizes, batch.has_bf16, sharing.kind),
         loss_gradients=4 * (matrix + hidden),
         backward=activations.backward,
@@ -259,7 +259,7 @@ def chosen_memory(
         return arm_memory(kd, teacher, student, batch, sharing, refit)
 
     plain = held(setup.batch)
-    if setup.says_checkpoints or plain.peak <= memory_bytes:
+    if setup.sets_checkpointing or plain.peak <= memory_bytes:
         return setup.batch.checkpoints, plain
     again = held(with_checkpoints(setup.batch))
     return (True, again) if again.peak <= memory_bytes else (False, plain)
@@ -285,7 +285,7 @@ def setup_of(
     of_fsdp = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
     # Older versions of transformers have the other name alone.
     checkpoints = bool(arguments.gradient_checkpointing)
-    says = any(train.get(key) is not None for key in CHECKPOINTING_KEYS)
+    sets_key = any(train.get(key) is not None for key in CHECKPOINTING_KEYS)
     in_fsdp = of_fsdp.get("activation_checkpointing")
     accumulation = arguments.gradient_accumulation_steps
     batch = Batch(
@@ -296,5 +296,5 @@ def setup_of(
         accumulates=accumulation > 1,
         separates=separates,
     )
-    is_said = says or in_fsdp is not None
-    return Setup(batch, accumulation, is_said, bool(arguments.fsdp), refit)
+    sets_checkpointing = sets_key or in_fsdp is not None
+    return Setup(batch, accumulation, sets_checkpointing, bool(arguments.fsdp), refit)
