@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import extract
+from tests.conftest import extract, is_mapped
 from tests.searching.conftest import BLOCK_LENGTH
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,7 +26,7 @@ from headstart.model.spec import SubnetSpec, load_spec
 from headstart.runs.extraction import extract_found
 from headstart.searching import orders as orders_module
 from headstart.searching import teacher as teacher_module
-from headstart.searching.bins import BinSettings
+from headstart.searching.bins import Bin, BinSettings
 from headstart.searching.candidate import Candidate
 from headstart.searching.evolution import EvolutionSettings
 from headstart.searching.finalists import FinalistSettings
@@ -35,6 +36,7 @@ from headstart.searching.importance import measure_importance
 from headstart.searching.racing import RacingSettings
 from headstart.searching.run import search, search_bins
 from headstart.searching.settings import SearchSettings
+from headstart.searching.space import Space
 from headstart.searching.teacher import SearchedTeacher
 from headstart.system.errors import UserError
 from headstart.text.blocks import TokenBlocks
@@ -309,6 +311,19 @@ def test_a_finished_search_is_not_repeated(
     assert search(checkpoint, blocks, SETTINGS, tmp_path) == first  # from the journal alone
     monkeypatch.setattr(teacher_module, "load_frozen", None)
     assert search(checkpoint, blocks, SETTINGS, tmp_path) == first
+
+
+@pytest.mark.parametrize(("scored_as", "shares"), [("refitted", True), ("slice", False)])
+def test_processes_share_a_teacher_whose_candidates_are_refitted(
+    scored_as: Any, shares: bool, checkpoint: Checkpoint, blocks: TokenBlocks
+) -> None:
+    """Nothing is written to its weights, which are its files in memory."""
+    settings = replace(SETTINGS, scored_as=scored_as)
+    loaded = SearchedTeacher.load(checkpoint, blocks, settings, {})
+    space = Space.build(checkpoint.architecture, settings.space, Bin(25_000, 35_000))
+    assert math.isfinite(loaded.fitness(space.sample(random.Random(0)), 0, 1))
+    weights = loaded.fitness.state.values()
+    assert all(is_mapped(weight, checkpoint.folder) is shares for weight in weights)
 
 
 def test_another_search_does_not_go_on_from_this_one(
