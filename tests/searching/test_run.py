@@ -17,6 +17,7 @@ from tests.searching.conftest import BLOCK_LENGTH
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.calibration import layer_by_layer
+from headstart.calibration import start as start_module
 from headstart.calibration.costs import propagation_flops, refit_flops, teacher_pass_flops
 from headstart.losses.next_token import mean_loss
 from headstart.model.architecture import Architecture
@@ -414,6 +415,17 @@ def test_importance_reads_batches_of_a_fixed_size_whatever_memory_is_free(
         found.append((folder / "orders.json").read_text())
     assert sizes == [[4 * BLOCK_LENGTH] * 4 + [3 * BLOCK_LENGTH]] * 2
     assert found[0] == found[1]
+
+
+def test_tokens_of_calibration_that_are_left_open_are_those_that_suit_the_teacher(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a journal that was begun with their number."""
+    monkeypatch.setattr(start_module.calibration_tokens, "__defaults__", (600,))
+    given = search(checkpoint, blocks, SETTINGS, tmp_path)
+    assert SETTINGS.calibration_tokens == 600
+    (tmp_path / "search.json").unlink()
+    assert search(checkpoint, blocks, replace(SETTINGS, calibration_tokens=0), tmp_path) == given
 
 
 def test_importance_is_measured_once_for_a_teacher_and_its_text(

@@ -24,7 +24,7 @@ from headstart.calibration.costs import (
 )
 from headstart.calibration.layer_by_layer import batches_of
 from headstart.calibration.least_squares import refitted
-from headstart.calibration.moments import Statistics, collect_statistics
+from headstart.calibration.moments import Statistics, collect_statistics, sources_of
 from headstart.calibration.propagate import refit_on_itself
 from headstart.calibration.rotate import (
     check_rotates,
@@ -34,6 +34,7 @@ from headstart.calibration.rotate import (
     write_rotated,
 )
 from headstart.model.architecture import Architecture
+from headstart.model.axes import shape_of
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import slice_tensors
 from headstart.model.spec import SubnetSpec
@@ -42,6 +43,11 @@ from headstart.system.hashing import hash_tensors
 from headstart.system.memo import remembered
 from headstart.system.progress import progress
 
+LEAST_TOKENS = 32_768
+"""Of calibration, whatever the teacher's width."""
+TOKENS_PER_INPUT = 12
+"""Of calibration, for every input of the widest matrix that is re-solved. With 10.7 of the demo's
+teacher a student trained to the losses that it had with 43 (docs/benchmarks/budgets.md)."""
 STATISTICS_VERSION = 1
 ROTATED_VERSION = 1
 """Of what the memo keeps; raise one when equal keys would give other numbers or other files."""
@@ -77,6 +83,23 @@ def cut_architecture(teacher: Architecture, init: Init) -> Architecture:
         UserError: the teacher cannot be rotated.
     """
     return rotated_architecture(teacher) if init == ROTATED else teacher
+
+
+def calibration_tokens(teacher: Architecture, init: Init, least: int = LEAST_TOKENS) -> int:
+    """How many tokens calibration takes where nobody says it: more, the wider the teacher is.
+
+    A matrix of n inputs is re-solved from their n x n moments, which need several times n tokens.
+
+    >>> from transformers import GPTNeoXConfig
+    >>> pythia = GPTNeoXConfig(hidden_size=4096, intermediate_size=16384, num_attention_heads=32)
+    >>> calibration_tokens(Architecture.of(pythia), "least_squares")
+    196608
+    """
+    if init == "slice":
+        return least
+    layouts, sizes = teacher.layouts, teacher.sizes
+    inputs = (shape_of(layouts[pattern], sizes)[1] for pattern in sources_of(teacher))
+    return max(least, TOKENS_PER_INPUT * max(inputs))
 
 
 def calibrate(

@@ -78,7 +78,7 @@ class TextPlan:
 def planned_text(recipe: Recipe, teacher: Architecture) -> TextPlan:
     """Plan the text of a recipe and its teacher caches."""
     data, vocab = recipe.data, teacher.sizes["vocab"]
-    needed = needed_text(recipe)
+    needed = needed_text(recipe, teacher)
     if data.max_tokens:
         needed = Needed({"train": len(parts_of(data)) * data.max_tokens})
     tokens = needed.first_tokens(data)
@@ -113,7 +113,7 @@ def _plan_of(
 ) -> ArmPlan:
     """The plan of one arm, with its own batch, and all of its runs."""
     arguments = training_arguments(recipe.train, arm, Path(recipe.output))
-    data, search = recipe.data, recipe.search
+    data, search = recipe.data, recipe.search.for_teacher(teacher)
     refit = 0
     if arm.init == "subnet" and search.init != "slice":
         refit = refit_bytes(teacher, student, search.calibration_tokens, search.is_measured)

@@ -233,11 +233,12 @@ def baselines_of(run: Run) -> Baselines:
             token, or too short a context.
     """
     names, pinned = run.recipe.pretrain.baselines, run.pinned
+    needed = needed_text(run.recipe, run.teacher.architecture)
     found = []
     for name, model in zip(names, pinned.pretrain.baselines, strict=True):
         baseline = Checkpoint.open(model)
         baseline.architecture.check_context(pinned.data.block_length)
-        text = prepare(pinned.data, baseline.folder, needed=needed_text(run.recipe))
+        text = prepare(pinned.data, baseline.folder, needed=needed)
         check_vocabulary(text, baseline.architecture.config.vocab_size)
         found.append((name, baseline, text))
     return found
@@ -360,7 +361,8 @@ def _teacher_and_text(recipe: Recipe, reads_weights: bool) -> tuple[Checkpoint, 
 
     with process_group():
         teacher, data = from_main(found)
-        text = prepare(data, teacher.folder, needed=needed_text(recipe))
+        needed = needed_text(recipe, teacher.architecture)
+        text = prepare(data, teacher.folder, needed=needed)
         from_main(lambda: check_vocabulary(text, teacher.architecture.config.vocab_size))
         return teacher, text
 
