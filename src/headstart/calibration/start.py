@@ -183,6 +183,7 @@ def student_tensors(
     calibration: Calibration,
     spec: SubnetSpec,
     on_tensor: Callable[[], None] = lambda: None,
+    together: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors of a student, by their names in files, with memory of their own.
 
@@ -192,6 +193,7 @@ def student_tensors(
         calibration: what the student is cut out of, and how it is refitted.
         spec: what it keeps.
         on_tensor: called for each of the teacher's tensors, for progress.
+        together: all processes call it at once and share the refit; each returns all tensors.
 
     Raises:
         UserError: the teacher cannot be read, or the spec does not fit it.
@@ -208,7 +210,7 @@ def student_tensors(
         tensors = refitted(tensors, teacher.architecture, spec, statistics)
     sliced = slice_tensors(tensors, teacher.architecture, spec)
     if calibration.blocks is not None:
-        return refit_on_itself(teacher, sliced, spec, calibration.blocks)
+        return refit_on_itself(teacher, sliced, spec, calibration.blocks, together)
     return dict(map(_owned_copy, sliced))
 
 

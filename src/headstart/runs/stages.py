@@ -94,24 +94,27 @@ def calibration_of(run: Run, spec: SubnetSpec) -> Calibration:
 def extract_stage(run: Run) -> Checkpoint:
     """Cut out what the search has found, unless that is done."""
     folder = run.folder / "student"
+    # A slice is cut by the main process, a refit by all.
+    together = run.recipe.search.init != "slice"
 
-    def extract() -> Checkpoint:
-        if not folder.exists():
-            extract_found(
-                run.teacher,
-                run.folder / "search.json",
-                folder,
-                init=run.recipe.search.init,
-                calibration_blocks=_calibration_blocks(run),
-                provenance={
-                    "teacher_name": teacher_name(run.recipe.teacher),
-                    "teacher_commit": run.revisions.get(run.recipe.teacher, ""),
-                    "recipe": recipe_to_dict(run.recipe),
-                },
-            )
-        return Checkpoint.open(folder)
+    def extract() -> None:
+        extract_found(
+            run.teacher,
+            run.folder / "search.json",
+            folder,
+            init=run.recipe.search.init,
+            calibration_blocks=_calibration_blocks(run),
+            provenance={
+                "teacher_name": teacher_name(run.recipe.teacher),
+                "teacher_commit": run.revisions.get(run.recipe.teacher, ""),
+                "recipe": recipe_to_dict(run.recipe),
+            },
+            together=together,
+        )
 
-    return from_main(extract)
+    if not from_main(folder.exists):
+        extract() if together else from_main(extract)
+    return from_main(lambda: Checkpoint.open(folder))
 
 
 def pretrain_stage(run: Run, student: Checkpoint, baselines: Baselines) -> dict[str, Any]:
