@@ -1,11 +1,13 @@
 """Refits students, alone or on two processes under torchrun; started by test_share.py.
 
 For each kind of teacher and number of blocks every process writes what it has refitted, in float64,
-and the tokens that it has counted; then all of them extract one student in float32.
+and the tokens that it has counted; then all of them extract students in float32, some of which need
+the moments of their teacher, or a rotated one.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tests.conftest import random_teacher
@@ -15,7 +17,7 @@ from headstart.calibration.activations import TeacherPass
 from headstart.calibration.layer_by_layer import batches_of
 from headstart.calibration.propagate import propagated
 from headstart.calibration.share import Share
-from headstart.calibration.start import calibrate
+from headstart.calibration.start import Init, calibrate
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import build_student
@@ -30,7 +32,13 @@ CASES = [
     ("gpt_neox-untied", 5),
     ("gemma3_text-tied", 16),
 ]
-CUT = {"layers": 3, "embed": 32, "kv_groups": 1, "mlp": 40}
+CUT: dict[str, Any] = {"layers": 3, "embed": 32, "kv_groups": 1, "mlp": 40}
+STUDENTS: dict[str, tuple[str, Init, dict[str, Any]]] = {
+    "layer by layer": ("llama-untied-gqa", "least_squares", {}),
+    "narrow heads": ("llama-untied-mha-biases", "least_squares", {"head_dim": 8}),
+    "norms that write": ("gemma3_text-untied", "least_squares", {}),
+    "rotated": ("llama-tied-gqa", "rotate+least_squares", {}),
+}
 
 
 @torch.no_grad()
@@ -48,16 +56,17 @@ def refit(kind: str, num_blocks: int, out: Path) -> None:
     torch.save((changed, sum(counted) // len(spec.layers)), out)
 
 
-def main(folder: Path, teacher: Path) -> None:
+def main(folder: Path, teachers: Path) -> None:
     device.has_fast_bf16 = lambda device: False
     with process_group():
         for place, case in enumerate(CASES):
             refit(*case, folder / f"{place}-{rank()}.pt")
-        blocks = torch.randint(1, 128, (12, 16), generator=torch.Generator().manual_seed(1))
-        checkpoint = Checkpoint.open(teacher)
-        spec = random_spec(random_teacher("llama-untied-gqa"), **CUT)
-        source = calibrate(checkpoint, "least_squares", blocks, spec)
-        extract_student(source, spec, folder / "student", together=True)
+        blocks = torch.randint(1, 128, (13, 16), generator=torch.Generator().manual_seed(1))
+        for name, (kind, init, cut) in STUDENTS.items():
+            spec = random_spec(random_teacher(kind), **CUT, **cut)
+            checkpoint = Checkpoint.open(teachers / kind)
+            source = calibrate(checkpoint, init, blocks, spec, together=True)
+            extract_student(source, spec, folder / name, together=True)
 
 
 if __name__ == "__main__":

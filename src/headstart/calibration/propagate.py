@@ -74,7 +74,7 @@ def refit_on_itself(
         blocks: calibration token ids.
         together: all processes call it at once and share the work; each returns all tensors.
     """
-    share = Share.of_this_process(len(blocks)) if together else Share()
+    share = Share.of_this_process(len(blocks), together)
     mine = share.blocks(blocks)
     aliases = teacher.architecture.family.aliases
     # Copies, since these are views of files.

@@ -1,7 +1,7 @@
 """The work of a refit, shared by the processes that torchrun has started.
 
 All of them refit the same student. Each reads a part of the text, and the sums over it are added
-up; each solves for a part of a matrix' rows, and all get the whole.
+up; each solves for a part of a matrix' rows, or for some layers, and all get the whole.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class Share:
     counts: bool = True
 
     @staticmethod
-    def of_this_process(num_blocks: int) -> Share:
-        """This process' part of some blocks, and of all else."""
+    def of_this_process(num_blocks: int, together: bool = True) -> Share:
+        """This process' part of some blocks, and of all else; all of it if it works alone."""
+        if not together:
+            return Share()
         return Share(rank(), world_size(), counts=rank() < num_blocks)
 
     def blocks(self, blocks: Int[Tensor, "blocks tokens"]) -> Int[Tensor, "part tokens"]:
@@ -71,3 +73,22 @@ class Share:
         joined[rows.to(device)] = matrix[rows.to(matrix.device)].to(device)
         distributed.all_reduce(joined)  # one number and zeros, so it is exact
         matrix.copy_(joined)
+
+    def has(self, layer: int) -> bool:
+        """Whether this process solves for a layer of the student."""
+        return layer % self.size == self.rank
+
+    def of_layer(self, tensor: Tensor, layer: int, device: torch.device) -> Tensor:
+        """A layer's tensor as the process has it that solves for the layer.
+
+        Args:
+            tensor: of the same shape on every process, on the CPU; returned where this process has
+                all layers.
+            layer: of the student.
+            device: on which processes exchange.
+        """
+        if self.size == 1:
+            return tensor
+        sent = tensor.to(device, copy=True).contiguous()
+        distributed.broadcast(sent, src=layer % self.size)
+        return sent.to(tensor.device)

@@ -6,7 +6,7 @@ so that search and extraction calibrate once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -33,14 +33,16 @@ from headstart.calibration.rotate import (
     rotated_architecture,
     write_rotated,
 )
+from headstart.calibration.share import Share
 from headstart.model.architecture import Architecture
 from headstart.model.axes import shape_of
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import slice_tensors
 from headstart.model.spec import SubnetSpec
 from headstart.system.device import default_device, has_fast_bf16, load_frozen
+from headstart.system.distributed import from_main
 from headstart.system.hashing import hash_tensors
-from headstart.system.memo import remembered
+from headstart.system.memo import remembered, remembered_together
 from headstart.system.progress import progress
 
 LEAST_TOKENS = 32_768
@@ -107,6 +109,7 @@ def calibrate(
     init: Init,
     blocks: Int[Tensor, "blocks tokens"],
     spec: SubnetSpec | None = None,
+    together: bool = False,
 ) -> Calibration:
     """Measure a teacher, and rotate it if asked, or find both in the cache.
 
@@ -117,6 +120,7 @@ def calibrate(
         blocks: calibration token ids.
         spec: of the only student that will be cut, if it is known. One with whole heads is refitted
             layer by layer alone, which ends in the same place, unless its family cannot be.
+        together: all processes call it at once and share the measuring.
 
     Raises:
         UserError: there is no text, or the teacher cannot be rotated.
@@ -132,31 +136,42 @@ def calibrate(
         "tokens": hash_tensors([("blocks", blocks)]),
         "bf16": has_fast_bf16(default_device()),
     }
-    statistics = remembered(
+    remember = remembered_together if together else remembered
+    statistics = remember(
         "statistics",
         STATISTICS_VERSION,
         key,
-        make=lambda folder: _collect(teacher, blocks, folder),
+        make=lambda folder: _collect(teacher, blocks, folder, together),
         read=Statistics,
     )
     flops = calibration_flops(teacher.architecture, init, *blocks.shape)
     if init == "least_squares":
         return Calibration(teacher, statistics, flops, blocks, init)
-    rotated, basis = remembered(
-        "rotated",
-        ROTATED_VERSION,
-        [STATISTICS_VERSION, key],
-        make=lambda folder: write_rotated(teacher, principal_basis(statistics.residual()), folder),
-        read=read_rotated,
-    )
+
+    def rotate() -> tuple[Checkpoint, Tensor]:
+        return remembered(
+            "rotated",
+            ROTATED_VERSION,
+            [STATISTICS_VERSION, key],
+            make=lambda folder: write_rotated(
+                teacher, principal_basis(statistics.residual()), folder
+            ),
+            read=read_rotated,
+        )
+
+    rotated, basis = from_main(rotate) if together else rotate()
     return Calibration(rotated, replace(statistics, basis=basis), flops, blocks, init)
 
 
-def _collect(teacher: Checkpoint, blocks: Int[Tensor, "blocks tokens"], folder: Path) -> None:
+def _collect(
+    teacher: Checkpoint, blocks: Int[Tensor, "blocks tokens"], folder: Path, together: bool
+) -> None:
+    share = Share.of_this_process(len(blocks), together)
+    mine = share.blocks(blocks)
     model = load_frozen(teacher.folder, default_device())
-    tokens_in_layers = blocks.numel() * teacher.architecture.sizes["layers"]
+    tokens_in_layers = mine.numel() * teacher.architecture.sizes["layers"]
     with progress("calibrate", tokens_in_layers, "tokens in layers") as advance:
-        collect_statistics(model, batches_of(blocks), folder, advance)
+        collect_statistics(model, batches_of(mine), folder, advance, share)
 
 
 def calibration_flops(teacher: Architecture, init: Init, num_blocks: int, block_length: int) -> int:
@@ -206,12 +221,26 @@ def student_tensors(
 
     # A loop would hold on to its last tensor.
     tensors: Iterator[tuple[str, Tensor]] = map(reported, teacher.tensors())
+    share = Share.of_this_process(0, together)
     if statistics is not None:
-        tensors = refitted(tensors, teacher.architecture, spec, statistics)
+        tensors = refitted(tensors, teacher.architecture, spec, statistics, share=share)
     sliced = slice_tensors(tensors, teacher.architecture, spec)
+    if statistics is not None and together:
+        sliced = _exchanged(sliced, teacher.architecture, len(spec.layers), share)
     if calibration.blocks is not None:
         return refit_on_itself(teacher, sliced, spec, calibration.blocks, together)
     return dict(map(_owned_copy, sliced))
+
+
+def _exchanged(
+    sliced: Iterable[tuple[str, Tensor]], teacher: Architecture, num_layers: int, share: Share
+) -> Iterator[tuple[str, Tensor]]:
+    """A student's tensors, of which each process has refitted those of its layers."""
+    parts = dict(map(_owned_copy, sliced))  # all of its own before it waits for others
+    for name in list(parts):
+        layer = teacher.match(name)[1]
+        of_layer = num_layers if layer is None else layer
+        yield name, share.of_layer(parts.pop(name), of_layer, default_device())
 
 
 def _owned_copy(named_tensor: tuple[str, Tensor]) -> tuple[str, Tensor]:

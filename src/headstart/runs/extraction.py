@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from headstart.model.card import licence_of, write_card
 from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
 from headstart.model.spec import SubnetSpec, load_spec
 from headstart.model.weights import precisions
-from headstart.system.distributed import from_main, is_main
+from headstart.system.distributed import is_main
 from headstart.system.errors import UserError
 from headstart.system.files import finished_folder, refuse_taken, write_json
 from headstart.system.progress import progress
@@ -72,9 +71,7 @@ def extract_found(
         raise UserError(f"init {init} needs text to calibrate with; give --data, or --init slice")
     source = Calibration(teacher)
     if calibration_blocks is not None:
-        blocks = calibration_blocks
-        measure = partial(calibrate, teacher, init, blocks, spec)
-        source = from_main(measure) if together else measure()
+        source = calibrate(teacher, init, calibration_blocks, spec, together)
     with progress("extract", len(source.teacher.files), "tensors") as advance:
         return extract_student(
             source,

@@ -20,7 +20,6 @@ from headstart.searching.fitness import (
 from headstart.searching.orders import measure_orders, measured_kinds
 from headstart.searching.settings import SearchSettings
 from headstart.system.device import default_device, load_frozen
-from headstart.system.distributed import from_main
 from headstart.text.blocks import TokenBlocks
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class SearchedTeacher:
         source = Calibration(whole)
         if settings.is_measured:
             tokens = blocks.sample("train", settings.calibration_tokens)
-            source = from_main(lambda: calibrate(whole, settings.init, tokens))
+            source = calibrate(whole, settings.init, tokens, together=True)
         # As it is on disk: loading may change its precision, which bins in bytes read.
         architecture = source.teacher.architecture
         model = load_frozen(source.teacher.folder, default_device())
