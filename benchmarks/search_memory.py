@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def _processes_share() -> bool:
     demo = Checkpoint.open(recipe.teacher).folder
     computes_in = "bfloat16" if has_fast_bf16(default_device()) else "float32"
     context = multiprocessing.get_context("spawn")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # a tensor that is freed goes to the system
     missed = False
     print(f"{'files':10} {'candidates':10} {'copied':>7} {'both':>7}  (of the files' size)")
     for written, scored_as in (

@@ -47,6 +47,22 @@ def test_every_arm_of_every_bin_has_a_plan(configs: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_share_the_text_of_a_refit(configs: Path, tmp_path: Path) -> None:
+    """Half the tokens on twice the GPUs; all else is on each."""
+    keys = {**KEYS, "teacher": str(configs), "output": str(tmp_path / "run")}
+    search = {**KEYS["search"], "init": "least_squares"}
+    recipe = recipe_from_dict({**keys, "search": search})
+    of_one, of_two, of_four = (
+        next(arm for arm in print_plans(recipe, Hardware(gpus=gpus))[0] if arm.name == "subnet")
+        for gpus in (1, 2, 4)
+    )
+    saved, saved_again = (
+        more.memory.refit - less.memory.refit
+        for more, less in ((of_one, of_two), (of_two, of_four))
+    )
+    assert saved == 2 * saved_again > 0
+
+
 def test_text_and_caches_are_planned_by_what_is_needed(configs: Path, tmp_path: Path) -> None:
     """By hand: 3M training tokens are 0.85 of what is read; top 8 of a small vocabulary are two
     bytes each for token and probability, and two for the rest."""

@@ -116,7 +116,9 @@ def _plan_of(
     data, search = recipe.data, recipe.search.for_teacher(teacher)
     refit = 0
     if arm.init == "subnet" and search.init != "slice":
-        refit = refit_bytes(teacher, student, search.calibration_tokens, search.is_measured)
+        blocks = math.ceil(search.calibration_tokens / data.block_length)
+        tokens = math.ceil(blocks / hardware.gpus) * data.block_length  # of each process
+        refit = refit_bytes(teacher, student, tokens, search.is_measured)
     train = {**recipe.train, **arm.train}
     setup = setup_of(arguments, train, data.block_length, data.separate_documents, refit)
     # It will run on a GPU, whatever this machine has.
