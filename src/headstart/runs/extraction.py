@@ -24,7 +24,7 @@ from headstart.model.card import licence_of, write_card
 from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
 from headstart.model.spec import SubnetSpec, load_spec
 from headstart.model.weights import precisions
-from headstart.system.distributed import is_main
+from headstart.system.distributed import from_main
 from headstart.system.errors import UserError
 from headstart.system.files import finished_folder, refuse_taken, write_json
 from headstart.system.progress import progress
@@ -147,14 +147,12 @@ def extract_student(
     Raises:
         UserError: the teacher cannot be read, the spec does not fit it, or the folder exists.
     """
-    writes = is_main() or not together
-    if writes:
-        refuse_taken(out_folder)
+    # With others, only the main process looks at the disk; all end with what it raises.
+    decide: Callable[[Callable[[], None]], None] = from_main if together else _here
+    decide(lambda: refuse_taken(out_folder))
     teacher = source.teacher
     student = teacher.architecture.student(spec)
     tensors = student_tensors(source, spec, on_tensor, together)
-    if not writes:
-        return out_folder
     if not student.is_layerwise:
         student.config.architectures = teacher.architecture.config.architectures
     (student.config.dtype, _), *others = precisions(tensors.values()).items()
@@ -167,17 +165,23 @@ def extract_student(
         origin["other_precisions"] = {str(dtype)[6:]: count for dtype, count in others}
     if "teacher_hash" not in origin:
         origin["teacher_hash"] = teacher.hash
-    with finished_folder(out_folder) as folder:
-        write_checkpoint(folder, tensors, student.config)
-        copy_files(teacher.folder, folder)
-        write_json(
-            folder / "subnet.json",
-            {
-                "headstart": headstart.__version__,
-                "torch": str(torch.__version__),
-                **origin,
-                "spec": spec.to_json(),
-            },
-        )
-        write_card(folder)
+    description = {
+        "headstart": headstart.__version__,
+        "torch": str(torch.__version__),
+        **origin,
+        "spec": spec.to_json(),
+    }
+
+    def write() -> None:
+        with finished_folder(out_folder) as folder:
+            write_checkpoint(folder, tensors, student.config)
+            copy_files(teacher.folder, folder)
+            write_json(folder / "subnet.json", description)
+            write_card(folder)
+
+    decide(write)
     return out_folder
+
+
+def _here(act: Callable[[], None]) -> None:
+    act()
