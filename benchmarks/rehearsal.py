@@ -38,6 +38,7 @@ from headstart.demo import demo_corpus
 from headstart.recipe import Recipe, recipe_from_dict
 from headstart.runs.plan import planned_text, print_plans, print_search_plans
 from headstart.runs.run import bin_recipes
+from headstart.runs.teachers import planned_teachers
 from headstart.runs.vocabulary import planned_architecture
 from headstart.training.plan import Hardware
 
@@ -216,7 +217,7 @@ def planned(recipe: Recipe, num_processes: int) -> dict[str, float]:
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         searches = print_search_plans(recipe, planned_architecture(recipe))
         bins = print_plans(recipe, Hardware(gpus=num_processes))
-    text = planned_text(recipe, planned_architecture(recipe))
+    text = planned_text(recipe, planned_teachers(recipe))
     (cache,) = text.cache_bytes.values()
     plans: dict[str, float] = {
         "tokens read of the text": text.tokens,

@@ -11,7 +11,7 @@ import pytest
 from headstart.cli import main
 from headstart.recipe import recipe_from_dict
 from headstart.runs.plan import planned_text, print_plans
-from headstart.runs.vocabulary import planned_architecture
+from headstart.runs.teachers import planned_teachers
 from headstart.training.plan import Hardware
 
 KEYS = {
@@ -54,7 +54,7 @@ def test_text_and_caches_are_planned_by_what_is_needed(configs: Path, tmp_path: 
     keys = {"teacher": str(configs), "output": str(tmp_path / "run"), "data": KEYS["data"]}
     arms = [{"name": name, "kd": kd} for name in ("a", "b")]
     recipe = recipe_from_dict({**keys, "pretrain": {"tokens": 3_000_000, "arms": arms}})
-    plan = planned_text(recipe, planned_architecture(recipe))
+    plan = planned_text(recipe, planned_teachers(recipe))
     held_out = 262_144 / 0.05
     assert plan.tokens == math.ceil(max(3_000_000 / 0.85, held_out))
     assert plan.disk_bytes == 4 * plan.tokens

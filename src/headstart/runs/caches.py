@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from headstart.losses.distillation import DistillationSettings
-from headstart.model.checkpoint import Checkpoint
 from headstart.searching.fitness import fitting_batch_size
 from headstart.system.device import default_device, load_frozen, release_memory
 from headstart.system.distributed import entered_by_main, from_main, world_size
@@ -23,7 +22,10 @@ from headstart.system.progress import console, progress
 from headstart.text.blocks import TokenBlocks
 from headstart.training.cache import CacheIdentity, check_cache, finished_cache, write_cache
 from headstart.training.settings import Arm
-from headstart.training.teacher import Teacher
+from headstart.training.teacher import DistillationTeacher, Teacher
+
+Teachers = Mapping[str, DistillationTeacher]
+"""By their names in `kd.teacher`; the model that is cut has the empty one."""
 
 
 def cached_distillation(arms: Sequence[Arm]) -> list[DistillationSettings]:
@@ -31,7 +33,7 @@ def cached_distillation(arms: Sequence[Arm]) -> list[DistillationSettings]:
     return [arm.kd for arm in arms if arm.kd and arm.kd.cache]
 
 
-def check_caches(teacher: Checkpoint, text: TokenBlocks, arms: Sequence[Arm]) -> None:
+def check_caches(teachers: Teachers, text: TokenBlocks, arms: Sequence[Arm]) -> None:
     """Find out, before anything costly, whether caches that were begun are those of this run.
 
     Raises:
@@ -40,17 +42,18 @@ def check_caches(teacher: Checkpoint, text: TokenBlocks, arms: Sequence[Arm]) ->
     """
     identities = dict[str, CacheIdentity]()
     for kd in cached_distillation(arms):
-        identity = CacheIdentity.of(kd, teacher.hash, text.fingerprint)
+        identity = _identity(kd, teachers[kd.teacher], text)
         if identities.setdefault(kd.cache, identity) != identity:
             raise UserError(
-                f"two arms have the same kd.cache {kd.cache} and other settings of what it holds; "
+                f"two arms have the same kd.cache {kd.cache} and other settings of what it holds, "
+                "or other teachers; "
                 "give one of them a cache of its own"
             )
         check_cache(kd.cache, identity)
 
 
 def write_caches(
-    teacher: Checkpoint, text: TokenBlocks, arms: Sequence[Arm]
+    teachers: Teachers, text: TokenBlocks, arms: Sequence[Arm]
 ) -> dict[str, dict[str, Any]]:
     """Write what is missing of the arms' caches; every process must call it, and they share it.
 
@@ -60,17 +63,25 @@ def write_caches(
     Raises:
         UserError: as `check_caches`.
     """
-    return {kd.cache: _written(teacher, text, kd) for kd in cached_distillation(arms)}
+    return {kd.cache: _written(teachers[kd.teacher], text, kd) for kd in cached_distillation(arms)}
 
 
-def _written(teacher: Checkpoint, text: TokenBlocks, kd: DistillationSettings) -> dict[str, Any]:
-    identity = CacheIdentity.of(kd, teacher.hash, text.fingerprint)
+def _identity(
+    kd: DistillationSettings, teacher: DistillationTeacher, text: TokenBlocks
+) -> CacheIdentity:
+    return CacheIdentity.of(kd, teacher.checkpoint.hash, text.fingerprint, teacher.shared_rows)
+
+
+def _written(
+    teacher: DistillationTeacher, text: TokenBlocks, kd: DistillationSettings
+) -> dict[str, Any]:
+    identity = _identity(kd, teacher, text)
     with _one_run_at_a_time(kd.cache):
         if (manifest := from_main(lambda: finished_cache(kd.cache, identity))) is not None:
             return manifest
         split, device = text.split("train"), default_device()
-        model = load_frozen(teacher.folder, device)
-        sizes, block_length = teacher.architecture.sizes, split.shape[1]
+        model = load_frozen(teacher.checkpoint.folder, device)
+        sizes, block_length = teacher.checkpoint.architecture.sizes, split.shape[1]
         batch_size = fitting_batch_size(sizes, block_length, device, model.dtype.itemsize)
         num_tokens = split.size // world_size()
         with progress(f"cache {kd.cache}", num_tokens, "tokens") as advance:

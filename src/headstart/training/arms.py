@@ -32,7 +32,7 @@ from headstart.training.budgets import Budget, KeepBranches, begin_branch, budge
 from headstart.training.cache import CachedBlocks, CacheIdentity, TeacherCache
 from headstart.training.checkpointing import choose_checkpointing
 from headstart.training.settings import STUDENT, Arm, PretrainSettings
-from headstart.training.teacher import Teacher, load_teacher
+from headstart.training.teacher import DistillationTeacher, Teacher, load_teacher
 
 if TYPE_CHECKING:
     from headstart.training.trainer import DistillationTrainer
@@ -44,11 +44,12 @@ class ArmInputs:
 
     Attributes:
         student: the extracted sub-network.
-        teacher: for arms that distil.
+        teacher: that was cut, and that arms distil from which name no other.
         blocks: training, validation and test tokens.
         settings: shared by all arms.
         train: the recipe's `train:` block.
         shapes: architectures of arms with a shape of their own, by its name.
+        teachers: others to distil from, by their names in `kd.teacher`.
     """
 
     student: Checkpoint
@@ -57,6 +58,13 @@ class ArmInputs:
     settings: PretrainSettings
     train: dict[str, Any] = field(default_factory=dict)
     shapes: Mapping[str, Architecture] = field(default_factory=dict)
+    teachers: Mapping[str, DistillationTeacher] = field(default_factory=dict)
+
+    def teacher_of(self, arm: Arm) -> DistillationTeacher:
+        """The one that an arm distils from, if it does."""
+        if arm.kd is None or not arm.kd.teacher:
+            return DistillationTeacher(self.teacher)
+        return self.teachers[arm.kd.teacher]
 
     def architecture(self, arm: Arm) -> Architecture:
         """Of the model that an arm trains."""
@@ -179,7 +187,7 @@ def _schedule(
         arm,
         arguments,
         {**inputs.train, **arm.train},
-        inputs.teacher.architecture,
+        inputs.teacher_of(arm).checkpoint.architecture,
         inputs.architecture(arm),
         inputs.blocks.split("train").shape[1],
         inputs.blocks.separate_documents,
@@ -240,6 +248,7 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> DistillationTra
             test_dataset=BlockDataset(test_blocks, separator=separator),
             teacher=teacher,
             distillation=arm.kd,
+            shared_rows=inputs.teacher_of(arm).shared_rows,
             tokens_per_step=schedule.step_tokens,
             evaluation_steps=set(evaluation_steps(schedule.num_steps, settings.evaluations)),
             tokenizer_folder=inputs.teacher.folder,
@@ -284,7 +293,10 @@ def _train_dataset(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> Any:
     if not (arm.kd and arm.kd.cache):
         return dataset
     schedule.arguments.remove_unused_columns = False
-    identity = CacheIdentity.of(arm.kd, inputs.teacher.hash, inputs.blocks.fingerprint)
+    teacher = inputs.teacher_of(arm)
+    identity = CacheIdentity.of(
+        arm.kd, teacher.checkpoint.hash, inputs.blocks.fingerprint, teacher.shared_rows
+    )
     return CachedBlocks(dataset, TeacherCache(arm.kd.cache, identity))
 
 
@@ -292,13 +304,14 @@ def _teacher(arm: Arm, inputs: ArmInputs, model: Any, arguments: Any) -> Teacher
     """The teacher that an arm asks while it trains, if it does."""
     if arm.kd is None or arm.kd.cache:
         return None
-    teacher_rows = inputs.teacher.architecture.config.vocab_size
-    if teacher_rows != model.config.vocab_size:
+    source = inputs.teacher_of(arm)
+    teacher_rows = source.checkpoint.architecture.config.vocab_size
+    if teacher_rows != model.config.vocab_size and not source.shared_rows:
         raise UserError(
             f"arm {arm.name} cannot distil: the teacher has {teacher_rows} vocabulary rows and the "
             f"student {model.config.vocab_size}; use the teacher that the student was cut from"
         )
-    teacher = load_teacher(inputs.teacher.folder, arguments.device, arm.kd.shard_teacher)
+    teacher = load_teacher(source.checkpoint.folder, arguments.device, arm.kd.shard_teacher)
     if arguments.torch_compile:
         teacher.compile(arguments.torch_compile_backend or "inductor", arguments.torch_compile_mode)
     return teacher
@@ -324,7 +337,8 @@ def _flops_per_token(arm: Arm, inputs: ArmInputs) -> float:
     block_length = inputs.blocks.split("train").shape[1]
     flops = inputs.architecture(arm).count(block_length).training_flops_per_token
     if arm.kd and not arm.kd.cache:
-        flops += inputs.teacher.architecture.count(block_length).inference_flops_per_token
+        teacher = inputs.teacher_of(arm).checkpoint.architecture
+        flops += teacher.count(block_length).inference_flops_per_token
     return flops
 
 

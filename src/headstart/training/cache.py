@@ -56,6 +56,8 @@ class CacheIdentity:
         samples: tokens drawn, or 0.
         sampling_temperature: of what they were drawn from.
         dtype: of the numbers.
+        shared_rows: tokens, the first ones, that the outputs are of, as if there were no others;
+            0 for all.
         format: of the files.
     """
 
@@ -66,10 +68,13 @@ class CacheIdentity:
     samples: int
     sampling_temperature: float
     dtype: Literal["float16", "float32"]
+    shared_rows: int = 0
     format: str = CACHE_FORMAT
 
     @staticmethod
-    def of(settings: DistillationSettings, teacher: str, data: str) -> CacheIdentity:
+    def of(
+        settings: DistillationSettings, teacher: str, data: str, shared_rows: int = 0
+    ) -> CacheIdentity:
         """What an arm with these settings needs."""
         return CacheIdentity(
             teacher=teacher,
@@ -79,6 +84,7 @@ class CacheIdentity:
             samples=settings.samples,
             sampling_temperature=settings.sampling_temperature,
             dtype=settings.cache_dtype,
+            shared_rows=shared_rows,
         )
 
 
@@ -296,7 +302,7 @@ def _outputs(
     if separator is not None:
         positions = document_positions(tokens, separator).to(teacher.model.device)
     for hidden in teacher.hidden(tokens.to(teacher.model.device), positions)[:, :-1]:
-        logits = teacher.logits(hidden)
+        logits = teacher.logits(hidden)[:, : identity.shared_rows or None]
         if identity.top_k:
             rows.append(top_k(logits, identity.top_k, identity.temperature)._asdict())
             continue
@@ -353,6 +359,7 @@ def finished_cache(path: str, identity: CacheIdentity) -> dict[str, Any] | None:
 
 
 def _refuse_others(path: str, identity: CacheIdentity, found: dict[str, Any]) -> None:
+    found = {"shared_rows": 0, **found}  # which earlier versions do not write
     for key, wanted in asdict(identity).items():
         if found.get(key) != wanted:
             raise UserError(

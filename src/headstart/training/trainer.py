@@ -46,6 +46,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     Args:
         teacher: learnt from when `distillation` is set; None where batches hold its outputs.
         distillation: weights and divergence; None trains on text alone.
+        shared_rows: tokens that teacher and student are compared on, the first ones; 0 for all.
         test_dataset: on which the model is measured before the first step and after the last, if
             it is given.
         tokens_per_step: by which the weights' schedule counts.
@@ -65,6 +66,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         *,
         teacher: Teacher | None,
         distillation: DistillationSettings | None,
+        shared_rows: int = 0,
         test_dataset: BlockDataset | None = None,
         tokens_per_step: int,
         evaluation_steps: set[int],
@@ -81,6 +83,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         # The Trainer says no for training, whose calls say so here; it would be saved.
         self.model.config.use_cache = uses_cache
         self.teacher, self.distillation = teacher, distillation
+        self.shared_rows = shared_rows or None
         self.test_dataset = test_dataset
         self.tokenizer_folder = tokenizer_folder
         self.tokens_per_step = tokens_per_step
@@ -301,6 +304,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             tokens_seen=self._tokens_seen,
             on_parts=self._add_up,
             loss_and_gradient=self.distillation_loss,
+            shared_rows=self.shared_rows,
         )
 
     def _teacher_outputs(
