@@ -43,7 +43,7 @@ from headstart.runs.extraction import extract_found
 from headstart.runs.folder import locked_by_main
 from headstart.runs.result import Compared, result_of
 from headstart.runs.revisions import at_commits, find_revisions
-from headstart.runs.run import Run, needed_text, open_run
+from headstart.runs.run import Run, in_tokens, needed_text, open_run
 from headstart.runs.shapes import arm_shapes
 from headstart.runs.teachers import checked_teachers, trimmed_alike
 from headstart.runs.trimming import vocabulary_sizes
@@ -139,7 +139,8 @@ def train_stage(run: Run, arm: Arm, inputs: ArmInputs) -> None:
     folder = run.folder / "arms" / arm.name
     with locked_by_main(folder):
         if not from_main(lambda: are_trained(arm, run.recipe.pretrain, folder)):
-            write_caches(run.teachers, run.text, [arm])
+            pretrain, train = run.recipe.pretrain, run.recipe.train
+            write_caches(run.teachers, run.text, pretrain, train, [arm], reads_along=True)
         run_variants(arm, inputs, folder)
 
 
@@ -346,7 +347,8 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
     with process_group():
         teachers, text = _teachers_and_text(recipe, reads_weights=True)
         from_main(lambda: check_caches(teachers, text, arms))
-        return write_caches(teachers, text, arms)
+        pretrain = in_tokens(recipe.pretrain, text.bytes_per_token("validation"))
+        return write_caches(teachers, text, pretrain, recipe.train, arms)
 
 
 def _teachers_and_text(recipe: Recipe, reads_weights: bool) -> tuple[Teachers, TokenBlocks]:
