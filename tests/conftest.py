@@ -185,6 +185,20 @@ def random_teacher(kind: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
+def padded(model: PreTrainedModel, rows: int) -> PreTrainedModel:
+    """The same model with so many rows of its vocabulary, of which the new ones are loud: no text
+    has them, and to compare with them would show."""
+    generator = torch.Generator().manual_seed(7)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if (missing := rows - len(module.weight)) > 0:
+            noise = torch.randn(missing, module.weight.shape[1], generator=generator)
+            module.weight = torch.nn.Parameter(torch.cat([module.weight.detach(), noise]))
+    if model.config.tie_word_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model.config.vocab_size = rows
+    return model
+
+
 def extract(
     teacher: Path,
     spec: SubnetSpec,

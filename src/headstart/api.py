@@ -26,6 +26,7 @@ from headstart import __version__
 from headstart.calibration.start import Calibration, student_tensors
 from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate
 from headstart.evaluation.scores import Scores
+from headstart.losses.distillation import DistillationSettings
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint, find_model
 from headstart.model.count import Count
@@ -187,7 +188,7 @@ def pretrain(
 
     Args:
         student: what `extract` returned, or a folder that `headstart extract` wrote.
-        teacher: that it was cut from.
+        teacher: that it was cut from; arms distil from it that name no other in `kd.teacher`.
         text: to train and to evaluate on.
         output: run folder; the same call goes on where an earlier one stopped. The trained models
             are in `arms/NAME/model`.
@@ -326,7 +327,7 @@ def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
 
 
 __all__ = [
-    "Arm", "Bin", "Count", "DataSettings", "Found", "PretrainSettings", "SearchSettings",
-    "SubnetSpec", "UserError", "VocabularySettings", "count", "evaluate", "extract", "pretrain",
-    "search", "trim",
+    "Arm", "Bin", "Count", "DataSettings", "DistillationSettings", "Found", "PretrainSettings",
+    "SearchSettings", "SubnetSpec", "UserError", "VocabularySettings", "count", "evaluate",
+    "extract", "pretrain", "search", "trim",
 ]  # fmt: skip

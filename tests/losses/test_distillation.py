@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -19,6 +20,7 @@ from headstart.losses.distillation import (
     reverse_kl,
     sample,
     sampled_kl,
+    summed_distillation_loss,
     symmetric_kl,
     top_k,
     top_k_kl,
@@ -230,6 +232,54 @@ def test_distillation_loss_is_the_weighted_sum(student, teacher, targets):
     hard, soft = surprise(student, targets), kl(student, teacher, 2.5)
     loss = distillation_loss(student, targets, teacher, SETTINGS)
     np.testing.assert_allclose(loss, 0.3 * hard + 0.8 * 2.5**2 * soft, 1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("rows", [9, 11, 14])
+def test_sides_of_other_heights_are_compared_on_their_shared_rows(
+    student, teacher, targets, rows, temperature
+):
+    """By hand in float64, value and gradient: cross-entropy over all of the student's rows, KL over
+    the first nine of both, each scaled to sum to one."""
+    shared = 9
+    targets = targets.clamp(max=shared - 1)
+    padding = 20 * torch.ones(TOKENS, max(0, rows - VOCAB)).double()
+    wide = torch.cat([teacher[:, :rows], padding], dim=1)
+    settings = DistillationSettings(alpha=0.3, beta=0.8, temperature=temperature)
+    p, q = (
+        probabilities(wide[:, :shared], temperature),
+        probabilities(student[:, :shared], temperature),
+    )
+    expected = 0.3 * surprise(student, targets)
+    expected += 0.8 * temperature**2 * (p * np.log(p / q)).sum(axis=1)
+    gradient = 0.3 * (probabilities(student) - np.eye(VOCAB)[targets])
+    gradient[:, :shared] += 0.8 * temperature * (q - p)
+
+    student.requires_grad_()
+    loss = distillation_loss(student, targets, wide, settings, shared_rows=shared)
+    np.testing.assert_allclose(loss.detach(), expected, rtol=1e-12)
+    loss.sum().backward()
+    np.testing.assert_allclose(student.grad, gradient, atol=1e-12)
+    # The trainer's way to the same: hidden states and a matrix, and what a cache keeps.
+    matrix = torch.eye(VOCAB).double()
+    kept = top_k(wide[:, :shared], shared, temperature)
+    for outputs, told in (
+        (lambda chunk: wide[chunk], settings),
+        (lambda chunk: type(kept)(*(values[chunk] for values in kept)), replace(settings, top_k=9)),
+    ):
+        hidden = student.detach().clone().requires_grad_()
+        total = summed_distillation_loss(hidden, matrix, targets, outputs, told, shared_rows=shared)
+        total.backward()
+        np.testing.assert_allclose(total.detach(), expected.sum(), rtol=1e-12)
+        np.testing.assert_allclose(hidden.grad, gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", get_args(Divergence))
+def test_rows_that_are_not_shared_play_no_part(student, teacher, targets, kind):
+    settings = DistillationSettings(alpha=0.0, beta=1.0, divergence=kind)
+    expected = distillation_loss(student[:, :9], targets % 9, teacher[:, :9], settings)
+    found = distillation_loss(student, targets % 9, teacher, settings, shared_rows=9)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from headstart.cli import main
 from headstart.recipe import recipe_from_dict
-from headstart.runs.plan import planned_text, print_plans
-from headstart.runs.vocabulary import planned_architecture
+from headstart.runs.plan import distinct_reads, planned_text, print_plans
+from headstart.runs.teachers import planned_teachers
 from headstart.training.plan import Hardware
 
 KEYS = {
@@ -70,12 +72,20 @@ def test_text_and_caches_are_planned_by_what_is_needed(configs: Path, tmp_path: 
     keys = {"teacher": str(configs), "output": str(tmp_path / "run"), "data": KEYS["data"]}
     arms = [{"name": name, "kd": kd} for name in ("a", "b")]
     recipe = recipe_from_dict({**keys, "pretrain": {"tokens": 3_000_000, "arms": arms}})
-    plan = planned_text(recipe, planned_architecture(recipe))
+    plan = planned_text(recipe, planned_teachers(recipe))
     held_out = 262_144 / 0.05
     assert plan.tokens == math.ceil(max(3_000_000 / 0.85, held_out))
     assert plan.disk_bytes == 4 * plan.tokens
-    assert plan.cached_tokens == math.ceil(0.85 * plan.tokens)
-    assert plan.cache_bytes == {"far/away": plan.cached_tokens * (8 * 4 + 2)}
+    assert plan.cached_tokens == {"far/away": 3_000_000}  # that arms read, and no more
+    assert plan.cache_bytes == {"far/away": 3_000_000 * (8 * 4 + 2)}
+
+
+def test_distinct_reads_are_those_of_permutations() -> None:
+    rng, size, reads = np.random.default_rng(0), 2_000, 700
+    for num_seeds in (1, 2, 5):
+        read = {*itertools.chain(*(rng.permutation(size)[:reads] for _ in range(num_seeds)))}
+        assert distinct_reads(size, reads, num_seeds) == pytest.approx(len(read), rel=0.05)
+    assert distinct_reads(size, 3 * size, 2) == size
 
 
 def test_the_command_prints_it(

@@ -131,3 +131,12 @@ def test_what_autograd_differentiates_holds_more(divergence):
         online = chunk_bytes_per_logit(DistillationSettings(**of_few), True)
         cached = chunk_bytes_per_logit(DistillationSettings(cache="c", **of_few), True)
         assert online > cached  # which has no logits of a teacher
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_teacher_of_other_rows_makes_a_chunk_hold_what_a_temperature_does(has_bf16):
+    """The closed form keeps both losses' probabilities apart in either case."""
+    padded = chunk_bytes_per_logit(DistillationSettings(), has_bf16, is_padded=True)
+    hot = chunk_bytes_per_logit(DistillationSettings(temperature=2.0), has_bf16)
+    assert chunk_bytes_per_logit(DistillationSettings(), has_bf16) < padded
+    assert padded == pytest.approx(hot, rel=0.15)

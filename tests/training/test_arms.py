@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
-from tests.conftest import extract, random_teacher
+from tests.conftest import extract, padded, random_teacher
 from tests.model.oracles import random_layerwise_spec
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
@@ -41,7 +41,9 @@ from headstart.training.arguments import (
     training_arguments,
 )
 from headstart.training.arms import ArmInputs, run_arm
+from headstart.training.cache import CacheIdentity, write_cache
 from headstart.training.settings import Arm, PretrainSettings
+from headstart.training.teacher import DistillationTeacher, Teacher
 from headstart.training.trainer import DistillationTrainer, ReportStep
 from headstart.training.trials import check_arguments, check_sharding
 
@@ -149,6 +151,29 @@ def test_an_arm_has_its_teachers_tokenizer_byte_for_byte_and_both_kinds_of_keys(
         trained = json.loads((folder / "config.json").read_text())
         assert trained == student | old_entries(student)
     assert len(folders) == 2
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_teacher_with_padding_rows_teaches_what_it_teaches_without(
+    inputs, uninterrupted, tmp_path, saved, is_cached
+):
+    teacher = saved(padded(AutoModelForCausalLM.from_pretrained(inputs.teacher.folder), 136))
+    named = DistillationTeacher(Checkpoint.open(teacher), shared_rows=128)
+    blocks = replace(inputs.blocks, manifest={**inputs.blocks.manifest, "fingerprint": "text"})
+    with_other = replace(inputs, teachers={"wide": named}, blocks=blocks)
+    kd = replace(DISTILLED.kd, teacher="wide")
+    if is_cached:
+        kd = replace(kd, top_k=128, cache=str(tmp_path / "cache"), cache_dtype="float32")
+        identity = CacheIdentity.of(kd, named.checkpoint.hash, "text", 128)
+        asked = Teacher(device.load_frozen(teacher, torch.device("cpu")))
+        write_cache(kd.cache, identity, asked, blocks.split("train"), batch_size=8)
+    arm = replace(DISTILLED, kd=kd)
+    result = run_arm(arm, with_other, tmp_path / "arm")
+    assert_same_run(tmp_path / "arm", result, uninterrupted, rtol=1e-5, atol=1e-5)
+    if not is_cached:
+        apart = replace(with_other, teachers={"wide": DistillationTeacher(named.checkpoint)})
+        with pytest.raises(UserError, match="has 136 vocabulary rows and the student 128"):
+            run_arm(arm, apart, tmp_path / "refused")
 
 
 def test_a_finished_arm_is_read_not_trained(uninterrupted, inputs, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.flop_oracle import counted_flops
+from transformers import AutoModelForCausalLM
 
 from headstart.losses.distillation import DistillationSettings
 from headstart.model.checkpoint import Checkpoint
@@ -16,9 +19,11 @@ from headstart.runs.result import charged
 from headstart.system.device import load_frozen
 from headstart.text.blocks import TokenBlocks
 from headstart.training.arms import ArmInputs, run_arm
-from headstart.training.cache import CacheIdentity, write_cache
+from headstart.training.cache import CacheIdentity
+from headstart.training.cache_writer import write_cache
+from headstart.training.order import training_order
 from headstart.training.settings import Arm, PretrainSettings
-from headstart.training.teacher import Teacher
+from headstart.training.teacher import DistillationTeacher, Teacher
 
 COSTS = {"calibration_flops": 1_000_000, "search_flops": 10_000_000}
 NUM_BLOCKS = 40
@@ -42,8 +47,16 @@ def inputs(
 
 def write_teacher_cache(kd: DistillationSettings, inputs: ArmInputs) -> None:
     teacher = Teacher(load_frozen(inputs.teacher.folder, torch.device("cpu")))
-    identity = CacheIdentity.of(kd, inputs.teacher.hash, inputs.blocks.fingerprint)
-    write_cache(kd.cache, identity, teacher, inputs.blocks.split("train"), batch_size=4)
+    identity = CacheIdentity.of(kd, inputs.teacher.hash)
+    train, vocab = inputs.blocks.split("train"), teacher.model.config.vocab_size
+    write_cache(
+        kd.cache,
+        identity,
+        vocab,
+        lambda: (teacher, 4),
+        train,
+        training_order(len(train), len(train), 42),
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,6 +95,30 @@ def test_an_arm(arm: Arm, asked_blocks: int, inputs: ArmInputs, tmp_path: Path) 
     assert sum(ledger.values()) - upfront - 2 * vocab * spared == counted
     if not (arm.kd and arm.kd.cache):
         assert curve[-1]["flops"] == sum(ledger.values()) - ledger["evaluation"]
+
+
+def test_a_larger_teacher_of_the_arms_own(
+    inputs: ArmInputs, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It is charged for, and not the one that was cut: torch counts, and so does a sum by hand."""
+    config = copy.deepcopy(inputs.teacher.architecture.config)
+    config.num_hidden_layers, config.vocab_size = 6, 136
+    model = AutoModelForCausalLM.from_config(config)
+    large = DistillationTeacher(Checkpoint.open(saved(model)), shared_rows=128)
+    arm = Arm("large", kd=DistillationSettings(teacher="large"))
+    with_large = replace(inputs, teachers={"large": large})
+    trained = dict[str, Any]()
+    counted = counted_flops(lambda: trained.update(run_arm(arm, with_large, tmp_path / "arm")))
+    *_, ledger = charged(arm, trained, with_large, COSTS)
+    # Two for each weight of the layers' matrices and of the output matrix, and attention's
+    # products of queries with keys and of these with values, over the block.
+    embed, heads, groups, head_dim, mlp = 48, 6, 2, 16, 80
+    matrices = embed * head_dim * (2 * heads + 2 * groups) + 3 * embed * mlp
+    per_token = 6 * (2 * matrices + 4 * heads * head_dim * 16) + 2 * 136 * embed
+    assert ledger["teacher"] == NUM_BLOCKS * 16 * per_token
+    student = inputs.student.architecture.sizes
+    spared = 2 * 2 * NUM_BLOCKS * student["vocab"] * student["embed"] + 2 * NUM_BLOCKS * 136 * embed
+    assert sum(ledger.values()) - sum(COSTS.values()) - spared == counted
 
 
 def test_a_teacher_cache(inputs: ArmInputs, tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class DistillationSettings:
             cache-teacher` did not before; empty to ask the teacher while training.
         cache_dtype: of the numbers in it, "float16" or "float32".
         shard_teacher: spread the teacher's weights over all processes instead of copying them.
+        teacher: folder or hub id of another teacher with the same tokenizer; empty for the model
+            that was cut.
     """
 
     alpha: float = 0.5
@@ -61,6 +63,7 @@ class DistillationSettings:
     cache: str = ""
     cache_dtype: Literal["float16", "float32"] = "float16"
     shard_teacher: bool = False
+    teacher: str = ""
 
     def __post_init__(self) -> None:
         for end in ("", "_end"):
@@ -297,6 +300,7 @@ def distillation_loss(
     settings: DistillationSettings,
     tokens_seen: float = 0.0,
     on_parts: Callable[[Tensor, Tensor], None] = lambda hard, soft: None,
+    shared_rows: int | None = None,
 ) -> Float[Tensor, " tokens"]:
     """`alpha * CE + beta * T^2 * divergence(teacher, student)` of each token.
 
@@ -309,10 +313,15 @@ def distillation_loss(
         settings: divergence and weights.
         tokens_seen: where the schedule of the weights stands.
         on_parts: called with the cross-entropy and with `T^2 * divergence` of each token.
+        shared_rows: how many tokens, the first ones, both sides are compared on, as if there were
+            no others; None for all. What was kept of a teacher must be of these alone.
     """
     alpha, beta = settings.weights(tokens_seen)
     hard = cross_entropy(student_logits, targets)
-    soft = settings.temperature**2 * divergence(student_logits, teacher, settings)
+    if isinstance(teacher, Tensor):
+        teacher = teacher[:, :shared_rows]
+    compared = student_logits[:, :shared_rows]
+    soft = settings.temperature**2 * divergence(compared, teacher, settings)
     on_parts(hard, soft)
     return alpha * hard + beta * soft
 
@@ -326,6 +335,7 @@ def summed_distillation_loss(
     tokens_seen: float = 0.0,
     on_parts: Callable[[Tensor, Tensor], None] = lambda hard, soft: None,
     loss_and_gradient: Callable[..., tuple[Tensor, ...]] = distillation_and_gradient,
+    shared_rows: int | None = None,
 ) -> Float[Tensor, ""]:
     """The sum of `distillation_loss` over tokens, without the logits of all at once.
 
@@ -338,16 +348,21 @@ def summed_distillation_loss(
         tokens_seen: where the schedule of the weights stands.
         on_parts: called with both parts of the loss of each token, chunk by chunk.
         loss_and_gradient: there to be given compiled; for forward KL over all tokens.
+        shared_rows: as for `distillation_loss`.
     """
     alpha, beta = settings.weights(tokens_seen)
     is_plain = settings.divergence == "forward_kl" and not settings.top_k and not settings.samples
 
     def token_loss(logits: Tensor, chunk: slice) -> Tensor:
         wanted, outputs = targets[chunk], teacher_outputs(chunk)
-        return distillation_loss(logits, wanted, outputs, settings, tokens_seen, on_parts)
+        return distillation_loss(
+            logits, wanted, outputs, settings, tokens_seen, on_parts, shared_rows
+        )
 
     def in_closed_form(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         wanted, outputs = targets[chunk], teacher_outputs(chunk)
+        assert isinstance(outputs, Tensor)
+        outputs = outputs[:, :shared_rows]
         hard, soft, gradient = loss_and_gradient(
             logits, wanted, outputs, alpha, beta, settings.temperature
         )

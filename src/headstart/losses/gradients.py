@@ -37,7 +37,7 @@ def cross_entropy_and_gradient(
 def distillation_and_gradient(
     student_logits: Float[Tensor, "tokens vocab"],
     targets: Int[Tensor, " tokens"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens shared"],
     alpha: float,
     beta: float,
     temperature: float,
@@ -46,20 +46,21 @@ def distillation_and_gradient(
     `alpha` times the first and `beta` times the second.
 
     With p the student's probabilities and q the teacher's at temperature T, the second's gradient
-    is `T * (p - q)`.
+    is `T * (p - q)`. A teacher with fewer tokens is compared with the student on the first ones.
     """
-    student = log_probabilities(student_logits, temperature)
+    num_shared = teacher_logits.shape[-1]
+    student = log_probabilities(student_logits[:, :num_shared], temperature)
     teacher = log_probabilities(teacher_logits, temperature)
     probabilities = teacher.exp()
     soft = temperature**2 * teacher.sub_(student).mul_(probabilities).sum(dim=-1)
-    if temperature == 1:
+    if temperature == 1 and num_shared == student_logits.shape[-1]:
         hard, gradient = -_of_targets(student, targets), student.exp_()
         gradient.mul_(alpha + beta).sub_(probabilities.mul_(beta))
         _subtract_at(gradient, targets, alpha)
     else:
         hard, gradient = cross_entropy_and_gradient(widened(student_logits), targets)
         difference = student.exp_().sub_(probabilities)
-        gradient.mul_(alpha).add_(difference.mul_(beta * temperature))
+        gradient.mul_(alpha)[:, :num_shared].add_(difference.mul_(beta * temperature))
     return hard, soft, gradient.to(student_logits.dtype)
 
 

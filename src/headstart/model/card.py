@@ -106,8 +106,8 @@ def training_note(arm: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     start = "the weights cut out of the teacher" if arm["init"] == "subnet" else "random weights"
     kd = arm["kd"]
     distilled = (
-        f"{kd['alpha']:g} of cross-entropy and {kd['beta']:g} of {kd['divergence']} from the "
-        f"teacher at temperature {kd['temperature']:g}"
+        f"{kd['alpha']:g} of cross-entropy and {kd['beta']:g} of {kd['divergence']} from "
+        f"{kd.get('teacher') or 'the teacher'} at temperature {kd['temperature']:g}"
         if kd
         else "cross-entropy alone"
     )

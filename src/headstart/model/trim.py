@@ -95,6 +95,15 @@ def write_trimmed(teacher: Checkpoint, kept: Sequence[int], folder: Path) -> Non
         teacher: its weights are read once, tensor by tensor.
         kept: ids in ascending order, from `kept_tokens`.
     """
+    write_trimmed_model(teacher, kept, folder)
+    write_trimmed_tokenizer(teacher, kept, folder)
+    write_json(folder / KEPT, list(kept))
+    if generation := _json_of(teacher.folder / GENERATION_CONFIG):
+        write_json(folder / GENERATION_CONFIG, {**generation, **renumbered(generation, kept)})
+
+
+def write_trimmed_model(teacher: Checkpoint, kept: Sequence[int], folder: Path) -> None:
+    """Write its weights and config without a tokenizer; arguments as for `write_trimmed`."""
     rows = torch.tensor(kept)
     tensors: dict[str, Tensor] = {}
     for name, tensor in teacher.tensors():
@@ -106,11 +115,9 @@ def write_trimmed(teacher: Checkpoint, kept: Sequence[int], folder: Path) -> Non
     config = trimmed_architecture(teacher.architecture, len(kept)).config
     for key, value in renumbered(config.to_dict(), kept).items():
         setattr(config, key, value)
+    if getattr(config, "pad_token_id", None) not in range(len(kept)):  # torch would refuse it
+        config.pad_token_id = None
     write_checkpoint(folder, tensors, config)
-    write_trimmed_tokenizer(teacher, kept, folder)
-    write_json(folder / KEPT, list(kept))
-    if generation := _json_of(teacher.folder / GENERATION_CONFIG):
-        write_json(folder / GENERATION_CONFIG, {**generation, **renumbered(generation, kept)})
 
 
 def write_trimmed_tokenizer(teacher: Checkpoint, kept: Sequence[int], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from headstart.model.architecture import Architecture
 from headstart.recipe import Recipe
 from headstart.runs.caches import cached_distillation
 from headstart.runs.run import bin_recipes, in_tokens, needed_text
-from headstart.runs.vocabulary import planned_architecture
+from headstart.runs.teachers import planned_teachers
 from headstart.searching.candidate import Orders
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
@@ -39,16 +40,21 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     The student is the shape in the bin that is nearest to the teacher's proportions. What is
     returned is the plan of each arm, for each bin.
     """
-    teacher, block_length = planned_architecture(recipe), recipe.data.block_length
-    output.print(text_table(planned_text(recipe, teacher)))
+    teachers, block_length = planned_teachers(recipe), recipe.data.block_length
+    teacher = teachers[""]
+    output.print(text_table(planned_text(recipe, teachers)))
     print_search_plans(recipe, teacher)
     plans = []
     for of_bin in bin_recipes(recipe):
         (nearest,) = space_of(teacher, of_bin.search, block_length).proportional(1)
         cut_teacher = cut_architecture(teacher, of_bin.search.init)
         student = cut_teacher.student(nearest.spec(cut_teacher, Orders.of_teacher(teacher.sizes)))
-        of_arms = of_bin.pretrain.arms
-        plans.append([_plan_of(arm, of_bin, cut_teacher, student, hardware) for arm in of_arms])
+        plans.append(
+            [
+                _plan_of(arm, of_bin, cut_teacher, student, teachers, hardware)
+                for arm in of_bin.pretrain.arms
+            ]
+        )
         named = ", ".join(f"{axis} {size}" for axis, size in nearest.sizes().items())
         output.print(arms_table(plans[-1], hardware, f"a student with {named}"))
         for sentence in misfits(plans[-1], hardware):
@@ -63,37 +69,57 @@ class TextPlan:
     Attributes:
         tokens: that are read of the text, in all splits; fewer if it holds fewer.
         disk_bytes: that they take, by files and joined.
-        cached_tokens: of the training split, of which each teacher cache knows the outputs.
+        cached_tokens: that arms read of the training split, of which their teacher cache knows the
+            outputs, by its path.
         cache_bytes: of each cache, by its path.
-        cache_flops: of the teacher's, to write one.
+        cache_flops: of the teacher's, to write each.
     """
 
     tokens: int
     disk_bytes: int
-    cached_tokens: int
+    cached_tokens: dict[str, int]
     cache_bytes: dict[str, int]
-    cache_flops: int
+    cache_flops: dict[str, int]
 
 
-def planned_text(recipe: Recipe, teacher: Architecture) -> TextPlan:
-    """Plan the text of a recipe and its teacher caches."""
-    data, vocab = recipe.data, teacher.sizes["vocab"]
-    needed = needed_text(recipe, teacher)
+def planned_text(recipe: Recipe, teachers: Mapping[str, Architecture]) -> TextPlan:
+    """Plan the text of a recipe and its teacher caches; teachers are by `kd.teacher`."""
+    data, vocab = recipe.data, teachers[""].sizes["vocab"]
+    needed = needed_text(recipe, teachers[""])
     if data.max_tokens:
         needed = Needed({"train": len(parts_of(data)) * data.max_tokens})
     tokens = needed.first_tokens(data)
-    cached_tokens = math.ceil(tokens * data.share("train"))
+    split_tokens = math.ceil(tokens * data.share("train"))
     caches = {kd.cache: kd for kd in cached_distillation(recipe.pretrain.arms)}
+    cached_tokens = {
+        path: distinct_reads(
+            split_tokens,
+            in_tokens(recipe.pretrain, BYTES_PER_TOKEN).budget_tokens[-1],
+            max(1, len(recipe.pretrain.seeds)),
+        )
+        for path in caches
+    }
     return TextPlan(
         tokens=tokens,
         disk_bytes=2 * tokens * token_dtype(vocab).itemsize,
         cached_tokens=cached_tokens,
         cache_bytes={
-            path: cached_tokens * bytes_per_token(CacheIdentity.of(kd, "", ""), vocab)
+            path: cached_tokens[path]
+            * bytes_per_token(CacheIdentity.of(kd, ""), teachers[kd.teacher].sizes["vocab"])
             for path, kd in caches.items()
         },
-        cache_flops=int(cached_tokens * teacher.count(data.block_length).inference_flops_per_token),
+        cache_flops={
+            path: cached_tokens[path]
+            * teachers[kd.teacher].count(data.block_length).inference_flops_per_token
+            for path, kd in caches.items()
+        },
     )
+
+
+def distinct_reads(num_tokens: int, num_read: int, num_seeds: int) -> int:
+    """Of a split's tokens, those that trainings in several orders read, as far as chance tells."""
+    unread = 1 - min(1.0, num_read / num_tokens)
+    return math.ceil(num_tokens * (1 - unread**num_seeds))
 
 
 def text_table(plan: TextPlan) -> Table:
@@ -103,22 +129,32 @@ def text_table(plan: TextPlan) -> Table:
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row("read, about", f"{plan.tokens:.3g}", bytes_text(plan.disk_bytes), "")
     for path, size in plan.cache_bytes.items():
-        flops = f"{plan.cache_flops:.2e}"
-        table.add_row(f"cache {path}", f"{plan.cached_tokens:.3g}", bytes_text(size), flops)
+        flops = f"{plan.cache_flops[path]:.2e}"
+        table.add_row(f"cache {path}", f"{plan.cached_tokens[path]:.3g}", bytes_text(size), flops)
     return table
 
 
 def _plan_of(
-    arm: Arm, recipe: Recipe, teacher: Architecture, student: Architecture, hardware: Hardware
+    arm: Arm,
+    recipe: Recipe,
+    cut_teacher: Architecture,
+    student: Architecture,
+    teachers: Mapping[str, Architecture],
+    hardware: Hardware,
 ) -> ArmPlan:
-    """The plan of one arm, with its own batch, and all of its runs."""
+    """The plan of one arm, with its own batch, and all of its runs.
+
+    Args:
+        cut_teacher: what the student is cut out of.
+        teachers: that arms distil from, by `kd.teacher`.
+    """
     arguments = training_arguments(recipe.train, arm, Path(recipe.output))
-    data, search = recipe.data, recipe.search.for_teacher(teacher)
+    data, search = recipe.data, recipe.search.for_teacher(cut_teacher)
     refit = 0
     if arm.init == "subnet" and search.init != "slice":
         blocks = math.ceil(search.calibration_tokens / data.block_length)
         tokens = math.ceil(blocks / hardware.gpus) * data.block_length  # of each process
-        refit = refit_bytes(teacher, student, tokens, search.is_measured)
+        refit = refit_bytes(cut_teacher, student, tokens, search.is_measured)
     train = {**recipe.train, **arm.train}
     setup = setup_of(arguments, train, data.block_length, data.separate_documents, refit)
     # It will run on a GPU, whatever this machine has.
@@ -128,6 +164,7 @@ def _plan_of(
     settings = in_tokens(recipe.pretrain, BYTES_PER_TOKEN)
     *smaller, largest = budgets_of(settings, step_tokens, arguments.warmup_steps, train)
     tokens = step_tokens * (largest.num_steps + sum(budget.decay_steps for budget in smaller))
+    teacher = teachers[arm.kd.teacher if arm.kd else ""]
     runs = len(variants_of(arm, recipe.pretrain.seeds))
     return plan_arm(arm, tokens, teacher, student, setup, hardware, runs)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,12 +40,26 @@ SEARCH_KEYS = (
 """What `result.json` takes over from `search.json`."""
 
 
+class Compared(NamedTuple):
+    """What the arms are compared with, each as {"name", "parameters", "tokens", "bits_per_byte",
+    "loss", "losses"}, in nats per token of the teacher.
+
+    Attributes:
+        teacher: that was cut.
+        baselines: other models.
+        others: teachers that arms name themselves.
+    """
+
+    teacher: dict[str, Any]
+    baselines: list[dict[str, Any]]
+    others: list[dict[str, Any]]
+
+
 def result_of(
     recipe: Recipe,
     folder: Path,
     inputs: ArmInputs,
-    teacher_loss: float,
-    baselines: list[dict[str, Any]],
+    compared: Compared,
     trained: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """The content of `result.json`; docs/result.md documents it.
@@ -54,11 +68,11 @@ def result_of(
         recipe: what was asked.
         folder: the run folder, with `search.json` if there was a search.
         inputs: student, teacher and text of the arms.
-        teacher_loss: on the test split, in nats per token.
-        baselines: name, parameters, bits per byte and losses of each, in nats per teacher's token.
+        compared: losses of teachers and baselines.
         trained: what `run_variants` returned, by the name of each arm that is trained.
     """
     teacher, student = inputs.teacher.architecture, inputs.student.architecture
+    teacher_loss, baselines = compared.teacher["loss"], compared.baselines
     block_length = recipe.data.block_length
     teacher_count, student_count = teacher.count(block_length), student.count(block_length)
     subnet_file = inputs.student.folder / "subnet.json"
@@ -114,6 +128,7 @@ def result_of(
             "teacher_flops_per_token": teacher_count.inference_flops_per_token,
         },
         "baselines": baselines,
+        "other_teachers": [_other_teacher(other, inputs) for other in compared.others],
         "compared_on": split,
         "reference": arms[0]["reference"],
         "target_loss": target,
@@ -123,6 +138,18 @@ def result_of(
         "search": outcome and {key: outcome[key] for key in SEARCH_KEYS},
         "recipe": recipe_to_dict(recipe),
         "environment": _environment(),
+    }
+
+
+def _other_teacher(losses: Mapping[str, Any], inputs: ArmInputs) -> dict[str, Any]:
+    """What `result.json` says of a teacher that arms name themselves."""
+    teacher = inputs.teachers[losses["name"]]
+    count = teacher.checkpoint.architecture.count(inputs.blocks.split("train").shape[1])
+    return {
+        **{key: losses[key] for key in ("name", "parameters", "loss", "bits_per_byte")},
+        "hash": teacher.checkpoint.hash,
+        "flops_per_token": count.inference_flops_per_token,
+        "shared_rows": teacher.shared_rows,
     }
 
 
@@ -171,7 +198,7 @@ def charged(
     """
     block_length = inputs.blocks.split("train").shape[1]
     model = inputs.architecture(arm).count(block_length)
-    teacher = inputs.teacher.architecture.count(block_length)
+    teacher = inputs.teacher_of(arm).checkpoint.architecture.count(block_length)
     is_cut = arm.init == "subnet"
     calibration, search = (costs[key] if is_cut else 0 for key in COSTS_UPFRONT)
 

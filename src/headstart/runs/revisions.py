@@ -61,12 +61,16 @@ def at_commits(recipe: Recipe, revisions: Mapping[str, str]) -> Recipe:
 
     data, search, pretrain = recipe.data, recipe.search, recipe.pretrain
     mixture = tuple(replace(part, source=at(part.source)) for part in data.mixture)
+    arms = tuple(
+        replace(arm, kd=replace(arm.kd, teacher=at(arm.kd.teacher))) if arm.kd else arm
+        for arm in pretrain.arms
+    )
     return replace(
         recipe,
         teacher=at(recipe.teacher),
         data=replace(data, source=at(data.source), mixture=mixture),
         search=replace(search, bin=bin_at(search.bin), bins=tuple(map(bin_at, search.bins))),
-        pretrain=replace(pretrain, baselines=tuple(map(at, pretrain.baselines))),
+        pretrain=replace(pretrain, baselines=tuple(map(at, pretrain.baselines)), arms=arms),
     )
 
 
@@ -78,8 +82,9 @@ def _datasets(recipe: Recipe) -> Iterator[str]:
 
 
 def _models(recipe: Recipe) -> Iterator[str]:
-    """Teacher and baselines that are not on this machine."""
-    for model in (recipe.teacher, *recipe.pretrain.baselines):
+    """Teachers and baselines that are not on this machine."""
+    pretrain = recipe.pretrain
+    for model in (recipe.teacher, *pretrain.teachers, *pretrain.baselines):
         if model != DEMO and not Path(model).is_dir():
             yield model
 

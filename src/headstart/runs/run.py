@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ from headstart.recipe import Recipe
 from headstart.runs.folder import REVISIONS, check_run_folder, locked, pin_inputs, pin_recipe
 from headstart.runs.revisions import at_commits, find_revisions
 from headstart.runs.shapes import arm_shapes
+from headstart.runs.teachers import checked_teachers, trimmed_alike
 from headstart.runs.vocabulary import check_trims, left_of, trimmed_teacher
 from headstart.searching.run import space_of
 from headstart.system.distributed import from_main, process_group
@@ -49,6 +51,7 @@ from headstart.training.arguments import (
 from headstart.training.budgets import budgets_of
 from headstart.training.cache import check_cache
 from headstart.training.settings import PROPORTIONAL, PretrainSettings
+from headstart.training.teacher import DistillationTeacher
 from headstart.training.trials import check_arguments
 
 LEAST_TRAINING_TOKENS = 1_000_000
@@ -69,6 +72,7 @@ class Run:
         text: in tokens.
         student: one that was extracted before; None where a search finds it.
         revisions: commits of what is on the hub, by its name in the recipe.
+        others: teachers that arms name themselves, by their names, with the same vocabulary left.
     """
 
     recipe: Recipe
@@ -77,6 +81,12 @@ class Run:
     text: TokenBlocks
     student: Checkpoint | None = None
     revisions: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, DistillationTeacher] = field(default_factory=dict)
+
+    @property
+    def teachers(self) -> dict[str, DistillationTeacher]:
+        """All that arms distil from, by `kd.teacher`."""
+        return {"": DistillationTeacher(self.teacher), **self.others}
 
     @property
     def pinned(self) -> Recipe:
@@ -135,7 +145,7 @@ def open_run(recipe: Recipe, student: str = "", waits: bool = False) -> Iterator
         stack.enter_context(process_group())
         recipes = [recipe, *bin_recipes(recipe)] if recipe.search.bins else [recipe]
 
-        def check_and_lock() -> tuple[Checkpoint, Checkpoint | None, dict[str, str]]:
+        def check_and_lock() -> _Checked:
             folders = [Path(folder_recipe.output) for folder_recipe in recipes]
             if waits:  # first, since what is there may be another's by the end
                 for folder_recipe in recipes:
@@ -149,23 +159,25 @@ def open_run(recipe: Recipe, student: str = "", waits: bool = False) -> Iterator
                 stack.enter_context(locked(folder))
             return found
 
-        teacher, given, revisions = from_main(check_and_lock)
+        whole, others, given, revisions = from_main(check_and_lock)
         data = at_commits(recipe, revisions).data
-        teacher = from_main(lambda: trimmed_teacher(teacher, recipe.vocabulary, data))
+        teacher = from_main(lambda: trimmed_teacher(whole, recipe.vocabulary, data))
+        others = from_main(lambda: trimmed_alike(others, whole, teacher))
         recipe = replace(recipe, search=recipe.search.for_teacher(teacher.architecture))
         text = prepare(data, teacher.folder, needed=needed_text(recipe, teacher.architecture))
 
-        def check_and_pin() -> Checkpoint:
+        def check_and_pin() -> tuple[Checkpoint, dict[str, DistillationTeacher]]:
             inputs = _inputs(recipe, teacher, given, text) | {REVISIONS: revisions}
+            inputs |= {f"kd.teacher {name}": of.checkpoint.hash for name, of in others.items()}
             for folder_recipe in recipes:
                 pin_inputs(pin_recipe(folder_recipe), inputs)
-            return teacher  # which has its hash by now
+            return teacher, others  # which have their hashes by now
 
-        teacher = from_main(check_and_pin)
+        teacher, others = from_main(check_and_pin)
         # Of the training split, `max_tokens` may have cut the tokens and not the bytes.
         bytes_per_token = text.bytes_per_token("validation")
         recipe = replace(recipe, pretrain=in_tokens(recipe.pretrain, bytes_per_token))
-        yield Run(recipe, Path(recipe.output), teacher, text, given, revisions)
+        yield Run(recipe, Path(recipe.output), teacher, text, given, revisions, others)
 
 
 def refuse_test_alone(data: DataSettings) -> None:
@@ -210,14 +222,18 @@ def in_tokens(settings: PretrainSettings, bytes_per_token: float) -> PretrainSet
     return replace(settings, tokens=settings.budget_tokens[-1])
 
 
-def _checked(
-    recipe: Recipe, student_folder: str
-) -> tuple[Checkpoint, Checkpoint | None, dict[str, str]]:
-    """Find a user's mistakes before any weights are read.
+class _Checked(NamedTuple):
+    """The teacher that is cut and the others, a student that is given, and the commits of what is
+    on the hub."""
 
-    Returns:
-        The teacher, a student that is given, and the commits of what is on the hub.
-    """
+    teacher: Checkpoint
+    others: dict[str, DistillationTeacher]
+    student: Checkpoint | None
+    revisions: dict[str, str]
+
+
+def _checked(recipe: Recipe, student_folder: str) -> _Checked:
+    """Find a user's mistakes before anything costly."""
     settings_from_tree(tree_of(recipe), Recipe)  # one made in Python may hold NaN or infinity
     for arm in recipe.pretrain.arms:
         check_arguments(arm, training_arguments(recipe.train, arm, Path(recipe.output)))
@@ -229,12 +245,14 @@ def _checked(
         Checkpoint.open_whole(name)
     check_trims(teacher, recipe.vocabulary)
     architecture = left_of(teacher.architecture, recipe.vocabulary)
-    vocab_size = architecture.config.vocab_size
+    others = checked_teachers(recipe, pinned, teacher)
     shapes = {arm.shape for arm in recipe.pretrain.arms}
     for arm in recipe.pretrain.arms:
-        if arm.kd and arm.kd.top_k > vocab_size:
+        shared = others[arm.kd.teacher].shared_rows if arm.kd and arm.kd.teacher else 0
+        num_tokens = min(shared or architecture.config.vocab_size, architecture.config.vocab_size)
+        if arm.kd and arm.kd.top_k > num_tokens:
             raise UserError(
-                f"kd.top_k is {arm.kd.top_k} and the teacher has {vocab_size:,} tokens; use fewer, "
+                f"kd.top_k is {arm.kd.top_k} and the teacher has {num_tokens:,} tokens; use fewer, "
                 "or 0 for all"
             )
         if arm.kd and arm.kd.cache:
@@ -242,11 +260,11 @@ def _checked(
     if student_folder:
         student = _given_student(Path(student_folder), recipe, architecture)
         arm_shapes(shapes - {PROPORTIONAL}, architecture, recipe.search, recipe.data.block_length)
-        return teacher, student, revisions
+        return _Checked(teacher, others, student, revisions)
     for of_bin in bin_recipes(pinned):
         space_of(architecture, of_bin.search, recipe.data.block_length)
         arm_shapes(shapes, architecture, of_bin.search, recipe.data.block_length)
-    return teacher, None, revisions
+    return _Checked(teacher, others, None, revisions)
 
 
 def checked_teacher(recipe: Recipe) -> Checkpoint:

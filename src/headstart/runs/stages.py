@@ -38,13 +38,14 @@ from headstart.reports.table import (
     missing_sentences,
     result_table,
 )
-from headstart.runs.caches import cached_distillation, check_caches, write_caches
+from headstart.runs.caches import Teachers, cached_distillation, check_caches, write_caches
 from headstart.runs.extraction import extract_found
 from headstart.runs.folder import locked_by_main
-from headstart.runs.result import result_of
+from headstart.runs.result import Compared, result_of
 from headstart.runs.revisions import at_commits, find_revisions
-from headstart.runs.run import Run, needed_text, open_run
+from headstart.runs.run import Run, in_tokens, needed_text, open_run
 from headstart.runs.shapes import arm_shapes
+from headstart.runs.teachers import checked_teachers, trimmed_alike
 from headstart.runs.trimming import vocabulary_sizes
 from headstart.runs.vocabulary import check_trims, trimmed_teacher
 from headstart.searching.bins import BinSettings
@@ -58,6 +59,7 @@ from headstart.text.prepare import check_source, check_vocabulary, prepare
 from headstart.text.settings import DataSettings, SplitName
 from headstart.training.arms import ArmInputs
 from headstart.training.settings import Arm
+from headstart.training.teacher import DistillationTeacher
 from headstart.training.variants import are_trained, run_variants
 
 Baselines = Sequence[tuple[str, Checkpoint, TokenBlocks]]
@@ -129,7 +131,9 @@ def arm_inputs(run: Run, student: Checkpoint) -> ArmInputs:
     """What every arm of a run needs."""
     shapes = from_main(lambda: _shapes(run, student))
     recipe = run.recipe
-    return ArmInputs(student, run.teacher, run.text, recipe.pretrain, recipe.train, shapes)
+    return ArmInputs(
+        student, run.teacher, run.text, recipe.pretrain, recipe.train, shapes, run.others
+    )
 
 
 def train_stage(run: Run, arm: Arm, inputs: ArmInputs) -> None:
@@ -138,7 +142,8 @@ def train_stage(run: Run, arm: Arm, inputs: ArmInputs) -> None:
     folder = run.folder / "arms" / arm.name
     with locked_by_main(folder):
         if not from_main(lambda: are_trained(arm, run.recipe.pretrain, folder)):
-            write_caches(run.teacher, run.text, [arm])
+            pretrain, train = run.recipe.pretrain, run.recipe.train
+            write_caches(run.teachers, run.text, pretrain, train, [arm], reads_along=True)
         run_variants(arm, inputs, folder)
 
 
@@ -155,8 +160,8 @@ def report_stage(run: Run, inputs: ArmInputs, baselines: Baselines) -> dict[str,
     trained = {arm.name: run_variants(arm, inputs, arms / arm.name) for arm in done}
 
     def report() -> dict[str, Any]:
-        teacher, *others = _compared(run, baselines)
-        result = result_of(recipe, run.folder, inputs, teacher["loss"], others, trained)
+        compared = _compared(run, baselines)
+        result = result_of(recipe, run.folder, inputs, compared, trained)
         result |= {"revisions": dict(run.revisions), "vocabulary_sizes": _vocabulary_sizes(run)}
         write_json(run.folder / "result.json", result)
         for entry in result["arms"]:
@@ -186,18 +191,19 @@ def _vocabulary_sizes(run: Run) -> list[dict[str, Any]] | None:
     return vocabulary_sizes(Checkpoint.open(run.pinned.teacher), settings, run.pinned.data)
 
 
-def _compared(run: Run, baselines: Baselines) -> list[dict[str, Any]]:
-    """Losses of the teacher, then of the baselines, measured once.
+def _compared(run: Run, baselines: Baselines) -> Compared:
+    """Losses of the teacher, of the baselines, and of other teachers, measured once.
 
     A baseline may have another tokenizer: its losses are turned into nats for each of the teacher's
     tokens by the bits per byte of text, which is the same.
     """
     kept = run.folder / "compared.json"
     if not kept.is_file():
-        compared = [("teacher", run.teacher, run.text), *baselines]
+        others = [(name, other.checkpoint, run.text) for name, other in run.others.items()]
+        compared = [("teacher", run.teacher, run.text), *baselines, *others]
         write_json(kept, [_losses(name, model, text, run) for name, model, text in compared])
-    read: list[dict[str, Any]] = json.loads(kept.read_text())
-    return read
+    teacher, *rest = json.loads(kept.read_text())
+    return Compared(teacher, rest[: len(baselines)], rest[len(baselines) :])
 
 
 def _losses(name: str, model: Checkpoint, text: TokenBlocks, run: Run) -> dict[str, Any]:
@@ -257,7 +263,7 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     """
     with open_run(recipe) as run:
         baselines = baselines_of(run)
-        from_main(lambda: check_caches(run.teacher, run.text, recipe.pretrain.arms))
+        from_main(lambda: check_caches(run.teachers, run.text, recipe.pretrain.arms))
         if run.student is None:
             search_stage(run)
         return [
@@ -283,7 +289,7 @@ def run_arm_alone(recipe: Recipe, name: str) -> dict[str, Any]:
     with process_group():
         with open_run(recipe, waits=True) as run:
             baselines = baselines_of(run)
-            from_main(lambda: check_caches(run.teacher, run.text, [arms[name]]))
+            from_main(lambda: check_caches(run.teachers, run.text, [arms[name]]))
             if run.student is None:
                 search_stage(run)
             inputs = arm_inputs(run, run.student or extract_stage(run))
@@ -310,7 +316,7 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
     student = recipe.student or str(Path(recipe.output) / "student")
     with open_run(recipe, student) as run:
         baselines = baselines_of(run)
-        from_main(lambda: check_caches(run.teacher, run.text, recipe.pretrain.arms))
+        from_main(lambda: check_caches(run.teachers, run.text, recipe.pretrain.arms))
         assert run.student is not None
         return pretrain_stage(run, run.student, baselines)
 
@@ -324,7 +330,7 @@ def run_prepare(recipe: Recipe) -> TokenBlocks:
     Raises:
         UserError: as `prepare`; or the vocabulary cannot be trimmed so.
     """
-    return _teacher_and_text(recipe, reads_weights=False)[1]
+    return _teachers_and_text(recipe, reads_weights=False)[1]
 
 
 def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -343,31 +349,37 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "in pretrain.arms"
         )
     with process_group():
-        teacher, text = _teacher_and_text(recipe, reads_weights=True)
-        from_main(lambda: check_caches(teacher, text, arms))
-        return write_caches(teacher, text, arms)
+        teachers, text = _teachers_and_text(recipe, reads_weights=True)
+        from_main(lambda: check_caches(teachers, text, arms))
+        pretrain = in_tokens(recipe.pretrain, text.bytes_per_token("validation"))
+        return write_caches(teachers, text, pretrain, recipe.train, arms)
 
 
-def _teacher_and_text(recipe: Recipe, reads_weights: bool) -> tuple[Checkpoint, TokenBlocks]:
-    """The teacher of a recipe and its text in tokens, without a run folder."""
+def _teachers_and_text(recipe: Recipe, reads_weights: bool) -> tuple[Teachers, TokenBlocks]:
+    """The teachers of a recipe, of which only one is read for the text alone, and the text in
+    tokens, without a run folder."""
 
-    def found() -> tuple[Checkpoint, DataSettings]:
+    def found() -> tuple[dict[str, DistillationTeacher], DataSettings]:
         pinned = at_commits(recipe, find_revisions(recipe))
         check_source(pinned.data)
         opened = Checkpoint.open_whole if reads_weights else Checkpoint.open
-        teacher = opened(pinned.teacher)
-        teacher.architecture.check_context(pinned.data.block_length)
-        check_trims(teacher, pinned.vocabulary)
-        teacher = trimmed_teacher(teacher, pinned.vocabulary, pinned.data)
-        assert not reads_weights or teacher.hash  # which travels to the other processes
-        return teacher, pinned.data
+        whole = opened(pinned.teacher)
+        whole.architecture.check_context(pinned.data.block_length)
+        check_trims(whole, pinned.vocabulary)
+        others = checked_teachers(recipe, pinned, whole) if reads_weights else {}
+        teacher = trimmed_teacher(whole, pinned.vocabulary, pinned.data)
+        teachers = {"": DistillationTeacher(teacher), **trimmed_alike(others, whole, teacher)}
+        for of_arms in teachers.values() if reads_weights else ():
+            assert of_arms.checkpoint.hash  # which travels to the other processes
+        return teachers, pinned.data
 
     with process_group():
-        teacher, data = from_main(found)
+        teachers, data = from_main(found)
+        teacher = teachers[""].checkpoint
         needed = needed_text(recipe, teacher.architecture)
         text = prepare(data, teacher.folder, needed=needed)
         from_main(lambda: check_vocabulary(text, teacher.architecture.config.vocab_size))
-        return teacher, text
+        return teachers, text
 
 
 def run_report(folder: Path) -> dict[str, Any]:

@@ -136,9 +136,16 @@ def inference_bytes(model: Architecture, batch: Batch) -> tuple[int, int]:
     return _inference(_entries(config), batch)
 
 
-def chunk_bytes_per_logit(kd: DistillationSettings | None, has_bf16: bool) -> float:
-    """Bytes that the loss of a chunk holds at once for each of the student's logits."""
-    return _of_chunk(None if kd is None else replace(kd, shard_teacher=False), has_bf16)
+def chunk_bytes_per_logit(
+    kd: DistillationSettings | None, has_bf16: bool, is_padded: bool = False
+) -> float:
+    """Bytes that the loss of a chunk holds at once for each of the student's logits.
+
+    `is_padded` says whether the teacher has other rows, and both are compared on those they share.
+    """
+    if kd is not None:
+        kd = replace(kd, shard_teacher=False, teacher="")  # which change nothing
+    return _of_chunk(kd, has_bf16, is_padded)
 
 
 def _of_layers(model: Architecture, measure: Any) -> Activations:
@@ -218,7 +225,7 @@ def _inference(entries: str, batch: Batch) -> tuple[int, int]:
 
 
 @lru_cache(256)
-def _of_chunk(kd: DistillationSettings | None, has_bf16: bool) -> float:
+def _of_chunk(kd: DistillationSettings | None, has_bf16: bool, is_padded: bool) -> float:
     """Of one chunk, small in tokens and channels, so that the logits outweigh all else."""
     tokens, vocab, dtype = 64, 1000, torch.bfloat16 if has_bf16 else torch.float32
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=has_bf16):
@@ -235,6 +242,7 @@ def _of_chunk(kd: DistillationSettings | None, has_bf16: bool) -> float:
                     blocks[0, 1:],
                     lambda chunk: _teacher_outputs(kd, tokens, vocab, dtype),
                     kd,
+                    shared_rows=vocab - 1 if is_padded else None,
                 )
         return float(live.peak) / (tokens * vocab)
 

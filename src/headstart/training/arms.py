@@ -28,11 +28,12 @@ from headstart.training.arguments import (
     tokens_per_step,
     training_arguments,
 )
-from headstart.training.budgets import Budget, KeepBranches, begin_branch, budgets_of
+from headstart.training.budgets import Budget, KeepBranches, begin_branch
 from headstart.training.cache import CachedBlocks, CacheIdentity, TeacherCache
 from headstart.training.checkpointing import choose_checkpointing
+from headstart.training.order import arm_budgets, order_seed, training_order
 from headstart.training.settings import STUDENT, Arm, PretrainSettings
-from headstart.training.teacher import Teacher, load_teacher
+from headstart.training.teacher import DistillationTeacher, Teacher, load_teacher
 
 if TYPE_CHECKING:
     from headstart.training.trainer import DistillationTrainer
@@ -44,11 +45,12 @@ class ArmInputs:
 
     Attributes:
         student: the extracted sub-network.
-        teacher: for arms that distil.
+        teacher: that was cut, and that arms distil from which name no other.
         blocks: training, validation and test tokens.
         settings: shared by all arms.
         train: the recipe's `train:` block.
         shapes: architectures of arms with a shape of their own, by its name.
+        teachers: others to distil from, by their names in `kd.teacher`.
     """
 
     student: Checkpoint
@@ -57,6 +59,13 @@ class ArmInputs:
     settings: PretrainSettings
     train: dict[str, Any] = field(default_factory=dict)
     shapes: Mapping[str, Architecture] = field(default_factory=dict)
+    teachers: Mapping[str, DistillationTeacher] = field(default_factory=dict)
+
+    def teacher_of(self, arm: Arm) -> DistillationTeacher:
+        """The one that an arm distils from, if it does."""
+        if arm.kd is None or not arm.kd.teacher:
+            return DistillationTeacher(self.teacher)
+        return self.teachers[arm.kd.teacher]
 
     def architecture(self, arm: Arm) -> Architecture:
         """Of the model that an arm trains."""
@@ -103,7 +112,9 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             teacher of another vocabulary or from a cache of another teacher or text; there is
             less text than one step takes; or the budgets do not fit, see `budgets_of`.
     """
-    file, budgets = folder / "arm.json", arm_budgets(arm, inputs, folder)
+    file = folder / "arm.json"
+    split = inputs.blocks.split("train")
+    budgets = arm_budgets(arm, inputs.settings, inputs.train, split.shape[1])
     folders = [folder / f"budget-{tokens}" for tokens in inputs.settings.budget_tokens[:-1]]
     branches = dict(zip(folders, budgets[:-1], strict=True))
     result: dict[str, Any] | None = from_main(lambda: read_json(file))
@@ -152,15 +163,6 @@ def _run_budget(
     return result, {**reached, "validation_loss": curve["curve"][-1]["loss"], **after}
 
 
-def arm_budgets(arm: Arm, inputs: ArmInputs, folder: Path) -> list[Budget]:
-    """Every budget of an arm in its own steps, ascending; errors as `budgets_of`."""
-    arguments = training_arguments(inputs.train, arm, folder)
-    block_length = inputs.blocks.split("train").shape[1]
-    step_tokens = tokens_per_step(arguments, block_length)
-    train = {**inputs.train, **arm.train}
-    return budgets_of(inputs.settings, step_tokens, arguments.warmup_steps, train)
-
-
 def _schedule(
     arm: Arm, inputs: ArmInputs, folder: Path, budget: Budget, branches: Mapping[Path, Budget]
 ) -> Schedule:
@@ -179,7 +181,7 @@ def _schedule(
         arm,
         arguments,
         {**inputs.train, **arm.train},
-        inputs.teacher.architecture,
+        inputs.teacher_of(arm).checkpoint.architecture,
         inputs.architecture(arm),
         inputs.blocks.split("train").shape[1],
         inputs.blocks.separate_documents,
@@ -240,6 +242,7 @@ def _trained(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> DistillationTra
             test_dataset=BlockDataset(test_blocks, separator=separator),
             teacher=teacher,
             distillation=arm.kd,
+            shared_rows=inputs.teacher_of(arm).shared_rows,
             tokens_per_step=schedule.step_tokens,
             evaluation_steps=set(evaluation_steps(schedule.num_steps, settings.evaluations)),
             tokenizer_folder=inputs.teacher.folder,
@@ -277,14 +280,16 @@ def _step_reporter(advance: Callable[..., None], step_tokens: int) -> Callable[[
 def _train_dataset(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> Any:
     """The training blocks, with the teacher's outputs if the arm has a cache of them."""
     split = inputs.blocks.split("train")
-    # Whole steps only: at an epoch's end the Trainer would take a shorter one.
-    blocks_per_step = schedule.step_tokens // split.shape[1]
-    num_blocks = split.size // schedule.step_tokens * blocks_per_step
-    dataset = BlockDataset(split, num_blocks, inputs.blocks.separator)
+    num_reads = schedule.num_steps * schedule.step_tokens // split.shape[1]
+    order = training_order(len(split), num_reads, order_seed(schedule.arguments))
+    dataset = BlockDataset(split, order, inputs.blocks.separator)
     if not (arm.kd and arm.kd.cache):
         return dataset
     schedule.arguments.remove_unused_columns = False
-    identity = CacheIdentity.of(arm.kd, inputs.teacher.hash, inputs.blocks.fingerprint)
+    teacher = inputs.teacher_of(arm)
+    identity = CacheIdentity.of(
+        arm.kd, teacher.checkpoint.hash, inputs.blocks.separator, teacher.shared_rows
+    )
     return CachedBlocks(dataset, TeacherCache(arm.kd.cache, identity))
 
 
@@ -292,13 +297,14 @@ def _teacher(arm: Arm, inputs: ArmInputs, model: Any, arguments: Any) -> Teacher
     """The teacher that an arm asks while it trains, if it does."""
     if arm.kd is None or arm.kd.cache:
         return None
-    teacher_rows = inputs.teacher.architecture.config.vocab_size
-    if teacher_rows != model.config.vocab_size:
+    source = inputs.teacher_of(arm)
+    teacher_rows = source.checkpoint.architecture.config.vocab_size
+    if teacher_rows != model.config.vocab_size and not source.shared_rows:
         raise UserError(
             f"arm {arm.name} cannot distil: the teacher has {teacher_rows} vocabulary rows and the "
             f"student {model.config.vocab_size}; use the teacher that the student was cut from"
         )
-    teacher = load_teacher(inputs.teacher.folder, arguments.device, arm.kd.shard_teacher)
+    teacher = load_teacher(source.checkpoint.folder, arguments.device, arm.kd.shard_teacher)
     if arguments.torch_compile:
         teacher.compile(arguments.torch_compile_backend or "inductor", arguments.torch_compile_mode)
     return teacher
@@ -324,7 +330,8 @@ def _flops_per_token(arm: Arm, inputs: ArmInputs) -> float:
     block_length = inputs.blocks.split("train").shape[1]
     flops = inputs.architecture(arm).count(block_length).training_flops_per_token
     if arm.kd and not arm.kd.cache:
-        flops += inputs.teacher.architecture.count(block_length).inference_flops_per_token
+        teacher = inputs.teacher_of(arm).checkpoint.architecture
+        flops += teacher.count(block_length).inference_flops_per_token
     return flops
 
 

@@ -207,7 +207,7 @@ def arm_memory(
         copies=activations.copies,
         teacher_activations=teacher_activations,
         teacher_hidden=teacher_hidden,
-        loss=_loss_bytes(kd, tokens, sizes, batch.has_bf16, sharing.kind),
+        loss=_loss_bytes(kd, tokens, sizes, teacher.sizes["vocab"], batch.has_bf16, sharing.kind),
         loss_gradients=4 * (matrix + hidden),
         backward=activations.backward,
         head=4 * matrix,
@@ -221,6 +221,7 @@ def _loss_bytes(
     kd: DistillationSettings | None,
     tokens: int,
     sizes: Mapping[str, Any],
+    teacher_rows: int,
     has_bf16: bool,
     kind: str,
 ) -> int:
@@ -229,7 +230,8 @@ def _loss_bytes(
     chunk = min(tokens, max(1, CHUNK_BYTES[kind] // (4 * vocab)))
     matrix, hidden, half = vocab * embed, tokens * embed, 2 if has_bf16 else 0
     gradients = 4 * (matrix + 2 * hidden) + half * (matrix + hidden)
-    computing = round(chunk_bytes_per_logit(kd, has_bf16) * chunk * vocab)
+    per_logit = chunk_bytes_per_logit(kd, has_bf16, is_padded=teacher_rows != vocab)
+    computing = round(per_logit * chunk * vocab)
     together = 1
     if has_bf16 and kind == "cpu":
         together = min(CHUNKS_PER_PRODUCT, -(-tokens // chunk))

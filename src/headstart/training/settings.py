@@ -138,6 +138,12 @@ class PretrainSettings:
             )
 
     @property
+    def teachers(self) -> tuple[str, ...]:
+        """What arms name as `kd.teacher`, each once."""
+        named = [arm.kd.teacher for arm in self.arms if arm.kd and arm.kd.teacher]
+        return tuple(dict.fromkeys(named))
+
+    @property
     def budget_tokens(self) -> tuple[int, ...]:
         """Every budget, ascending."""
         return tuple(sorted(map(parse_count, self.budgets))) or (self.tokens,)

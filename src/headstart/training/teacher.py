@@ -14,11 +14,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from headstart.model.architecture import Architecture
+from headstart.model.checkpoint import Checkpoint
 from headstart.system.device import load_frozen
 from headstart.system.distributed import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class DistillationTeacher:
+    """A model that arms learn from.
+
+    Attributes:
+        checkpoint: its own, with the vocabulary that is left.
+        shared_rows: how many tokens, the first ones, it is compared with a student on; 0 for all.
+    """
+
+    checkpoint: Checkpoint
+    shared_rows: int = 0
 
 
 @dataclass(frozen=True)

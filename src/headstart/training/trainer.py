@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -46,6 +47,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     Args:
         teacher: learnt from when `distillation` is set; None where batches hold its outputs.
         distillation: weights and divergence; None trains on text alone.
+        shared_rows: tokens that teacher and student are compared on, the first ones; 0 for all.
         test_dataset: on which the model is measured before the first step and after the last, if
             it is given.
         tokens_per_step: by which the weights' schedule counts.
@@ -65,6 +67,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         *,
         teacher: Teacher | None,
         distillation: DistillationSettings | None,
+        shared_rows: int = 0,
         test_dataset: BlockDataset | None = None,
         tokens_per_step: int,
         evaluation_steps: set[int],
@@ -81,6 +84,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         # The Trainer says no for training, whose calls say so here; it would be saved.
         self.model.config.use_cache = uses_cache
         self.teacher, self.distillation = teacher, distillation
+        self.shared_rows = shared_rows or None
         self.test_dataset = test_dataset
         self.tokenizer_folder = tokenizer_folder
         self.tokens_per_step = tokens_per_step
@@ -102,6 +106,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(ProgressCallback)
         self.add_callback(EvaluateAt(evaluation_steps))
         self.add_callback(ReportStep(on_step))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(
+            self.train_dataset if train_dataset is None else train_dataset
+        )  # which is in order
 
     def compute_loss(
         self,
@@ -301,6 +310,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             tokens_seen=self._tokens_seen,
             on_parts=self._add_up,
             loss_and_gradient=self.distillation_loss,
+            shared_rows=self.shared_rows,
         )
 
     def _teacher_outputs(
