@@ -144,8 +144,8 @@ RATIOS = {
         {
             "scratch": (250_000, 2_000_000),
             "slice": (125_000, 2_000_000),
-            "slice + distillation": (125_000, 500_000),
-            "slice + distillation from a cache": (125_000, 500_000),
+            "slice + distillation": (125_000, 250_000),
+            "slice + distillation from a cache": (125_000, 250_000),
             "least squares": (62_500, 500_000),
             "least squares + distillation": (62_500, 250_000),
         },
