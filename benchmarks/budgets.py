@@ -49,6 +49,7 @@ class Start:
         kd: distillation, from the first step on.
         evolution: of the search for the shape; without one, the proportional shape is taken.
         scored_as: how that search scores candidates; a shape that is given needs no more.
+        scored_tokens: on which it does.
         calibration_tokens: for the importance pass and `init`.
         hand_shaped: whether the model has the ratio's `hand_shape`.
         cached: whether distillation reads the teacher's likeliest tokens from a cache.
@@ -64,10 +65,19 @@ class Start:
         }
     )  # fmt: skip
     scored_as: Literal["slice", "refitted"] = "slice"
+    scored_tokens: int = 4096
     calibration_tokens: int = 16_384
     hand_shaped: bool = False
     cached: bool = False
 
+
+QUICK_SEARCH: dict[str, Any] = {
+    "evolution": {"generations": 3},
+    "scored_as": "refitted",
+    "scored_tokens": 2048,
+    "calibration_tokens": 4096,
+}
+"""At a third of the default search's FLOPs, since these budgets are small."""
 
 STARTS = {
     "scratch": Start(is_random=True),
@@ -77,10 +87,7 @@ STARTS = {
     "slice + distillation from a cache": Start(
         kd={"alpha": 0.5, "beta": 0.5, "top_k": 64}, cached=True
     ),
-    "slice, searched shape": Start(evolution={}, scored_as="refitted"),
-    "slice, searched shape + distillation": Start(
-        kd={"alpha": 0.5, "beta": 0.5}, evolution={}, scored_as="refitted"
-    ),
+    "slice, searched shape": Start(**QUICK_SEARCH),
     "slice + search + distillation": Start(kd={"alpha": 0.5, "beta": 0.5}, evolution={}),
     "least squares": Start("least_squares"),
     "least squares, 65,536 tokens": Start("least_squares", calibration_tokens=65_536),
@@ -130,7 +137,6 @@ RATIOS = {
             "slice": (125_000, 2_000_000),
             "slice + distillation from a cache": (125_000, 1_000_000),
             "slice, searched shape": (250_000, 2_000_000),
-            "slice, searched shape + distillation": (250_000, 2_000_000),
             "slice + search + distillation": (125_000, 500_000),
             "least squares": (31_250, 4_000_000),
             "least squares, 65,536 tokens": (125_000, 2_000_000),
@@ -193,6 +199,7 @@ def result_of(
             "calibration_tokens": start.calibration_tokens,
             "evolution": dict(start.evolution),
             "scored_as": start.scored_as,
+            "tokens": start.scored_tokens,
             "racing": {"rungs": 3 if start.scored_as == "slice" else 1},
         },
         "pretrain": {
