@@ -220,8 +220,10 @@ def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
     return table
 
 
-def misfits(plans: list[ArmPlan], hardware: Hardware) -> list[str]:
-    """A sentence for each arm that does not fit, with what would."""
+def misfits(
+    plans: list[ArmPlan], hardware: Hardware, otherwise: str = "a smaller bin"
+) -> list[str]:
+    """A sentence for each arm that does not fit, with what would; `otherwise` if nothing does."""
     size = _size(hardware)
     sentences = []
     for plan in plans:
@@ -230,7 +232,7 @@ def misfits(plans: list[ArmPlan], hardware: Hardware) -> list[str]:
         needs = bytes_text(plan.memory.peak)
         if plan.least_peak < plan.memory.peak:
             needs += f", or {bytes_text(plan.least_peak)} with activation checkpointing,"
-        remedies = " or ".join(plan.remedies) or "a smaller bin, since nothing else fits"
+        remedies = " or ".join(plan.remedies) or f"{otherwise}, since nothing else fits"
         sentences.append(f"arm {plan.name} needs {needs} of {size}: set {remedies}")
     return sentences
 
