@@ -299,7 +299,9 @@ def test_the_plan_shows_it(tree: dict[str, Any], capsys: pytest.CaptureFixture[s
     model = AutoModelForCausalLM.from_pretrained(tree["teacher"])
     assert plan.memory.state == 16 * sum(tensor.numel() for tensor in model.parameters())
     print_plans(loaded, Hardware())
-    assert "the teacher, tuned on the text" in capsys.readouterr().out
+    printed = capsys.readouterr().out.split("the teacher, tuned on the text")[1]
+    rows = [line.split() for line in printed.splitlines() if "FLOPs" in line]
+    assert rows[0] == ["teacher's", "FLOPs", f"{plan.student_flops:.2e}"]
     del tree["teacher_correction"]
     loaded = recipe_from_dict(tree)
     assert plan_correction(loaded, planned_architecture(loaded), Hardware()) is None

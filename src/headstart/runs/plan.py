@@ -45,7 +45,8 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     teacher = teachers[""]
     output.print(text_table(planned_text(recipe, teachers)))
     if correction := plan_correction(recipe, teacher, hardware):
-        output.print(arms_table([correction], hardware, "the teacher, tuned on the text"))
+        title = "the teacher, tuned on the text"
+        output.print(arms_table([correction], hardware, title, is_of_teacher=True))
         for sentence in misfits([correction], hardware, "a smaller teacher"):
             output.print(sentence)
     print_search_plans(recipe, teacher)

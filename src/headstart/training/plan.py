@@ -173,8 +173,10 @@ def _remedies(
             yield "train.fsdp: true with kd.shard_teacher: true"
 
 
-def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
-    """Plans for the terminal, one column for each arm."""
+def arms_table(
+    plans: list[ArmPlan], hardware: Hardware, title: str, is_of_teacher: bool = False
+) -> Table:
+    """Plans for the terminal, one column for each arm; or for the training of the teacher."""
     size = _size(hardware)
     machine = f"{hardware.gpus} x {hardware.peak_tflops:g} TFLOP/s at {hardware.mfu:.0%}, {size}"
     table = Table(title=f"{title}\n{machine}", box=SIMPLE_HEAD)
@@ -185,6 +187,10 @@ def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
         "tokens": [f"{plan.tokens:.3g}" for plan in plans],
         "student's FLOPs": [f"{plan.student_flops:.2e}" for plan in plans],
         "teacher's FLOPs": [f"{plan.teacher_flops:.2e}" for plan in plans],
+    }
+    if is_of_teacher:
+        rows["teacher's FLOPs"] = rows.pop("student's FLOPs")
+    rows |= {
         "hours": [f"{plan.hours:,.2f}" for plan in plans],
         "GPU hours": [f"{plan.hours * hardware.gpus:,.2f}" for plan in plans],
     }
