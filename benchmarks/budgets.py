@@ -51,6 +51,7 @@ class Start:
         scored_as: how that search scores candidates; a shape that is given needs no more.
         calibration_tokens: for the importance pass and `init`.
         hand_shaped: whether the model has the ratio's `hand_shape`.
+        cached: whether distillation reads the teacher's likeliest tokens from a cache.
     """
 
     init: Init = "slice"
@@ -65,19 +66,28 @@ class Start:
     scored_as: Literal["slice", "refitted"] = "slice"
     calibration_tokens: int = 16_384
     hand_shaped: bool = False
+    cached: bool = False
 
 
 STARTS = {
     "scratch": Start(is_random=True),
     "scratch, hand-shaped": Start(is_random=True, hand_shaped=True),
     "slice": Start(),
+    "slice + distillation": Start(kd={"alpha": 0.5, "beta": 0.5}),
+    "slice + distillation from a cache": Start(
+        kd={"alpha": 0.5, "beta": 0.5, "top_k": 64}, cached=True
+    ),
+    "slice, searched shape": Start(evolution={}, scored_as="refitted"),
+    "slice, searched shape + distillation": Start(
+        kd={"alpha": 0.5, "beta": 0.5}, evolution={}, scored_as="refitted"
+    ),
     "slice + search + distillation": Start(kd={"alpha": 0.5, "beta": 0.5}, evolution={}),
     "least squares": Start("least_squares"),
     "least squares, 65,536 tokens": Start("least_squares", calibration_tokens=65_536),
     "least squares + distillation": Start("least_squares", kd={"alpha": 0.5, "beta": 0.5}),
     "rotated": Start("rotate+least_squares"),
 }
-"""The fourth is the paper's method: evolution over slices, and distillation."""
+"""`slice + search + distillation` is the paper's method, with evolution over slices."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,9 @@ RATIOS = {
             "scratch": (250_000, 8_000_000),
             "scratch, hand-shaped": (250_000, 1_000_000),
             "slice": (125_000, 2_000_000),
+            "slice + distillation from a cache": (125_000, 1_000_000),
+            "slice, searched shape": (250_000, 2_000_000),
+            "slice, searched shape + distillation": (250_000, 2_000_000),
             "slice + search + distillation": (125_000, 500_000),
             "least squares": (31_250, 4_000_000),
             "least squares, 65,536 tokens": (125_000, 2_000_000),
@@ -131,6 +144,8 @@ RATIOS = {
         {
             "scratch": (250_000, 2_000_000),
             "slice": (125_000, 2_000_000),
+            "slice + distillation": (125_000, 250_000),
+            "slice + distillation from a cache": (125_000, 250_000),
             "least squares": (62_500, 500_000),
             "least squares + distillation": (62_500, 250_000),
         },
@@ -163,7 +178,8 @@ def result_of(
     low, high = ratio.bin
     arm = {"name": name, "init": "random" if start.is_random else "subnet", **pretrain.pop("arm")}
     if start.kd:
-        arm["kd"] = dict(start.kd)
+        cache = {"cache": str(options.output / "teacher-cache")} if start.cached else {}
+        arm["kd"] = {**start.kd, **cache}
     if start.hand_shaped:
         arm["shape"] = hand_shape(ratio, options.output / "hand-shape")
     recipe = {

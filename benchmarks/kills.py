@@ -37,6 +37,7 @@ import yaml
 import headstart.runs.stages
 import headstart.training.trainer  # noqa: F401, so that children need not import it
 from headstart.cli import main as headstart_main
+from headstart.training.cache import is_being_written
 from tiny import small_recipe, write_teacher, write_text
 
 CLOCKED = {"seconds", "search_seconds", "created", "command", "environment"}
@@ -113,7 +114,11 @@ def stage_of(lap: Path) -> str:
     run = lap / "run"
     is_done = {
         "text": any((lap / "cache" / "data").glob("*/manifest.json")),
-        "teacher cache": (lap / "teacher-cache" / "blocks.npy").is_file(),
+        "teacher cache": (run / "search.jsonl").is_file()
+        or (
+            any((lap / "teacher-cache").glob("*.npy"))
+            and not is_being_written(str(lap / "teacher-cache"))
+        ),
         "importance": (run / "orders.json").is_file(),
         "search": (run / "search.json").is_file(),
         "extraction": (run / "student").is_dir(),

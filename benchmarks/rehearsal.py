@@ -40,6 +40,7 @@ from headstart.runs.plan import planned_text, print_plans, print_search_plans
 from headstart.runs.run import bin_recipes
 from headstart.runs.teachers import planned_teachers
 from headstart.runs.vocabulary import planned_architecture
+from headstart.training.cache import is_being_written
 from headstart.training.plan import Hardware
 
 GOAL = 0.9
@@ -155,8 +156,8 @@ class Rehearsal:
                 and not (self.run / "small" / "search.json").exists()
             ),
             "teacher cache": lambda: (
-                any((self.place / "teacher-cache").glob("shard-*"))
-                and not (self.place / "teacher-cache" / "blocks.npy").exists()
+                any((self.place / "teacher-cache").glob("*.npy"))
+                and is_being_written(str(self.place / "teacher-cache"))
             ),
             **{
                 f"training of {arm}": lambda arm=arm: (
@@ -239,7 +240,7 @@ def counted(place: Path, recipe: Recipe) -> dict[str, float]:
         for line in log.read_text().splitlines()
     ]
     read = sum(split["tokens"] for batch in batches for split in batch.get("counts", {}).values())
-    shards = place.glob("teacher-cache/shard-*")
+    shards = place.glob("teacher-cache/*.safetensors")
     counts: dict[str, float] = {
         "tokens read of the text": read,
         "teacher cache, bytes": sum(shard.stat().st_size for shard in shards),

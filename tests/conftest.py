@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,21 @@ def extract(
     """Cut a student out of a folder and write it."""
     source = Calibration(Checkpoint.open(teacher), statistics, blocks=blocks)
     return extract_student(source, spec, Path(out_folder), **settings)
+
+
+def is_mapped(tensor: torch.Tensor, folder: Path) -> bool:
+    """Whether a tensor's memory is that of a file in a folder, to which nobody here has written."""
+    maps = Path("/proc/self/smaps")
+    if not maps.is_file():
+        pytest.skip("only Linux tells what memory is of which file")
+    is_there = False
+    for line in maps.read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, end = (int(address, 16) for address in span.groups())
+            is_there = start <= tensor.data_ptr() < end and str(folder.resolve()) in line
+        elif is_there and line.startswith("Anonymous:"):
+            return line.split()[1] == "0"
+    return False
 
 
 @pytest.fixture(autouse=True)

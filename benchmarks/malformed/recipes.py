@@ -84,7 +84,6 @@ def recipes(world: World) -> Iterator[Case]:
             [
                 ("data", "block_length"),
                 ("search", "tokens"),
-                ("search", "calibration_tokens"),
                 ("search", "refit_tokens"),
                 ("search", "evolution", "population"),
                 ("search", "evolution", "generations"),

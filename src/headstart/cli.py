@@ -161,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
         help="how the student gets its weights; by default as in the search",
     )
     add_text(extract, "text to calibrate with: ")
-    extract.add_argument("--calibration-tokens", type=int, default=65_536)
+    extract.add_argument(
+        "--calibration-tokens", type=int, help="by default 65,536, or more for a wide teacher"
+    )
     trimming = add(
         _trim,
         "headstart trim my-model/ --data corpus.jsonl --table",
@@ -361,6 +363,7 @@ def _text_settings(options: argparse.Namespace) -> Any:
 
 def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
     """Cut a sub-network out of a teacher as an ordinary checkpoint."""
+    from headstart.calibration.start import calibration_tokens
     from headstart.demo import teacher_name
     from headstart.model.checkpoint import Checkpoint
     from headstart.model.spec import load_spec
@@ -370,8 +373,9 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
 
     load_spec(options.spec)
     refuse_taken(options.out)
-    if options.calibration_tokens < 1:
-        raise UserError(f"--calibration-tokens is {options.calibration_tokens}; use at least 1")
+    asked = options.calibration_tokens
+    if asked is not None and asked < 1:
+        raise UserError(f"--calibration-tokens is {asked}; use at least 1")
     if options.data and options.init == "slice":
         raise UserError("--data is to calibrate with, and --init slice does not; leave it out")
     calibration_blocks, settings = None, _text_settings(options)
@@ -382,7 +386,8 @@ def _extract(options: argparse.Namespace, overrides: list[str]) -> None:
         teacher.architecture.check_context(settings.block_length)
         text = prepare(settings, teacher.folder)
         check_vocabulary(text, teacher.architecture.config.vocab_size)
-        calibration_blocks = text.sample("train", options.calibration_tokens)
+        suited = calibration_tokens(teacher.architecture, "least_squares", least=65_536)
+        calibration_blocks = text.sample("train", asked or suited)
     student = extract_found(
         teacher,
         options.spec,

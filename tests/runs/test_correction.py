@@ -162,7 +162,7 @@ def test_it_is_an_ordinary_checkpoint_in_the_teachers_precision(
         assert (tuned.folder / name).read_bytes() == (teacher / name).read_bytes()
     assert tuned.architecture.config.dtype == torch.bfloat16
     # It says what it was worth, on the test split.
-    needed = needed_text(recipe_from_dict(tree))
+    needed = needed_text(recipe_from_dict(tree), tuned.architecture)
     text = prepare(DataSettings(**tree["data"]), teacher, needed=needed)
     test = text.sample("test", needed.tokens["test"])
     record = tuned.correction
@@ -309,7 +309,9 @@ def test_the_plan_shows_it(tree: dict[str, Any], capsys: pytest.CaptureFixture[s
 
 def test_its_text_is_read(tree: dict[str, Any]) -> None:
     tree["teacher_correction"]["tokens"] = 5_000_000
-    assert needed_text(recipe_from_dict(tree)).tokens["train"] == 5_000_000
+    loaded = recipe_from_dict(tree)
+    needed = needed_text(loaded, planned_architecture(loaded))
+    assert needed.tokens["train"] == 5_000_000
 
 
 def test_only_a_cache_of_it_needs_it(tree: dict[str, Any], tmp_path: Path) -> None:

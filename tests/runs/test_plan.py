@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from headstart.cli import main
 from headstart.recipe import recipe_from_dict
-from headstart.runs.plan import planned_text, print_plans
+from headstart.runs.plan import distinct_reads, planned_text, print_plans
 from headstart.runs.teachers import planned_teachers
 from headstart.training.plan import Hardware
 
@@ -47,6 +49,22 @@ def test_every_arm_of_every_bin_has_a_plan(configs: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_share_the_text_of_a_refit(configs: Path, tmp_path: Path) -> None:
+    """Half the tokens on twice the GPUs; all else is on each."""
+    keys = {**KEYS, "teacher": str(configs), "output": str(tmp_path / "run")}
+    search = {**KEYS["search"], "init": "least_squares"}
+    recipe = recipe_from_dict({**keys, "search": search})
+    of_one, of_two, of_four = (
+        next(arm for arm in print_plans(recipe, Hardware(gpus=gpus))[0] if arm.name == "subnet")
+        for gpus in (1, 2, 4)
+    )
+    saved, saved_again = (
+        more.memory.refit - less.memory.refit
+        for more, less in ((of_one, of_two), (of_two, of_four))
+    )
+    assert saved == 2 * saved_again > 0
+
+
 def test_text_and_caches_are_planned_by_what_is_needed(configs: Path, tmp_path: Path) -> None:
     """By hand: 3M training tokens are 0.85 of what is read; top 8 of a small vocabulary are two
     bytes each for token and probability, and two for the rest."""
@@ -58,8 +76,16 @@ def test_text_and_caches_are_planned_by_what_is_needed(configs: Path, tmp_path: 
     held_out = 262_144 / 0.05
     assert plan.tokens == math.ceil(max(3_000_000 / 0.85, held_out))
     assert plan.disk_bytes == 4 * plan.tokens
-    assert plan.cached_tokens == math.ceil(0.85 * plan.tokens)
-    assert plan.cache_bytes == {"far/away": plan.cached_tokens * (8 * 4 + 2)}
+    assert plan.cached_tokens == {"far/away": 3_000_000}  # that arms read, and no more
+    assert plan.cache_bytes == {"far/away": 3_000_000 * (8 * 4 + 2)}
+
+
+def test_distinct_reads_are_those_of_permutations() -> None:
+    rng, size, reads = np.random.default_rng(0), 2_000, 700
+    for num_seeds in (1, 2, 5):
+        read = {*itertools.chain(*(rng.permutation(size)[:reads] for _ in range(num_seeds)))}
+        assert distinct_reads(size, reads, num_seeds) == pytest.approx(len(read), rel=0.05)
+    assert distinct_reads(size, 3 * size, 2) == size
 
 
 def test_the_command_prints_it(

@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,12 @@ from headstart.runs.plan import print_search_plans
 from headstart.runs.stages import run_cache_teacher, run_pretrain, run_recipe, run_search
 from headstart.runs.trimming import trim
 from headstart.system.errors import UserError
+from headstart.system.files import scratch_prefix
 from headstart.text.prepare import check_source, prepare
 from headstart.text.settings import DataSettings, VocabularySettings
+from headstart.training.cache import CACHE_FORMAT, WRITING, TeacherCache
+from headstart.training.cache_writer import write_cache
+from headstart.training.trainer import ReportStep
 
 CLI = str(Path(__file__).parents[1] / "float32_cli.py")
 
@@ -444,11 +450,11 @@ def test_a_run_from_a_cached_teacher(
     recipe = with_cache(recipe, tmp_path / "outputs")
     if is_ahead:
         run_cache_teacher(recipe_from_dict(recipe))
-        monkeypatch.setattr(caches, "write_cache", lambda *_, **__: pytest.fail("written twice"))
+        monkeypatch.setattr(caches, "load_frozen", lambda *_: pytest.fail("asked twice"))
     (result,) = run_recipe(recipe_from_dict(recipe))
-    manifest = json.loads((tmp_path / "outputs" / "cache.json").read_text())
+    shards = map(load_file, (tmp_path / "outputs").glob("*.safetensors"))
     arm = result["arms"][1]
-    num_tokens = manifest["blocks"] * manifest["block_length"]
+    num_tokens = sum(len(shard["blocks"]) for shard in shards) * BLOCK_LENGTH
     point = arm["curve"][-1]
     teacher_flops = result["costs"]["teacher_flops_per_token"] * min(point["tokens"], num_tokens)
     student_flops = result["student"]["training_flops_per_token"] * point["tokens"]
@@ -456,12 +462,63 @@ def test_a_run_from_a_cached_teacher(
     assert point["flops"] == upfront + student_flops + teacher_flops
 
 
-def test_a_cache_of_another_text_is_refused_before_the_search(
+def test_a_run_begins_on_a_cache_that_is_still_written(
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It asks no teacher of its own, waits for each shard, and ends with the same weights."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    monkeypatch.setattr(caches, "write_cache", partial(write_cache, shard_bytes=20_000))
+    run_recipe(recipe_from_dict(with_cache(recipe, whole)))
+    shards = sorted(whole.glob("*.npy"))
+    assert len(shards) > 3
+    part.mkdir()
+    shutil.copy(whole / "cache.json", part)
+    alive = part / f"{scratch_prefix(WRITING)}1"
+    alive.write_text(json.dumps({"time": time.time()}))
+    steps: list[int] = []
+
+    def write_the_rest() -> None:
+        for hashes in shards:
+            while not steps and hashes != shards[0]:  # training has begun on the first
+                time.sleep(0.01)
+            for file in (hashes.with_suffix(".safetensors"), hashes):
+                shutil.copy(file, part / f".{file.name}")
+                (part / f".{file.name}").rename(part / file.name)
+        alive.unlink()
+
+    on_step_end = ReportStep.on_step_end
+
+    def counted(self: Any, args: Any, state: Any, *more: Any, **options: Any) -> Any:
+        steps.append(state.global_step)
+        return on_step_end(self, args, state, *more, **options)
+
+    monkeypatch.setattr(ReportStep, "on_step_end", counted)
+    monkeypatch.setattr(caches, "write_cache", lambda *_, **__: pytest.fail("written twice"))
+    monkeypatch.setattr(TeacherCache.__init__, "__defaults__", (0.01,))
+    again = {**with_cache(recipe, part), "output": str(tmp_path / "again")}
+    again["pretrain"]["arms"] = again["pretrain"]["arms"][1:]
+    writer = threading.Thread(target=write_the_rest)
+    writer.start()
+    run_recipe(recipe_from_dict(again))
+    writer.join()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "is being written; training begins on what is there" in told
+    models = [
+        (folder / "arms" / "cached" / "model" / "model.safetensors").read_bytes()
+        for folder in (Path(recipe["output"]), tmp_path / "again")
+    ]
+    assert models[0] == models[1]
+
+
+def test_a_cache_of_another_teacher_is_refused_before_the_search(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = with_cache(recipe, tmp_path / "outputs")
     (tmp_path / "outputs").mkdir()
-    (tmp_path / "outputs" / "cache.json").write_text("{}")
+    (tmp_path / "outputs" / "cache.json").write_text(json.dumps({"format": CACHE_FORMAT}))
     with pytest.raises(ValueError, match="was written for another teacher"):
         run_recipe(recipe_from_dict(recipe))
     assert not (tmp_path / "run" / "search.json").exists()

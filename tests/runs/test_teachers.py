@@ -209,8 +209,8 @@ def test_the_plan_is_of_each_arms_teacher(tree: dict[str, Any], larger: Path) ->
     ]
     assert [plan.memory.teacher for plan in (cut, online, cached)] == [*weights, 0]
     text = planned_text(loaded, planned_teachers(loaded))
-    (flops,) = text.cache_flops.values()
-    assert flops == text.cached_tokens * inference_flops(LAYERS, ROWS)
+    (flops,), (tokens,) = text.cache_flops.values(), text.cached_tokens.values()
+    assert flops == tokens * inference_flops(LAYERS, ROWS)
 
 
 @pytest.mark.exhaustive

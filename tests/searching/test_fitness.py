@@ -108,11 +108,13 @@ def test_a_teacher_in_order_is_the_same_and_gives_the_same_candidates_as_views(
     teacher: PreTrainedModel, blocks: Tensor, kl: bool
 ) -> None:
     fitness, logits = fitness_of(teacher, blocks, kl=kl), teacher(blocks).logits
+    as_refitted = replace(fitness, refit_blocks=blocks)
     candidates = [
         space_of(teacher, 0.8, name).sample(random.Random(1))
         for name in ("coarse-uniform", "fine-layerwise")
     ]
     before = [fitness(candidate, 0, NUM_BLOCKS) for candidate in candidates]
+    refitted = [as_refitted(candidate, 0, NUM_BLOCKS) for candidate in candidates]
     first = next(iter(fitness.state))
     moved, orders = fitness.state[first].clone(), fitness.orders
     fitness = replace(fitness, orders=put_in_order(fitness.state, fitness.teacher, orders))
@@ -120,6 +122,9 @@ def test_a_teacher_in_order_is_the_same_and_gives_the_same_candidates_as_views(
     torch.testing.assert_close(teacher(blocks).logits, logits, rtol=1e-4, atol=1e-5)
     after = [fitness(candidate, 0, NUM_BLOCKS) for candidate in candidates]
     assert after == pytest.approx(before, rel=1e-5)
+    as_refitted = replace(fitness, refit_blocks=blocks)
+    after = [as_refitted(candidate, 0, NUM_BLOCKS) for candidate in candidates]
+    assert after == pytest.approx(refitted, rel=1e-5)
     places = {tensor.untyped_storage().data_ptr() for tensor in fitness.state.values()}
     for weight in fitness.student(candidates[0]).parameters():
         assert weight.untyped_storage().data_ptr() in places

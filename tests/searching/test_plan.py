@@ -219,6 +219,24 @@ def test_finals_are_paid_for_training_and_scoring() -> None:
     assert plan.seconds()[0] == pytest.approx((plan.flops[0] + plan.finals_flops) / 1e6)
 
 
+@pytest.mark.parametrize(
+    ("init", "neurons", "tokens"),
+    [("slice", 4096, 32_768), ("least_squares", 160, 32_768), ("least_squares", 4096, 49_152)],
+)
+def test_calibration_grows_with_what_is_refitted(init: Any, neurons: int, tokens: int) -> None:
+    """To 12 tokens for each input of the widest matrix."""
+    teacher = Architecture.of(LlamaConfig(**{**CONFIG.to_dict(), "intermediate_size": neurons}))
+    bin = BinSettings(low=20_000, high=teacher.count(1).parameters)
+    settings = replace(SETTINGS, init=init, bin=bin)
+    grown, given = (
+        plan_search(teacher, replace(settings, calibration_tokens=number), BLOCK_LENGTH)
+        for number in (0, tokens)
+    )
+    assert grown == given and grown.calibration_tokens == tokens
+    outputs = teacher.sizes["vocab"] * teacher.sizes["embed"] * 12
+    assert grown.flops[0] > 2 * tokens * (teacher.count(1).parameters - outputs)
+
+
 def test_a_bin_in_another_measure() -> None:
     bin = BinSettings(low=256, high=512, measure="kv_cache_bytes_per_token")
     plan = plan_search(TEACHER, replace(SETTINGS, bin=bin), BLOCK_LENGTH)
@@ -233,7 +251,7 @@ def test_a_bin_in_another_measure() -> None:
 def test_the_table_says_it_all() -> None:
     plan = SearchPlan(
         "flops_per_token", (1_000, 3_000), (500, 9_000), 1_234_567,
-        {"layers": (2, 7), "head_dim": (8, 8)}, (11_000, 22_000, 33_000), 77,
+        {"layers": (2, 7), "head_dim": (8, 8)}, (11_000, 22_000, 33_000), 4_321, 77,
         (5_000, 6_000), (2 * 10**12, 9 * 10**12), 3_000_000_000, 1e10,
     )  # fmt: skip
     page = StringIO()
@@ -247,6 +265,7 @@ def test_the_table_says_it_all() -> None:
         "layers of 200 samples 2 to 7",
         "head_dim of 200 samples 8",
         "parameters of the same 11,000 to 33,000, median 22,000",
+        "tokens of calibration 4,321",
         "candidates 77",
         "tokens scored 5,000 to 6,000",
         "FLOPs, calibration included 2.00e+12 to 9.00e+12",

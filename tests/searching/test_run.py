@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import extract
+from tests.conftest import extract, is_mapped
 from tests.searching.conftest import BLOCK_LENGTH
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.calibration import layer_by_layer
+from headstart.calibration import start as start_module
 from headstart.calibration.costs import propagation_flops, refit_flops, teacher_pass_flops
 from headstart.losses.next_token import mean_loss
 from headstart.model.architecture import Architecture
@@ -25,7 +27,7 @@ from headstart.model.spec import SubnetSpec, load_spec
 from headstart.runs.extraction import extract_found
 from headstart.searching import orders as orders_module
 from headstart.searching import teacher as teacher_module
-from headstart.searching.bins import BinSettings
+from headstart.searching.bins import Bin, BinSettings
 from headstart.searching.candidate import Candidate
 from headstart.searching.evolution import EvolutionSettings
 from headstart.searching.finalists import FinalistSettings
@@ -35,6 +37,7 @@ from headstart.searching.importance import measure_importance
 from headstart.searching.racing import RacingSettings
 from headstart.searching.run import search, search_bins
 from headstart.searching.settings import SearchSettings
+from headstart.searching.space import Space
 from headstart.searching.teacher import SearchedTeacher
 from headstart.system.errors import UserError
 from headstart.text.blocks import TokenBlocks
@@ -311,6 +314,19 @@ def test_a_finished_search_is_not_repeated(
     assert search(checkpoint, blocks, SETTINGS, tmp_path) == first
 
 
+@pytest.mark.parametrize(("scored_as", "shares"), [("refitted", True), ("slice", False)])
+def test_processes_share_a_teacher_whose_candidates_are_refitted(
+    scored_as: Any, shares: bool, checkpoint: Checkpoint, blocks: TokenBlocks
+) -> None:
+    """Nothing is written to its weights, which are its files in memory."""
+    settings = replace(SETTINGS, scored_as=scored_as)
+    loaded = SearchedTeacher.load(checkpoint, blocks, settings, {})
+    space = Space.build(checkpoint.architecture, settings.space, Bin(25_000, 35_000))
+    assert math.isfinite(loaded.fitness(space.sample(random.Random(0)), 0, 1))
+    weights = loaded.fitness.state.values()
+    assert all(is_mapped(weight, checkpoint.folder) is shares for weight in weights)
+
+
 def test_another_search_does_not_go_on_from_this_one(
     checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path
 ) -> None:
@@ -399,6 +415,17 @@ def test_importance_reads_batches_of_a_fixed_size_whatever_memory_is_free(
         found.append((folder / "orders.json").read_text())
     assert sizes == [[4 * BLOCK_LENGTH] * 4 + [3 * BLOCK_LENGTH]] * 2
     assert found[0] == found[1]
+
+
+def test_tokens_of_calibration_that_are_left_open_are_those_that_suit_the_teacher(
+    checkpoint: Checkpoint, blocks: TokenBlocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a journal that was begun with their number."""
+    monkeypatch.setattr(start_module.calibration_tokens, "__defaults__", (600,))
+    given = search(checkpoint, blocks, SETTINGS, tmp_path)
+    assert SETTINGS.calibration_tokens == 600
+    (tmp_path / "search.json").unlink()
+    assert search(checkpoint, blocks, replace(SETTINGS, calibration_tokens=0), tmp_path) == given
 
 
 def test_importance_is_measured_once_for_a_teacher_and_its_text(

@@ -223,7 +223,8 @@ def test_a_killed_process_goes_on_to_the_same_winner(
 def test_two_processes_run_like_one_with_twice_the_batch(
     teacher_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """All stages, with an arm that distils from the teacher and one from a cache of it."""
+    """All stages, with a student that is refitted, an arm that distils from the teacher and one
+    from a cache of it."""
 
     def recipe(batch_size: int, cache: str) -> dict[str, Any]:
         cached = {"top_k": 128, "cache": str(tmp_path / cache), "cache_dtype": "float32"}
@@ -232,6 +233,7 @@ def test_two_processes_run_like_one_with_twice_the_batch(
             "data": {"source": str(corpus), "block_length": BLOCK_LENGTH},
             "search": {
                 "bin": {"low": "25K", "high": "35K"},
+                "init": "least_squares",
                 "tokens": 256,
                 "calibration_tokens": 256,
                 "evolution": {"population": 4, "generations": 2, "elites": 2},

@@ -25,13 +25,10 @@ def test_block_dataset_gives_int64_ids_and_equal_labels(
     assert dataset[5]["input_ids"].dtype == torch.int64
     assert torch.equal(dataset[5]["input_ids"], dataset[5]["labels"])
     assert dataset[5]["input_ids"].tolist() == blocks[5].tolist()
-    assert len(BlockDataset(blocks, 4)) == 4
-    batch = next(iter(torch.utils.data.DataLoader(BlockDataset(blocks, 4), batch_size=4)))
-    assert batch["labels"].shape == (4, SETTINGS.block_length)
-    with pytest.raises(ValueError, match=f"num_blocks is 100000 but the split holds {len(blocks)}"):
-        BlockDataset(blocks, 100_000)
-    with pytest.raises(ValueError, match="num_blocks is 0"):
-        BlockDataset(blocks, 0)
+    order = np.array([7, 2, 2, 0])
+    ordered = BlockDataset(blocks, order)
+    (batch,) = torch.utils.data.DataLoader(ordered, batch_size=len(ordered))
+    assert batch["labels"].tolist() == [blocks[place].tolist() for place in order]
 
 
 def test_documents_are_apart_where_that_is_asked_for(tmp_path: Path, tokenizer: Path) -> None:

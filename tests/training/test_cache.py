@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
+import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +22,20 @@ from transformers import AutoModelForCausalLM
 
 from headstart.losses.distillation import DistillationSettings, Samples, TopK
 from headstart.text.blocks import BlockDataset
-from headstart.training import arms, cache
+from headstart.training import arms, cache_writer
 from headstart.training.arms import ArmInputs, run_arm
 from headstart.training.cache import (
+    SILENCE_SECONDS,
     CachedBlocks,
     CacheIdentity,
     TeacherCache,
     block_hashes,
+    is_being_written,
+    names_in,
     outputs_of_batch,
-    write_cache,
 )
+from headstart.training.cache_writer import write_cache
+from headstart.training.order import arm_order, first_reads, training_order
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.teacher import Teacher
 
@@ -40,7 +49,7 @@ each_kind = pytest.mark.parametrize(
 
 
 def identity(kd: DistillationSettings, **changes: Any) -> CacheIdentity:
-    return replace(CacheIdentity.of(kd, "teacher's hash", "text's hash"), **changes)
+    return replace(CacheIdentity.of(kd, "teacher's hash"), **changes)
 
 
 @pytest.fixture(scope="session")
@@ -52,12 +61,22 @@ def teacher(teacher_folder: Path) -> Teacher:
 
 @pytest.fixture
 def train(blocks):
-    return blocks.split("train")
+    """Blocks that are all different."""
+    split = blocks.split("train")
+    _, first = np.unique(block_hashes(split), return_index=True)
+    return np.array(split[np.sort(first)])
 
 
 def write(path: Path | str, kd, teacher, train, **more: Any) -> dict[str, Any]:
-    options = {"batch_size": 5, "shard_bytes": SHARD_BYTES, **more}
-    return write_cache(str(path), identity(kd), teacher, train, **options)
+    options = {"order": np.arange(len(train)), "shard_bytes": SHARD_BYTES, **more}
+    batch_size = options.pop("batch_size", 5)
+    return write_cache(
+        str(path), identity(kd), VOCAB, lambda: (teacher, batch_size), train, **options
+    )
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -74,7 +93,7 @@ def log_probabilities(teacher: Teacher, block: np.ndarray, temperature: float) -
 def test_top_k_is_what_the_teacher_says_of_that_block(teacher, train, tmp_path):
     write(tmp_path / "c", TOP_K, teacher, train)
     read = TeacherCache(str(tmp_path / "c"), identity(TOP_K))
-    assert len(list((tmp_path / "c").glob("shard-*"))) > 2
+    assert len(shards_of(tmp_path / "c")) > 2
     for place in np.random.default_rng(0).permutation(len(train)):
         found = read.outputs(train[place])
         expected = log_probabilities(teacher, train[place], 2.0)
@@ -118,7 +137,7 @@ def test_half_precision_is_close(teacher, train, tmp_path, kd):
     assert found.keys() == whole.keys()
     for name, values in whole.items():
         assert found[name].dtype == values.dtype
-        if kd.top_k:  # samples differ where shards do
+        if kd.top_k or name != "ids":
             torch.testing.assert_close(found[name], values, atol=5e-3, rtol=1e-3)
 
 
@@ -127,8 +146,9 @@ def test_half_precision_is_close(teacher, train, tmp_path, kd):
 def test_bytes_per_token_are_those_on_disk(teacher, train, tmp_path, kd, dtype):
     kd = replace(kd, cache_dtype=dtype)
     manifest = write(tmp_path / "c", kd, teacher, train)
-    assert manifest == json.loads((tmp_path / "c" / "cache.json").read_text())
-    shards = [load_file(path) for path in (tmp_path / "c").glob("shard-*")]
+    found = json.loads((tmp_path / "c" / "cache.json").read_text())
+    assert manifest == {**found, "blocks": len(train), "block_length": train.shape[1]}
+    shards = [load_file(path) for path in shards_of(tmp_path / "c")]
     num_bytes = sum(v.nbytes for shard in shards for name, v in shard.items() if name != "blocks")
     assert num_bytes == manifest["bytes_per_token"] * len(train) * (train.shape[1] - 1)
     assert all(sum(v.nbytes for v in shard.values()) <= 1.3 * SHARD_BYTES for shard in shards)
@@ -139,7 +159,7 @@ class Killed(BaseException):
 
 
 @each_kind
-@pytest.mark.parametrize("num_blocks", [1, 13, 30, 48])
+@pytest.mark.parametrize("num_blocks", [1, 13, 30, 44])
 def test_a_cache_that_was_broken_off_goes_on(teacher, train, tmp_path, kd, num_blocks):
     write(tmp_path / "whole", kd, teacher, train)
     done = 0
@@ -152,8 +172,8 @@ def test_a_cache_that_was_broken_off_goes_on(teacher, train, tmp_path, kd, num_b
 
     with pytest.raises(Killed):
         write(tmp_path / "c", kd, teacher, train, on_blocks=kill)
-    with pytest.raises(ValueError, match="unfinished; start `headstart cache-teacher` again"):
-        TeacherCache(str(tmp_path / "c"), identity(kd))
+    with pytest.raises(ValueError, match="nobody writes it; start the same command again"):
+        TeacherCache(str(tmp_path / "c"), identity(kd)).outputs(train[-1])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*.safetensors")}
     counted: list[int] = []
     write(tmp_path / "c", kd, teacher, train, on_blocks=counted.append)
@@ -165,15 +185,90 @@ def test_a_cache_that_was_broken_off_goes_on(teacher, train, tmp_path, kd, num_b
 @each_kind
 def test_processes_share_the_shards(teacher, train, tmp_path, kd, monkeypatch):
     write(tmp_path / "one", kd, teacher, train)
-    monkeypatch.setattr(cache, "world_size", lambda: 3)
+    monkeypatch.setattr(cache_writer, "world_size", lambda: 3)
     counted: list[int] = []
-    assert not (tmp_path / "three").exists()  # nobody may be too early for it
-    for process in (1, 2, 0):  # the main process ends last, as it waits for the others
-        monkeypatch.setattr(cache, "rank", lambda process=process: process)
-        monkeypatch.setattr(cache, "is_main", lambda process=process: process == 0)
+    begun: list[Any] = []
+
+    def from_main(decide):  # all of them hear what the main process found at first
+        begun.append(begun[0] if begun else decide())
+        return begun[0]
+
+    monkeypatch.setattr(cache_writer, "from_main", from_main)
+    for process in (1, 2, 0):
+        monkeypatch.setattr(cache_writer, "rank", lambda process=process: process)
+        monkeypatch.setattr(cache_writer, "is_main", lambda process=process: process == 0)
         write(tmp_path / "three", kd, teacher, train, on_blocks=counted.append)
     assert sum(counted) == len(train)
     assert files_of(tmp_path / "three") == files_of(tmp_path / "one")
+
+
+@each_kind
+def test_a_larger_budget_adds_what_is_missing(teacher, train, tmp_path, kd):
+    """In the order of training, with what was there as it was."""
+    order = training_order(len(train), len(train), seed=1)
+    less, more = order[: len(train) // 3], np.concatenate([order, order[:5]])
+    write(tmp_path / "c", kd, teacher, train, order=less)
+    before = files_of(tmp_path / "c")
+    asked: list[int] = []
+    write(tmp_path / "c", kd, teacher, train, order=first_reads([more]), on_blocks=asked.append)
+    assert asked[0] == len(less)
+    after = files_of(tmp_path / "c")
+    assert {name: after[name] for name in before} == before
+    on_disk = [load_file(path)["blocks"] for path in shards_of(tmp_path / "c")]
+    np.testing.assert_array_equal(np.concatenate(on_disk), block_hashes(train[order]))
+    write(tmp_path / "whole", kd, teacher, train)
+    here, there = (TeacherCache(str(tmp_path / name), identity(kd)) for name in ("c", "whole"))
+    for block in train:  # draws too depend on the block alone
+        torch.testing.assert_close(here.outputs(block), there.outputs(block), rtol=0, atol=1e-5)
+    write_cache(
+        str(tmp_path / "c"), identity(kd), VOCAB, lambda: pytest.fail("asked again"), train, order
+    )
+
+
+def test_a_block_is_waited_for_while_somebody_writes(teacher, train, tmp_path, capsys):
+    """The reader begins on the first shard, and another thread writes the rest."""
+    path = str(tmp_path / "c")
+    write(path, TOP_K, teacher, train, order=np.arange(8))
+    read = TeacherCache(path, identity(TOP_K), poll_seconds=0.01)
+    read.outputs(train[0])
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def slow(num_blocks: int) -> None:
+        if num_blocks != 8:  # which were there
+            has_begun.set()
+            may_go_on.wait(10)
+
+    options = {"order": np.arange(len(train)), "on_blocks": slow}
+    writer = threading.Thread(target=write, args=(path, TOP_K, teacher, train), kwargs=options)
+    writer.start()
+    assert has_begun.wait(10)
+    threading.Timer(0.2, may_go_on.set).start()
+    found = read.outputs(train[-1])
+    writer.join()
+    assert "waiting for kd.cache" in capsys.readouterr().err
+    expected = log_probabilities(teacher, train[-1], 2.0)
+    np.testing.assert_array_equal(found["ids"], np.argsort(-expected, axis=-1)[:, :5])
+    assert not is_being_written(path)
+    assert not [name for name in names_in(path) if name.startswith(".")]
+
+
+def test_a_dead_writer_is_not_waited_for(teacher, train, tmp_path, monkeypatch):
+    """Neither one of this machine whose process is gone, nor one of another that is silent."""
+    path = str(tmp_path / "c")
+    write(path, TOP_K, teacher, train, order=np.arange(8))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    now = time.time()
+    for owner, last_seen, is_alive in (
+        (f"{gone.pid}@{platform.node()}", now, False),
+        (f"{os.getpid()}@{platform.node()}", now, True),
+        ("1@elsewhere", now - SILENCE_SECONDS / 2, True),
+        ("1@elsewhere", now - SILENCE_SECONDS - 1, False),
+    ):
+        said = tmp_path / "c" / f".unfinished-{owner}@writing-1"
+        said.write_text(json.dumps({"time": last_seen}))
+        assert is_being_written(path) is is_alive
+        said.unlink()
 
 
 def test_a_cache_may_lie_on_any_filesystem(teacher, train, tmp_path):
@@ -189,7 +284,7 @@ def test_a_cache_may_lie_on_any_filesystem(teacher, train, tmp_path):
     ("key", "value"),
     [
         ("teacher", "another"),
-        ("data", "another"),
+        ("separator", 3),
         ("temperature", 1.0),
         ("top_k", 6),
         ("samples", 3),
@@ -203,7 +298,9 @@ def test_another_cache_is_refused(teacher, train, tmp_path, key, value):
         TeacherCache(str(tmp_path / "c"), other)
     kept = files_of(tmp_path / "c")
     with pytest.raises(ValueError, match=f"was written for another {key}"):
-        write_cache(str(tmp_path / "c"), other, teacher, train, 5)
+        write_cache(
+            str(tmp_path / "c"), other, VOCAB, lambda: (teacher, 5), train, np.arange(len(train))
+        )
     assert files_of(tmp_path / "c") == kept
 
 
@@ -215,15 +312,22 @@ def test_what_is_missing_or_broken_is_said(teacher, train, tmp_path):
     read = TeacherCache(path, identity(TOP_K))
     changed = train[0].copy()
     changed[-1] ^= 1
-    with pytest.raises(ValueError, match="does not know a block of the training text"):
+    with pytest.raises(
+        ValueError, match="does not know a block of the training text, and nobody writes it"
+    ):
         read.outputs(changed)
-    first, second = (tmp_path / "c" / f"shard-0000{index}.safetensors" for index in (0, 1))
+    first, second, *_ = shards_of(tmp_path / "c")
     shutil.copy(second, first)
-    with pytest.raises(ValueError, match=r"shard-00000\.safetensors holds other blocks"):
+    with pytest.raises(ValueError, match=rf"{first.name} holds other blocks"):
         TeacherCache(path, identity(TOP_K)).outputs(train[0])
     first.write_bytes(first.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"shard-00000\.safetensors does not read"):
+    with pytest.raises(ValueError, match=rf"{first.name} does not read"):
         TeacherCache(path, identity(TOP_K)).outputs(train[0])
+    manifest = json.loads((tmp_path / "c" / "cache.json").read_text())
+    earlier = {**manifest, "format": "headstart-teacher-cache/1", "data": "text's hash"}
+    (tmp_path / "c" / "cache.json").write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match="written by another version of headstart; choose another"):
+        TeacherCache(path, identity(TOP_K))
 
 
 def test_hashes_know_tokens_and_nothing_else():
@@ -261,16 +365,16 @@ def inputs(student_checkpoint, teacher_checkpoint, blocks) -> ArmInputs:
     return ArmInputs(student_checkpoint, teacher_checkpoint, named, settings, train)
 
 
-def test_an_arm_trains_from_the_cache_as_from_the_teacher(
-    inputs, teacher, train, tmp_path, monkeypatch
-):
+def test_an_arm_trains_from_the_cache_as_from_the_teacher(inputs, teacher, tmp_path, monkeypatch):
     """All of the vocabulary is kept; the loader shuffles, over more than one epoch."""
     kd = DistillationSettings(alpha=0.3, beta=0.7, temperature=2.0, top_k=VOCAB)
     online = run_arm(Arm("a", kd=kd), inputs, tmp_path / "online")
     path = str(tmp_path / "cache")
     cached = replace(kd, cache=path, cache_dtype="float32")
-    wanted = CacheIdentity.of(cached, inputs.teacher.hash, "text's hash")
-    write_cache(path, wanted, teacher, train, 8, SHARD_BYTES)
+    wanted = CacheIdentity.of(cached, inputs.teacher.hash)
+    train = inputs.blocks.split("train")
+    order = first_reads([arm_order(Arm("a"), inputs.settings, inputs.train, *train.shape)])
+    write_cache(path, wanted, VOCAB, lambda: (teacher, 8), train, order, SHARD_BYTES)
     monkeypatch.setattr(arms, "load_teacher", lambda *a: pytest.fail("the teacher was loaded"))
     offline = run_arm(Arm("a", kd=cached), inputs, tmp_path / "offline")
     losses = [[point["loss"] for point in run["curve"]] for run in (online, offline)]

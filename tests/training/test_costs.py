@@ -19,7 +19,9 @@ from headstart.runs.result import charged
 from headstart.system.device import load_frozen
 from headstart.text.blocks import TokenBlocks
 from headstart.training.arms import ArmInputs, run_arm
-from headstart.training.cache import CacheIdentity, write_cache
+from headstart.training.cache import CacheIdentity
+from headstart.training.cache_writer import write_cache
+from headstart.training.order import training_order
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.teacher import DistillationTeacher, Teacher
 
@@ -45,8 +47,16 @@ def inputs(
 
 def write_teacher_cache(kd: DistillationSettings, inputs: ArmInputs) -> None:
     teacher = Teacher(load_frozen(inputs.teacher.folder, torch.device("cpu")))
-    identity = CacheIdentity.of(kd, inputs.teacher.hash, inputs.blocks.fingerprint)
-    write_cache(kd.cache, identity, teacher, inputs.blocks.split("train"), batch_size=4)
+    identity = CacheIdentity.of(kd, inputs.teacher.hash)
+    train, vocab = inputs.blocks.split("train"), teacher.model.config.vocab_size
+    write_cache(
+        kd.cache,
+        identity,
+        vocab,
+        lambda: (teacher, 4),
+        train,
+        training_order(len(train), len(train), 42),
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,12 @@ from headstart.calibration.moments import (
     rms_norms_of,
     sources_of,
 )
+from headstart.calibration.share import Share
 from headstart.model.architecture import Architecture
 from headstart.model.axes import kept_indices, shape_of
 from headstart.model.spec import SubnetSpec
 
+ALONE = Share()
 RIDGE = 1e-3
 """Of the kept units' mean square. On the demo's teacher anything from 1e-5 to 1e-2 did as well."""
 
@@ -46,6 +48,7 @@ def refitted(
     spec: SubnetSpec,
     statistics: Statistics,
     ridge: float = RIDGE,
+    share: Share = ALONE,
 ) -> Iterator[tuple[str, Tensor]]:
     """Change a teacher's tensors, still whole, for the sub-network that will be cut out of them.
 
@@ -59,6 +62,8 @@ def refitted(
         spec: what will be kept.
         statistics: of the teacher's activations.
         ridge: added to the diagonal of the kept units' second moment, relative to its mean.
+        share: this process' part, where several refit the same student; the layers that it does not
+            solve for stay as they are. What is outside the layers counts as one more.
 
     Raises:
         UserError: a tensor matches no rule.
@@ -71,16 +76,16 @@ def refitted(
         rule, layer = architecture.match(name)
         stem, _, kind = name.rpartition(".")
         pattern = f"{rule.pattern.rpartition('.')[0]}.weight"
-        if (layer is not None and layer not in positions) or (
-            pattern not in sources and rule.pattern not in rms_norms
-        ):
+        position = len(positions) if layer is None else positions.get(layer)
+        is_refitted = pattern in sources or rule.pattern in rms_norms
+        if position is None or not is_refitted or not share.has(position):
             yield name, tensor
             continue
-        kept = {"embed": spec.embed} if layer is None else spec.kept_in_layer(positions[layer])
+        kept = {"embed": spec.embed} if layer is None else spec.kept_in_layer(position)
         rows, *units = kept_indices(layouts[pattern], sizes, kept)
         if pattern in rms_norms:
-            share = statistics.share(pattern.format(i=layer))
-            yield name, _rescaled_norm(tensor, share, rows, family.norm_offset)
+            held = statistics.share(pattern.format(i=layer))
+            yield name, _rescaled_norm(tensor, held, rows, family.norm_offset)
             continue
         parts = waiting.setdefault(stem, {})
         parts[kind] = tensor

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headstart.calibration.layer_by_layer import LayerwiseForward
+from headstart.calibration.share import Share
 from headstart.model.architecture import Architecture
 from headstart.model.axes import axes_of, dimensions_of
 from headstart.system.errors import UserError
@@ -29,6 +30,7 @@ from headstart.system.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ALONE = Share()
 ROWS_AT_ONCE = 8192
 """Of a matrix in float64, which an embedding or an output matrix would otherwise be as a whole."""
 
@@ -161,6 +163,7 @@ def collect_statistics(
     batches: Sequence[Int[Tensor, "batch tokens"]],
     folder: Path,
     on_batch: Callable[[int], None] = lambda num_tokens: None,
+    share: Share = ALONE,
 ) -> None:
     """Measure a teacher's activations and write their moments.
 
@@ -172,6 +175,8 @@ def collect_statistics(
         batches: calibration token ids.
         folder: exists, and receives one file for each layer and one for the rest.
         on_batch: called for each layer with the tokens of each batch done, for progress.
+        share: this process' part, where several measure one teacher; the batches are of that part
+            of the text, and the first process writes.
 
     Raises:
         UserError: there is no batch.
@@ -182,12 +187,12 @@ def collect_statistics(
     for number in range(len(states.layers)):
         with _summing(states, number) as sums:
             states.run(number, on_batch=on_batch)
-        _write(folder, states, number, sums)
+        _write(folder, states, number, sums, share)
     with _summing(states, None) as sums:
         for norm in _norms(states, None):
             for _ in states.normed(norm):
                 pass
-    _write(folder, states, None, sums)
+    _write(folder, states, None, sums, share)
 
 
 @contextmanager
@@ -285,11 +290,18 @@ def _file(folder: Path, layer: int | None) -> Path:
 
 
 def _write(
-    folder: Path, states: LayerwiseForward, layer: int | None, sums: Mapping[str, Tensor]
+    folder: Path,
+    states: LayerwiseForward,
+    layer: int | None,
+    sums: Mapping[str, Tensor],
+    share: Share,
 ) -> None:
-    """Write the means over tokens, and the gains that are left out of them."""
-    architecture, num_tokens = states.architecture, len(states.hidden)
-    tensors = {name: (total / num_tokens).cpu() for name, total in sums.items()}
+    """Write the means over all tokens, and the gains that are left out of them."""
+    architecture = states.architecture
+    num_tokens = share.count(len(states.hidden), states.hidden.device)
+    tensors = {name: (share.total(sums[name]) / num_tokens).cpu() for name in sorted(sums)}
+    if share.rank > 0:
+        return
     for pattern in stream_norms(architecture) & set(_norms(states, layer)):
         name = pattern.format(i=layer)
         gains = states.model.get_parameter(name).detach().cpu().double()

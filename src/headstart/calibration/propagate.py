@@ -39,6 +39,7 @@ from headstart.calibration.layer_by_layer import (
     linear_of,
 )
 from headstart.calibration.moments import ROWS_AT_ONCE, has_bias, products, rows_of, widest
+from headstart.calibration.share import Share
 from headstart.model.axes import kept_indices
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import assemble_student, embedding_scale, slice_tensors
@@ -49,6 +50,7 @@ from headstart.system.progress import progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ALONE = Share()
 PRIOR_TOKENS = 1024
 """Tokens of uncorrelated inputs, as large as the calibration text's in the mean, that speak for a
 layer as it was. What a stream lacks is noisy, and with little text there is nothing else to hold on
@@ -61,6 +63,7 @@ def refit_on_itself(
     sliced: Iterable[tuple[str, Tensor]],
     spec: SubnetSpec,
     blocks: Int[Tensor, "blocks tokens"],
+    together: bool = False,
 ) -> dict[str, Tensor]:
     """A student's tensors by their names in files, after what `propagated` makes of them.
 
@@ -69,7 +72,10 @@ def refit_on_itself(
         sliced: (name, tensor) pairs of it by their names in files, on the CPU.
         spec: what it has kept.
         blocks: calibration token ids.
+        together: all processes call it at once and share the work; each returns all tensors.
     """
+    share = Share.of_this_process(len(blocks), together)
+    mine = share.blocks(blocks)
     aliases = teacher.architecture.family.aliases
     # Copies, since these are views of files.
     in_files = {name: part.clone(memory_format=torch.contiguous_format) for name, part in sliced}
@@ -78,9 +84,9 @@ def refit_on_itself(
     model = load_frozen(teacher.folder, default_device())
     copies = ((name, tensor.to(model.device, model.dtype)) for name, tensor in tensors.items())
     student = assemble_student(copies, teacher.architecture, spec)
-    with progress("refit", blocks.numel() * len(spec.layers), "tokens in layers") as advance:
-        source = TeacherPass(model, batches_of(blocks))
-        for _ in propagated(source, student, tensors, spec, advance):
+    with progress("refit", mine.numel() * len(spec.layers), "tokens in layers") as advance:
+        source = TeacherPass(model, batches_of(mine))
+        for _ in propagated(source, student, tensors, spec, advance, share=share):
             pass
     return in_files
 
@@ -117,6 +123,7 @@ def propagated(
     spec: SubnetSpec,
     on_batch: Callable[[int], None] = lambda num_tokens: None,
     prior_tokens: int = PRIOR_TOKENS,
+    share: Share = ALONE,
 ) -> Iterator[tuple[str, Tensor]]:
     """Refit a student on what it computes itself.
 
@@ -131,6 +138,8 @@ def propagated(
         on_batch: called for each of the student's layers with the tokens of each batch done, for
             progress.
         prior_tokens: that speak for a layer as it was, see `PRIOR_TOKENS`.
+        share: this process' part, where several refit the same student; the teacher's text is that
+            part of the text.
 
     Yields:
         (name, tensor) pairs of linear layers, in the order of computation: of all that come after
@@ -143,8 +152,8 @@ def propagated(
         return
     cut = LayerwiseForward(student, batches)
     embed = torch.tensor(spec.embed, device=teacher.model.device)
-    prior = prior_tokens / sum(batch.numel() for batch in batches)
-    refit = _Refit(teacher, cut, tensors, embed, prior)
+    num_tokens = share.count(len(cut.hidden), embed.device)
+    refit = _Refit(teacher, cut, tensors, embed, prior_tokens / num_tokens, num_tokens, share)
     if not can_propagate(architecture):
         for position in range(len(cut.layers)):
             cut.run(position, on_batch=on_batch)
@@ -159,13 +168,12 @@ def propagated(
         before, values, after = teacher.layer(
             layer, following, [pattern for pattern, *_ in refitted], embed
         )
-        lacking = before.float().sub_(cut.hidden)
+        lacking = rows_of(before).sub_(cut.hidden)
         for group in refitted:
             inputs, is_biased = cut.inputs(group[0], position), has_bias(group[0], architecture)
             if reads_stream(group[0], architecture):
-                moments = _moments(
-                    _pieces(inputs, values.pop(group[0])), is_biased, biases_targets=True
-                )
+                pieces = _pieces(inputs, values.pop(group[0]))
+                moments = refit.moments(pieces, is_biased, biases_targets=True)
                 for pattern in group:
                     layout, kept = architecture.layouts[pattern], spec.kept_in_layer(position)
                     rows = kept_indices(layout, sizes, kept)[0]
@@ -174,7 +182,7 @@ def propagated(
             else:
                 (pattern,) = group
                 lacking += values.pop(pattern)
-                moments = _moments(_pieces(inputs, lacking), is_biased)
+                moments = refit.moments(_pieces(inputs, lacking), is_biased)
                 yield from refit.linear(pattern, position, moments)
                 for x, y in _pieces(inputs, lacking):
                     y.sub_(cut.linear(pattern, position)(x))  # what is lacking now
@@ -212,6 +220,8 @@ class _Refit:
         tensors: the student's by their names in the model; they are changed in place.
         channels: of the teacher's stream that the student has kept.
         prior: weight of a layer as it was, against the mean over tokens.
+        num_tokens: of the whole text.
+        share: this process' part.
     """
 
     teacher: TeacherSource
@@ -219,6 +229,34 @@ class _Refit:
     tensors: Mapping[str, Tensor]
     channels: Int[Tensor, " kept"]
     prior: float
+    num_tokens: int
+    share: Share
+
+    def moments(
+        self,
+        pieces: Iterable[tuple[Float[Tensor, "*batch inputs"], Float[Tensor, "*batch targets"]]],
+        is_biased: bool = False,
+        biases_targets: bool = False,
+    ) -> _Moments:
+        """The moments of inputs and targets over the whole text, from pairs of this process' part.
+
+        A bias gives them a last number that is one.
+        """
+        gram = cross = torch.zeros(())
+        for place, (x, y) in enumerate(pieces):
+            if is_biased:
+                ones = x.new_ones(*x.shape[:-1], 1)
+                x, y = torch.cat([x, ones], -1), torch.cat([y, ones], -1) if biases_targets else y
+            if place == 0:
+                gram, cross = (
+                    torch.zeros(
+                        side.shape[-1], x.shape[-1], dtype=widest(x.device), device=x.device
+                    )
+                    for side in (x, y)
+                )
+            gram += products(x, x)
+            cross += products(y, x)
+        return _Moments(*(self.share.total(sums).div_(self.num_tokens) for sums in (gram, cross)))
 
     def linear(
         self, pattern: str, layer: int | None, moments: _Moments, taught_by: _Rows | None = None
@@ -233,7 +271,7 @@ class _Refit:
         ridge = torch.zeros_like(gram.diagonal())  # a bias needs none
         ridge[: linear.in_features] = self.prior * gram.diagonal()[: linear.in_features].mean()
         factor = torch.linalg.cholesky(gram + (ridge + torch.finfo(gram.dtype).tiny).diag())
-        for rows in torch.arange(linear.out_features).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+        for rows in self.share.rows(linear.out_features).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
             before = _columns([self.tensors[name] for name in names], rows, gram)
             if taught_by is None:
                 wanted = moments.cross[rows.to(gram.device)]
@@ -246,6 +284,7 @@ class _Refit:
                 tensor = self.tensors[name]
                 tensor[rows] = part.reshape(tensor[rows].shape).to(tensor)
         for name in names:
+            self.share.join(self.tensors[name], gram.device)
             self.student.model.get_parameter(name).copy_(self.tensors[name])
             yield name, self.tensors[name]
 
@@ -260,7 +299,7 @@ class _Refit:
                 pieces = zip(self.student.normed(norm), self._wanted(norm), strict=True)
                 outputs = linear_of(self.teacher.model, pattern, None)
                 taught_by = _Rows(outputs, torch.arange(outputs.out_features))
-                yield from self.linear(pattern, None, _moments(pieces), taught_by)
+                yield from self.linear(pattern, None, self.moments(pieces), taught_by)
 
     def gains(self, norm: str) -> Iterator[tuple[str, Tensor]]:
         """Change the gains of the last norm for an output matrix that is the input embedding too.
@@ -287,7 +326,8 @@ class _Refit:
             y = rows_of(wanted).to(of_ours) @ with_theirs.T - of_ours @ bias.expand(x.shape[1])
             gram = gram + of_ours * (x.T @ x)
             cross = cross + (x * y).sum(dim=0)
-        num_tokens = len(student.hidden)
+        num_tokens = self.num_tokens
+        gram, cross = self.share.total(gram), self.share.total(cross)
         ridge = self.prior * gram.diagonal().mean() / num_tokens
         factor = torch.linalg.cholesky(gram / num_tokens + ridge * torch.eye(len(gram)).to(gram))
         after = torch.cholesky_solve((cross / num_tokens + ridge * before)[:, None], factor)[:, 0]
@@ -315,29 +355,6 @@ def _pieces(
     """Views of both, of some tokens at a time."""
     pieces = (all.split(TOKENS_PER_BATCH) for all in (inputs, targets))  # type: ignore[no-untyped-call]
     return zip(*pieces, strict=True)
-
-
-def _moments(
-    pieces: Iterable[tuple[Float[Tensor, "*batch inputs"], Float[Tensor, "*batch targets"]]],
-    is_biased: bool = False,
-    biases_targets: bool = False,
-) -> _Moments:
-    """The moments of pairs of inputs and targets, which a bias gives a last number that is one."""
-    gram = cross = torch.zeros(())
-    num_tokens = 0
-    for x, y in pieces:
-        if is_biased:
-            ones = x.new_ones(*x.shape[:-1], 1)
-            x, y = torch.cat([x, ones], -1), torch.cat([y, ones], -1) if biases_targets else y
-        if num_tokens == 0:
-            gram, cross = (
-                torch.zeros(side.shape[-1], x.shape[-1], dtype=widest(x.device), device=x.device)
-                for side in (x, y)
-            )
-        gram += products(x, x)
-        cross += products(y, x)
-        num_tokens += x[..., 0].numel()
-    return _Moments(gram.div_(num_tokens), cross.div_(num_tokens))
 
 
 def _is_whole(spec: SubnetSpec, position: int, sizes: Mapping[str, Any]) -> bool:

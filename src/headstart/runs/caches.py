@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int64
+
 from headstart.losses.distillation import DistillationSettings
 from headstart.searching.fitness import fitting_batch_size
 from headstart.system.device import default_device, load_frozen, release_memory
@@ -20,9 +23,12 @@ from headstart.system.locks import locked
 from headstart.system.memo import LOCKS
 from headstart.system.progress import console, progress
 from headstart.text.blocks import TokenBlocks
-from headstart.training.cache import CacheIdentity, check_cache, finished_cache, write_cache
-from headstart.training.settings import Arm
+from headstart.training.cache import CacheIdentity, check_cache, is_being_written
+from headstart.training.cache_writer import write_cache
+from headstart.training.order import arm_order, first_reads
+from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.teacher import DistillationTeacher, Teacher
+from headstart.training.variants import variants_of
 
 Teachers = Mapping[str, DistillationTeacher]
 """By their names in `kd.teacher`; the model that is cut has the empty one."""
@@ -46,55 +52,88 @@ def check_caches(teachers: Teachers, text: TokenBlocks, arms: Sequence[Arm]) -> 
         if identities.setdefault(kd.cache, identity) != identity:
             raise UserError(
                 f"two arms have the same kd.cache {kd.cache} and other settings of what it holds, "
-                "or other teachers; "
-                "give one of them a cache of its own"
+                "or other teachers; give one of them a cache of its own"
             )
         check_cache(kd.cache, identity)
 
 
 def write_caches(
-    teachers: Teachers, text: TokenBlocks, arms: Sequence[Arm]
+    teachers: Teachers,
+    text: TokenBlocks,
+    pretrain: PretrainSettings,
+    train: dict[str, Any],
+    arms: Sequence[Arm],
+    reads_along: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Write what is missing of the arms' caches; every process must call it, and they share it.
 
+    Args:
+        pretrain: with the budgets and seeds, which say what training reads, in which order.
+        train: the recipe's `train:` block.
+        arms: of which caches are written.
+        reads_along: leave a cache to whoever is writing it; training then waits for each block.
+
     Returns:
-        The manifest of each cache, by its path.
+        The manifest of each cache that was not left, by its path.
 
     Raises:
         UserError: as `check_caches`.
     """
-    return {kd.cache: _written(teachers[kd.teacher], text, kd) for kd in cached_distillation(arms)}
+    wanted: dict[str, list[Arm]] = {}
+    for arm in arms:
+        if arm.kd and arm.kd.cache:
+            wanted.setdefault(arm.kd.cache, []).append(arm)
+    manifests = {}
+    for path, sharing in wanted.items():
+        if reads_along and from_main(lambda path=path: is_being_written(path)):  # type: ignore[misc]
+            console.print(f"kd.cache {path} is being written; training begins on what is there")
+            continue
+        kd, split = sharing[0].kd, text.split("train")
+        assert kd is not None
+        variants = (
+            variant for arm in sharing for variant in variants_of(arm, pretrain.seeds).values()
+        )
+        order = first_reads([arm_order(each, pretrain, train, *split.shape) for each in variants])
+        manifests[path] = _written(teachers[kd.teacher], text, kd, order)
+    return manifests
 
 
 def _identity(
     kd: DistillationSettings, teacher: DistillationTeacher, text: TokenBlocks
 ) -> CacheIdentity:
-    return CacheIdentity.of(kd, teacher.checkpoint.hash, text.fingerprint, teacher.shared_rows)
+    return CacheIdentity.of(kd, teacher.checkpoint.hash, text.separator, teacher.shared_rows)
 
 
 def _written(
-    teacher: DistillationTeacher, text: TokenBlocks, kd: DistillationSettings
+    teacher: DistillationTeacher,
+    text: TokenBlocks,
+    kd: DistillationSettings,
+    order: Int64[np.ndarray, " wanted"],
 ) -> dict[str, Any]:
-    identity = _identity(kd, teacher, text)
-    with _one_run_at_a_time(kd.cache):
-        if (manifest := from_main(lambda: finished_cache(kd.cache, identity))) is not None:
-            return manifest
-        split, device = text.split("train"), default_device()
+    split, device = text.split("train"), default_device()
+    block_length, architecture = split.shape[1], teacher.checkpoint.architecture
+
+    def load() -> tuple[Teacher, int]:
         model = load_frozen(teacher.checkpoint.folder, device)
-        sizes, block_length = teacher.checkpoint.architecture.sizes, split.shape[1]
-        batch_size = fitting_batch_size(sizes, block_length, device, model.dtype.itemsize)
-        num_tokens = split.size // world_size()
-        with progress(f"cache {kd.cache}", num_tokens, "tokens") as advance:
-            manifest = write_cache(
-                kd.cache,
-                identity,
-                Teacher(model),
-                split,
-                batch_size,
-                separator=text.separator,
-                on_blocks=lambda count: advance(count * block_length),
-            )
-    del model
+        itemsize = model.dtype.itemsize
+        return Teacher(model), fitting_batch_size(
+            architecture.sizes, block_length, device, itemsize
+        )
+
+    num_tokens = len(order) * block_length // world_size()
+    with (
+        _one_run_at_a_time(kd.cache),
+        progress(f"cache {kd.cache}", num_tokens, "tokens") as advance,
+    ):
+        manifest = write_cache(
+            kd.cache,
+            _identity(kd, teacher, text),
+            architecture.config.vocab_size,
+            load,
+            split,
+            order,
+            on_blocks=lambda count: advance(count * block_length),
+        )
     release_memory()
     return manifest
 

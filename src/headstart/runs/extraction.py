@@ -24,6 +24,7 @@ from headstart.model.card import licence_of, write_card
 from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
 from headstart.model.spec import SubnetSpec, load_spec
 from headstart.model.weights import precisions
+from headstart.system.distributed import from_main
 from headstart.system.errors import UserError
 from headstart.system.files import finished_folder, refuse_taken, write_json
 from headstart.system.progress import progress
@@ -37,6 +38,7 @@ def extract_found(
     init: Init | None = None,
     calibration_blocks: Int[Tensor, "blocks tokens"] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    together: bool = False,
 ) -> Path:
     """Cut the sub-network that a spec file describes out of a teacher.
 
@@ -48,6 +50,7 @@ def extract_found(
         init: by default that of the search which the spec is from.
         calibration_blocks: token ids, for every `init` but "slice".
         provenance: more entries for `subnet.json`.
+        together: all processes call it at once and share a refit; the main one writes.
 
     Raises:
         UserError: the spec cannot be read, teacher and spec do not fit, or there is no text to
@@ -68,7 +71,7 @@ def extract_found(
         raise UserError(f"init {init} needs text to calibrate with; give --data, or --init slice")
     source = Calibration(teacher)
     if calibration_blocks is not None:
-        source = calibrate(teacher, init, calibration_blocks, spec)
+        source = calibrate(teacher, init, calibration_blocks, spec, together)
     with progress("extract", len(source.teacher.files), "tensors") as advance:
         return extract_student(
             source,
@@ -84,6 +87,7 @@ def extract_found(
                 "teacher_licence": licence_of(teacher.folder),
             },
             on_tensor=advance,
+            together=together,
         )
 
 
@@ -126,6 +130,7 @@ def extract_student(
     *,
     provenance: Mapping[str, Any] | None = None,
     on_tensor: Callable[[], None] = lambda: None,
+    together: bool = False,
 ) -> Path:
     """Cut a sub-network out of a checkpoint and write it as an ordinary Hugging Face folder.
 
@@ -138,14 +143,17 @@ def extract_student(
         out_folder: where the student goes; must not exist yet.
         provenance: more entries for `subnet.json`, such as the bin and the score.
         on_tensor: called for each teacher tensor, for progress.
+        together: all processes call it at once and share a refit; the main one writes.
 
     Raises:
         UserError: the teacher cannot be read, the spec does not fit it, or the folder exists.
     """
-    refuse_taken(out_folder)
+    # With others, only the main process looks at the disk; all end with what it raises.
+    decide: Callable[[Callable[[], None]], None] = from_main if together else _here
+    decide(lambda: refuse_taken(out_folder))
     teacher = source.teacher
     student = teacher.architecture.student(spec)
-    tensors = student_tensors(source, spec, on_tensor)
+    tensors = student_tensors(source, spec, on_tensor, together)
     if not student.is_layerwise:
         student.config.architectures = teacher.architecture.config.architectures
     (student.config.dtype, _), *others = precisions(tensors.values()).items()
@@ -158,17 +166,23 @@ def extract_student(
         origin["other_precisions"] = {str(dtype)[6:]: count for dtype, count in others}
     if "teacher_hash" not in origin:
         origin["teacher_hash"] = teacher.hash
-    with finished_folder(out_folder) as folder:
-        write_checkpoint(folder, tensors, student.config)
-        copy_files(teacher.folder, folder)
-        write_json(
-            folder / "subnet.json",
-            {
-                "headstart": headstart.__version__,
-                "torch": str(torch.__version__),
-                **origin,
-                "spec": spec.to_json(),
-            },
-        )
-        write_card(folder)
+    description = {
+        "headstart": headstart.__version__,
+        "torch": str(torch.__version__),
+        **origin,
+        "spec": spec.to_json(),
+    }
+
+    def write() -> None:
+        with finished_folder(out_folder) as folder:
+            write_checkpoint(folder, tensors, student.config)
+            copy_files(teacher.folder, folder)
+            write_json(folder / "subnet.json", description)
+            write_card(folder)
+
+    decide(write)
     return out_folder
+
+
+def _here(act: Callable[[], None]) -> None:
+    act()

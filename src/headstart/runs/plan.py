@@ -75,14 +75,15 @@ class TextPlan:
     Attributes:
         tokens: that are read of the text, in all splits; fewer if it holds fewer.
         disk_bytes: that they take, by files and joined.
-        cached_tokens: of the training split, of which each teacher cache knows the outputs.
+        cached_tokens: that arms read of the training split, of which their teacher cache knows the
+            outputs, by its path.
         cache_bytes: of each cache, by its path.
         cache_flops: of the teacher's, to write each.
     """
 
     tokens: int
     disk_bytes: int
-    cached_tokens: int
+    cached_tokens: dict[str, int]
     cache_bytes: dict[str, int]
     cache_flops: dict[str, int]
 
@@ -90,27 +91,41 @@ class TextPlan:
 def planned_text(recipe: Recipe, teachers: Mapping[str, Architecture]) -> TextPlan:
     """Plan the text of a recipe and its teacher caches; teachers are by `kd.teacher`."""
     data, vocab = recipe.data, teachers[""].sizes["vocab"]
-    needed = needed_text(recipe)
+    needed = needed_text(recipe, teachers[""])
     if data.max_tokens:
         needed = Needed({"train": len(parts_of(data)) * data.max_tokens})
     tokens = needed.first_tokens(data)
-    cached_tokens = math.ceil(tokens * data.share("train"))
+    split_tokens = math.ceil(tokens * data.share("train"))
     caches = {kd.cache: kd for kd in cached_distillation(recipe.pretrain.arms)}
+    cached_tokens = {
+        path: distinct_reads(
+            split_tokens,
+            in_tokens(recipe.pretrain, BYTES_PER_TOKEN).budget_tokens[-1],
+            max(1, len(recipe.pretrain.seeds)),
+        )
+        for path in caches
+    }
     return TextPlan(
         tokens=tokens,
         disk_bytes=2 * tokens * token_dtype(vocab).itemsize,
         cached_tokens=cached_tokens,
         cache_bytes={
-            path: cached_tokens
-            * bytes_per_token(CacheIdentity.of(kd, "", ""), teachers[kd.teacher].sizes["vocab"])
+            path: cached_tokens[path]
+            * bytes_per_token(CacheIdentity.of(kd, ""), teachers[kd.teacher].sizes["vocab"])
             for path, kd in caches.items()
         },
         cache_flops={
-            path: cached_tokens
+            path: cached_tokens[path]
             * teachers[kd.teacher].count(data.block_length).inference_flops_per_token
             for path, kd in caches.items()
         },
     )
+
+
+def distinct_reads(num_tokens: int, num_read: int, num_seeds: int) -> int:
+    """Of a split's tokens, those that trainings in several orders read, as far as chance tells."""
+    unread = 1 - min(1.0, num_read / num_tokens)
+    return math.ceil(num_tokens * (1 - unread**num_seeds))
 
 
 def text_table(plan: TextPlan) -> Table:
@@ -121,7 +136,7 @@ def text_table(plan: TextPlan) -> Table:
     table.add_row("read, about", f"{plan.tokens:.3g}", bytes_text(plan.disk_bytes), "")
     for path, size in plan.cache_bytes.items():
         flops = f"{plan.cache_flops[path]:.2e}"
-        table.add_row(f"cache {path}", f"{plan.cached_tokens:.3g}", bytes_text(size), flops)
+        table.add_row(f"cache {path}", f"{plan.cached_tokens[path]:.3g}", bytes_text(size), flops)
     return table
 
 
@@ -140,10 +155,12 @@ def _plan_of(
         teachers: that arms distil from, by `kd.teacher`.
     """
     arguments = training_arguments(recipe.train, arm, Path(recipe.output))
-    data, search = recipe.data, recipe.search
+    data, search = recipe.data, recipe.search.for_teacher(cut_teacher)
     refit = 0
     if arm.init == "subnet" and search.init != "slice":
-        refit = refit_bytes(cut_teacher, student, search.calibration_tokens, search.is_measured)
+        blocks = math.ceil(search.calibration_tokens / data.block_length)
+        tokens = math.ceil(blocks / hardware.gpus) * data.block_length  # of each process
+        refit = refit_bytes(cut_teacher, student, tokens, search.is_measured)
     train = {**recipe.train, **arm.train}
     setup = setup_of(arguments, train, data.block_length, data.separate_documents, refit)
     # It will run on a GPU, whatever this machine has.

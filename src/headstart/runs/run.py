@@ -66,7 +66,8 @@ class Run:
     """What every stage is given.
 
     Attributes:
-        recipe: of a single bin, unless the run has several; with the budget in tokens.
+        recipe: of a single bin, unless the run has several; with the budget in tokens, and the
+            tokens of calibration that suit the teacher.
         folder: of the run.
         teacher: its checkpoint with the vocabulary that is left, already hashed; corrected if the
             recipe asks for it, once the stage has run.
@@ -164,7 +165,8 @@ def open_run(recipe: Recipe, student: str = "", waits: bool = False) -> Iterator
         data = at_commits(recipe, revisions).data
         teacher = from_main(lambda: trimmed_teacher(whole, recipe.vocabulary, data))
         others = from_main(lambda: trimmed_alike(others, whole, teacher))
-        text = prepare(data, teacher.folder, needed=needed_text(recipe))
+        recipe = replace(recipe, search=recipe.search.for_teacher(teacher.architecture))
+        text = prepare(data, teacher.folder, needed=needed_text(recipe, teacher.architecture))
 
         def check_and_pin() -> tuple[Checkpoint, dict[str, DistillationTeacher]]:
             inputs = _inputs(recipe, teacher, given, text) | {REVISIONS: revisions}
@@ -188,7 +190,7 @@ def refuse_test_alone(data: DataSettings) -> None:
         )
 
 
-def needed_text(recipe: Recipe) -> Needed:
+def needed_text(recipe: Recipe, teacher: Architecture) -> Needed:
     """How much text a run needs, whatever it runs on: its largest budget, what is measured, and
     what is held out.
 
@@ -196,7 +198,7 @@ def needed_text(recipe: Recipe) -> Needed:
         UserError: the text is for the test alone.
     """
     refuse_test_alone(recipe.data)
-    search, pretrain = recipe.search, recipe.pretrain
+    search, pretrain = recipe.search.for_teacher(teacher), recipe.pretrain
     finals = search.finalists
     train = [
         LEAST_TRAINING_TOKENS,

@@ -44,7 +44,7 @@ from headstart.runs.extraction import extract_found
 from headstart.runs.folder import locked_by_main, pin_corrected
 from headstart.runs.result import Compared, result_of
 from headstart.runs.revisions import at_commits, find_revisions
-from headstart.runs.run import Run, needed_text, open_run
+from headstart.runs.run import Run, in_tokens, needed_text, open_run
 from headstart.runs.shapes import arm_shapes
 from headstart.runs.teachers import checked_teachers, trimmed_alike
 from headstart.runs.trimming import vocabulary_sizes
@@ -106,24 +106,27 @@ def calibration_of(run: Run, spec: SubnetSpec) -> Calibration:
 def extract_stage(run: Run) -> Checkpoint:
     """Cut out what the search has found, unless that is done."""
     folder = run.folder / "student"
+    # A slice is cut by the main process, a refit by all.
+    together = run.recipe.search.init != "slice"
 
-    def extract() -> Checkpoint:
-        if not folder.exists():
-            extract_found(
-                run.teacher,
-                run.folder / "search.json",
-                folder,
-                init=run.recipe.search.init,
-                calibration_blocks=_calibration_blocks(run),
-                provenance={
-                    "teacher_name": teacher_name(run.recipe.teacher),
-                    "teacher_commit": run.revisions.get(run.recipe.teacher, ""),
-                    "recipe": recipe_to_dict(run.recipe),
-                },
-            )
-        return Checkpoint.open(folder)
+    def extract() -> None:
+        extract_found(
+            run.teacher,
+            run.folder / "search.json",
+            folder,
+            init=run.recipe.search.init,
+            calibration_blocks=_calibration_blocks(run),
+            provenance={
+                "teacher_name": teacher_name(run.recipe.teacher),
+                "teacher_commit": run.revisions.get(run.recipe.teacher, ""),
+                "recipe": recipe_to_dict(run.recipe),
+            },
+            together=together,
+        )
 
-    return from_main(extract)
+    if not from_main(folder.exists):
+        extract() if together else from_main(extract)
+    return from_main(lambda: Checkpoint.open(folder))
 
 
 def pretrain_stage(run: Run, student: Checkpoint, baselines: Baselines) -> dict[str, Any]:
@@ -149,7 +152,8 @@ def train_stage(run: Run, arm: Arm, inputs: ArmInputs) -> None:
     folder = run.folder / "arms" / arm.name
     with locked_by_main(folder):
         if not from_main(lambda: are_trained(arm, run.recipe.pretrain, folder)):
-            write_caches(run.teachers, run.text, [arm])
+            pretrain, train = run.recipe.pretrain, run.recipe.train
+            write_caches(run.teachers, run.text, pretrain, train, [arm], reads_along=True)
         run_variants(arm, inputs, folder)
 
 
@@ -248,11 +252,12 @@ def baselines_of(run: Run) -> Baselines:
             token, or too short a context.
     """
     names, pinned = run.recipe.pretrain.baselines, run.pinned
+    needed = needed_text(run.recipe, run.teacher.architecture)
     found = []
     for name, model in zip(names, pinned.pretrain.baselines, strict=True):
         baseline = Checkpoint.open(model)
         baseline.architecture.check_context(pinned.data.block_length)
-        text = prepare(pinned.data, baseline.folder, needed=needed_text(run.recipe))
+        text = prepare(pinned.data, baseline.folder, needed=needed)
         check_vocabulary(text, baseline.architecture.config.vocab_size)
         found.append((name, baseline, text))
     return found
@@ -375,7 +380,8 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
             corrected = corrected_teacher(recipe, teachers[""].checkpoint, text)
             teachers = {**teachers, "": DistillationTeacher(corrected)}
         from_main(lambda: check_caches(teachers, text, arms))
-        return write_caches(teachers, text, arms)
+        pretrain = in_tokens(recipe.pretrain, text.bytes_per_token("validation"))
+        return write_caches(teachers, text, pretrain, recipe.train, arms)
 
 
 def _teachers_and_text(recipe: Recipe, reads_weights: bool) -> tuple[Teachers, TokenBlocks]:
@@ -399,7 +405,8 @@ def _teachers_and_text(recipe: Recipe, reads_weights: bool) -> tuple[Teachers, T
     with process_group():
         teachers, data = from_main(found)
         teacher = teachers[""].checkpoint
-        text = prepare(data, teacher.folder, needed=needed_text(recipe))
+        needed = needed_text(recipe, teacher.architecture)
+        text = prepare(data, teacher.folder, needed=needed)
         from_main(lambda: check_vocabulary(text, teacher.architecture.config.vocab_size))
         return teachers, text
 

@@ -45,6 +45,7 @@ class SearchPlan:
         num_shapes: shapes in the bin; layers that may differ count by their sums.
         ranges: axis -> smallest and largest size among sampled candidates.
         parameters: the least, the median and the greatest among them.
+        calibration_tokens: of training text, for orders and for what `init` needs.
         num_candidates: that would be scored.
         tokens: that scoring them reads at least (all but the elites drop out at the first rung),
             and at most (none drops out).
@@ -59,6 +60,7 @@ class SearchPlan:
     num_shapes: int
     ranges: dict[str, tuple[int, int]]
     parameters: tuple[int, int, int]
+    calibration_tokens: int
     num_candidates: int
     tokens: tuple[int, int]
     flops: tuple[int, int]
@@ -77,6 +79,7 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
     Raises:
         UserError: the bin or grid is malformed, or no candidate can meet the bin.
     """
+    settings = settings.for_teacher(teacher)
     space = space_of(teacher, settings, context_length)
     teacher = cut_architecture(teacher, settings.init)
     bin, evolution = settings.bin.resolve(context_length), settings.evolution
@@ -129,6 +132,7 @@ def plan_search(teacher: Architecture, settings: SearchSettings, context_length:
         num_shapes=space.rows.num_shapes(),
         ranges=ranges,
         parameters=(counts[0], counts[len(counts) // 2], counts[-1]),
+        calibration_tokens=settings.calibration_tokens,
         num_candidates=num_candidates,
         tokens=tokens,
         flops=(calibration + least_flops, calibration + most_flops),
@@ -189,6 +193,7 @@ def plan_table(plan: SearchPlan, title: str) -> Table:
         table.add_row(f"{axis} of {NUM_SAMPLES} samples", span(ends))
     least, median, most = plan.parameters
     table.add_row("parameters of the same", f"{least:,} to {most:,}, median {median:,}")
+    table.add_row("tokens of calibration", f"{plan.calibration_tokens:,}")
     table.add_row("candidates", f"{plan.num_candidates:,}")
     table.add_row("tokens scored", span(plan.tokens))
     table.add_row("FLOPs, calibration included", span(plan.flops))

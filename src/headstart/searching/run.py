@@ -90,7 +90,8 @@ def search_bins(
     with process_group():
         identity = {"teacher_hash": teacher.hash, "data": blocks.manifest["fingerprint"]}
         loaded: SearchedTeacher | None = None
-        for folder, settings in searches.items():
+        for folder, given in searches.items():
+            settings = given.for_teacher(teacher.architecture)
             outcome: dict[str, Any] | None = from_main(partial(read_json, folder / "search.json"))
             orders = kept_orders(folder)
             if outcome is not None and orders is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from headstart.calibration.start import ROTATED, Init
+from headstart.calibration.start import ROTATED, Init, calibration_tokens
+from headstart.model.architecture import Architecture
 from headstart.searching.bins import BinSettings
 from headstart.searching.evolution import EvolutionSettings
 from headstart.searching.finalists import FinalistSettings
@@ -40,7 +41,8 @@ class SearchSettings:
         racing: token budgets on which poor candidates are dropped early.
         finalists: the last round, which decides among the best.
         tokens: held-out tokens on which candidates are scored.
-        calibration_tokens: training tokens of the importance pass, and of what `init` needs.
+        calibration_tokens: training tokens of the importance pass, and of what `init` needs; 0 for
+            as many as suit the teacher.
         batch_size: blocks per forward pass; 0 for as many as fit.
     """
 
@@ -59,8 +61,13 @@ class SearchSettings:
     racing: RacingSettings = field(default_factory=RacingSettings)
     finalists: FinalistSettings = field(default_factory=FinalistSettings)
     tokens: int = 4096
-    calibration_tokens: int = 32_768
+    calibration_tokens: int = 0
     batch_size: int = 0
+
+    def for_teacher(self, teacher: Architecture) -> SearchSettings:
+        """The same with `calibration_tokens` that suit a teacher, unless they are given."""
+        tokens = self.calibration_tokens or calibration_tokens(teacher, self.init)
+        return replace(self, calibration_tokens=tokens)
 
     @property
     def is_measured(self) -> bool:
@@ -78,7 +85,7 @@ class SearchSettings:
         return self.calibration_tokens if self.is_measured else self.finalists.calibration_tokens
 
     def __post_init__(self) -> None:
-        least = {"tokens": 1, "calibration_tokens": 1, "refit_tokens": 1, "batch_size": 0}
+        least = {"tokens": 1, "calibration_tokens": 0, "refit_tokens": 1, "batch_size": 0}
         check_least(self, "search.", **least)
         if not 0 <= self.unit_noise <= 1:
             raise UserError(f"search.unit_noise is {self.unit_noise}; it must be in [0, 1]")

@@ -20,7 +20,6 @@ from headstart.searching.fitness import (
 from headstart.searching.orders import measure_orders, measured_kinds
 from headstart.searching.settings import SearchSettings
 from headstart.system.device import default_device, load_frozen
-from headstart.system.distributed import from_main
 from headstart.text.blocks import TokenBlocks
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class SearchedTeacher:
     Attributes:
         whole: its checkpoint.
         source: what candidates are cut out of: the checkpoint, or that of a rotated teacher.
-        model: of the source, with units in the places of their ranks.
+        model: of the source; with units in the places of their ranks, if candidates are slices.
         orders: what ranks mean in the source's own numbering.
         fitness: scores candidates.
         calibration_flops: of all this, whether or not it was remembered.
@@ -65,7 +64,7 @@ class SearchedTeacher:
         source = Calibration(whole)
         if settings.is_measured:
             tokens = blocks.sample("train", settings.calibration_tokens)
-            source = from_main(lambda: calibrate(whole, settings.init, tokens))
+            source = calibrate(whole, settings.init, tokens, together=True)
         # As it is on disk: loading may change its precision, which bins in bytes read.
         architecture = source.teacher.architecture
         model = load_frozen(source.teacher.folder, default_device())
@@ -77,10 +76,13 @@ class SearchedTeacher:
         )
         is_refitted = settings.scored_as == "refitted"
         kind = DivergenceFromTeacher if settings.fitness == "kl" else HeldOutLoss
+        # Slices of a teacher in order are views, but writing it ends that processes share its
+        # files' memory. What is refitted is a copy anyway.
+        places = orders if is_refitted else put_in_order(state_of(model), architecture, orders)
         fitness = kind(
             model=model,
             teacher=architecture,
-            orders=put_in_order(state_of(model), architecture, orders),
+            orders=places,
             blocks=held_out.to(model.device),
             batch_size=batch_size,
             refit_blocks=blocks.sample("train", settings.refit_tokens) if is_refitted else None,

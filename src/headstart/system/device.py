@@ -71,6 +71,10 @@ def release_memory() -> None:
 def load_frozen(folder: Path, device: torch.device, stays: bool = False) -> PreTrainedModel:
     """A model for inference only: eval mode, no gradients, bfloat16 where that is fast.
 
+    A GPU gets one tensor after the other from the mapped files, so that the CPU's memory never
+    holds all. On a CPU the parameters are the mapped files themselves where these have the
+    precision already, and processes share them for as long as nobody writes to them.
+
     Args:
         folder: of its checkpoint.
         device: where it will run.
@@ -79,6 +83,8 @@ def load_frozen(folder: Path, device: torch.device, stays: bool = False) -> PreT
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.eval().requires_grad_(False)
-    return model if stays else model.to(device)
+    place = None if stays or device.type == "cpu" else {"": device}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map=place
+    )
+    return model.eval().requires_grad_(False)

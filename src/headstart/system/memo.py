@@ -10,12 +10,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
+from headstart.system.distributed import barrier, from_main, is_main
 from headstart.system.files import cache_root, finished_folder, remove_abandoned, write_json
 from headstart.system.hashing import hash_json
 from headstart.system.locks import locked
@@ -77,28 +78,65 @@ def remembered(
 
     Processes that want the same at once wait for the one that makes it.
     """
-    folder = cache_root() / kind / hash_json([version, key])
+    with ExitStack() as stack:
+        unfinished = _begun(kind, version, key, read, stack)
+        if unfinished is not None:
+            make(unfinished)
+            write_json(unfinished / "key.json", {"version": version, "key": key})
+    return read(_place(kind, version, key))
+
+
+def remembered_together(
+    kind: str,
+    version: int,
+    key: Any,
+    make: Callable[[Path], None],
+    read: Callable[[Path], Value],
+) -> Value:
+    """`remembered`, for processes under torchrun that all call it at once, and make it together.
+
+    The main one finds out whether it is there; `make` writes on that one alone.
+    """
+    with ExitStack() as stack:
+        unfinished = from_main(lambda: _begun(kind, version, key, read, stack))
+        if unfinished is not None:
+            make(unfinished)
+            if is_main():
+                write_json(unfinished / "key.json", {"version": version, "key": key})
+    barrier()
+    return read(_place(kind, version, key))
+
+
+def _place(kind: str, version: int, key: Any) -> Path:
+    return cache_root() / kind / hash_json([version, key])
+
+
+def _begun(
+    kind: str, version: int, key: Any, read: Callable[[Path], Any], stack: ExitStack
+) -> Path | None:
+    """A folder to make something in, which takes its place when the stack is left and is locked
+    until then; None if it is there already."""
+    folder = _place(kind, version, key)
     remove_abandoned(folder.parent)
 
-    def found() -> Value | None:
+    def is_found() -> bool:
         if not folder.is_dir():
-            return None
+            return False
         try:
-            return read(folder)
+            return read(folder) is not None
         except (OSError, ValueError, SafetensorError):
-            return None
-
-    if (value := found()) is not None:
-        return value
+            return False
 
     def wait(owner: str) -> None:
         console.print(f"{owner} makes the same {kind}; waiting for it")
 
-    with locked(cache_root() / LOCKS / f"{kind}-{folder.name}", wait):
-        if (value := found()) is not None:  # somebody has made it meanwhile
-            return value
+    if is_found():
+        return None
+    with ExitStack() as entered:
+        entered.enter_context(locked(cache_root() / LOCKS / f"{kind}-{folder.name}", wait))
+        if is_found():  # somebody has made it meanwhile
+            return None
         shutil.rmtree(folder, ignore_errors=True)
-        with finished_folder(folder) as unfinished:
-            make(unfinished)
-            write_json(unfinished / "key.json", {"version": version, "key": key})
-    return read(folder)
+        unfinished = entered.enter_context(finished_folder(folder))
+        stack.push(entered.pop_all())
+        return unfinished

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt
+from jaxtyping import Int, Int64, UInt
 from torch import Tensor
 
 from headstart.system.errors import UserError
@@ -110,34 +110,32 @@ class BlockDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Args:
         blocks: Token ids, such as `TokenBlocks.split` gives.
-        num_blocks: Keep the first so many; all when None.
+        order: The place of each item's block among them; every block once, in its place, when None.
         separator: The token after which positions begin anew, and attention with them; items then
             have "position_ids" too.
-
-    Raises:
-        UserError: Fewer blocks exist than were asked for.
     """
 
     def __init__(
         self,
         blocks: UInt[np.ndarray, "num_blocks block_length"] | MixedBlocks,
-        num_blocks: int | None = None,
+        order: Int64[np.ndarray, " items"] | None = None,
         separator: int | None = None,
     ) -> None:
-        if num_blocks is not None and not 0 < num_blocks <= len(blocks):
-            raise UserError(
-                f"num_blocks is {num_blocks} but the split holds {len(blocks)} blocks: "
-                f"ask for 1 to {len(blocks)}, or give more text"
-            )
-        self.blocks, self.separator = blocks, separator
-        self.num_blocks = len(blocks) if num_blocks is None else num_blocks
+        self.blocks, self.order, self.separator = blocks, order, separator
 
     def __len__(self) -> int:
-        return self.num_blocks
+        return len(self.blocks if self.order is None else self.order)
+
+    def block(self, index: int) -> UInt[np.ndarray, " block_length"]:
+        """The block of an item."""
+        block: UInt[np.ndarray, " block_length"] = self.blocks[
+            index if self.order is None else int(self.order[index])
+        ]
+        return block
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One block, int64 [block_length]; labels are the ids, as the shift is the loss's job."""
-        token_ids = torch.from_numpy(self.blocks[index].astype(np.int64))
+        token_ids = torch.from_numpy(self.block(index).astype(np.int64))
         item = {"input_ids": token_ids, "labels": token_ids}
         if self.separator is not None:
             item["position_ids"] = document_positions(token_ids, self.separator)

@@ -28,9 +28,10 @@ from headstart.training.arguments import (
     tokens_per_step,
     training_arguments,
 )
-from headstart.training.budgets import Budget, KeepBranches, begin_branch, budgets_of
+from headstart.training.budgets import Budget, KeepBranches, begin_branch
 from headstart.training.cache import CachedBlocks, CacheIdentity, TeacherCache
 from headstart.training.checkpointing import choose_checkpointing
+from headstart.training.order import arm_budgets, order_seed, training_order
 from headstart.training.settings import STUDENT, Arm, PretrainSettings
 from headstart.training.teacher import DistillationTeacher, Teacher, load_teacher
 
@@ -111,7 +112,9 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
             teacher of another vocabulary or from a cache of another teacher or text; there is
             less text than one step takes; or the budgets do not fit, see `budgets_of`.
     """
-    file, budgets = folder / "arm.json", arm_budgets(arm, inputs, folder)
+    file = folder / "arm.json"
+    split = inputs.blocks.split("train")
+    budgets = arm_budgets(arm, inputs.settings, inputs.train, split.shape[1])
     folders = [folder / f"budget-{tokens}" for tokens in inputs.settings.budget_tokens[:-1]]
     branches = dict(zip(folders, budgets[:-1], strict=True))
     result: dict[str, Any] | None = from_main(lambda: read_json(file))
@@ -158,15 +161,6 @@ def _run_budget(
     }
     reached = {key: result[key] for key in ("tokens", "seconds")}
     return result, {**reached, "validation_loss": curve["curve"][-1]["loss"], **after}
-
-
-def arm_budgets(arm: Arm, inputs: ArmInputs, folder: Path) -> list[Budget]:
-    """Every budget of an arm in its own steps, ascending; errors as `budgets_of`."""
-    arguments = training_arguments(inputs.train, arm, folder)
-    block_length = inputs.blocks.split("train").shape[1]
-    step_tokens = tokens_per_step(arguments, block_length)
-    train = {**inputs.train, **arm.train}
-    return budgets_of(inputs.settings, step_tokens, arguments.warmup_steps, train)
 
 
 def _schedule(
@@ -286,16 +280,15 @@ def _step_reporter(advance: Callable[..., None], step_tokens: int) -> Callable[[
 def _train_dataset(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> Any:
     """The training blocks, with the teacher's outputs if the arm has a cache of them."""
     split = inputs.blocks.split("train")
-    # Whole steps only: at an epoch's end the Trainer would take a shorter one.
-    blocks_per_step = schedule.step_tokens // split.shape[1]
-    num_blocks = split.size // schedule.step_tokens * blocks_per_step
-    dataset = BlockDataset(split, num_blocks, inputs.blocks.separator)
+    num_reads = schedule.num_steps * schedule.step_tokens // split.shape[1]
+    order = training_order(len(split), num_reads, order_seed(schedule.arguments))
+    dataset = BlockDataset(split, order, inputs.blocks.separator)
     if not (arm.kd and arm.kd.cache):
         return dataset
     schedule.arguments.remove_unused_columns = False
     teacher = inputs.teacher_of(arm)
     identity = CacheIdentity.of(
-        arm.kd, teacher.checkpoint.hash, inputs.blocks.fingerprint, teacher.shared_rows
+        arm.kd, teacher.checkpoint.hash, inputs.blocks.separator, teacher.shared_rows
     )
     return CachedBlocks(dataset, TeacherCache(arm.kd.cache, identity))
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -105,6 +106,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(ProgressCallback)
         self.add_callback(EvaluateAt(evaluation_steps))
         self.add_callback(ReportStep(on_step))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(
+            self.train_dataset if train_dataset is None else train_dataset
+        )  # which is in order
 
     def compute_loss(
         self,
