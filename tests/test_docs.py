@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def test_recipe_page_lists_every_key() -> None:
     page = (ROOT / "docs" / "recipe.md").read_text()
     hints = get_type_hints(Recipe)
-    for section in ("data", "search", "pretrain"):
+    for section in ("data", "teacher_correction", "search", "pretrain"):
         text = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
         for field in dataclasses.fields(hints[section]):
             assert re.search(rf"`{field.name}[.`]", text), f"{section}.{field.name}"
@@ -37,6 +37,7 @@ def test_recipe_page_has_the_defaults() -> None:
     recipe = Recipe(teacher="t", output="o")
     for section, prefix, settings in (
         ("data", "", recipe.data),
+        ("teacher_correction", "", recipe.teacher_correction),
         ("search", "", recipe.search),
         ("search", "evolution.", recipe.search.evolution),
         ("search", "racing.", recipe.search.racing),

@@ -14,6 +14,7 @@ split and packed; its source is the text itself.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,9 +41,16 @@ from headstart.searching.bins import Bin, BinSettings
 from headstart.searching.settings import SearchSettings
 from headstart.system.distributed import from_main
 from headstart.system.errors import UserError
-from headstart.system.files import remove_abandoned, scratch_prefix, write_json, write_whole
+from headstart.system.files import (
+    finished_folder,
+    refuse_taken,
+    remove_abandoned,
+    scratch_prefix,
+    write_json,
+    write_whole,
+)
 from headstart.text.settings import DataSettings, VocabularySettings
-from headstart.training.settings import Arm, PretrainSettings
+from headstart.training.settings import Arm, CorrectionSettings, PretrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -170,6 +178,46 @@ def trim(
     with tempfile.TemporaryDirectory() as folder:
         path = _folder(teacher, tokenizer, Path(folder) / "model")
         return trimming.trim(path, settings, _data(text, Path(folder), data), Path(output))
+
+
+def correct(
+    teacher: Model,
+    text: Text,
+    correction: int | CorrectionSettings,
+    output: str | Path,
+    train: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: DataSettings | None = None,
+) -> Path:
+    """Tune a teacher on a text, before it is searched and learnt from.
+
+    The folder is an ordinary checkpoint with its tokenizer. What this cost is charged to every arm
+    that begins from it or learns from it. The same call goes on where an earlier one stopped.
+
+    Args:
+        teacher: of a family that headstart knows.
+        text: to train on.
+        correction: how many tokens, or settings that say at which rates too.
+        output: folder to write; must not exist yet.
+        train: passed to transformers' TrainingArguments.
+
+    Raises:
+        UserError: something does not fit, with the mend.
+    """
+    settings = CorrectionSettings(correction) if isinstance(correction, int) else correction
+    from_main(lambda: refuse_taken(Path(output)))
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe(
+            teacher=str(_folder(teacher, tokenizer, Path(folder) / "model")),
+            output=str(output),
+            data=_data(text, Path(folder), data),
+            teacher_correction=settings,
+            train=train or {},
+        )
+        corrected = stages.run_correct(recipe).folder
+    with finished_folder(Path(output)) as unfinished:
+        shutil.copytree(corrected, unfinished, dirs_exist_ok=True)
+    return Path(output)
 
 
 def pretrain(
@@ -327,7 +375,7 @@ def _data(text: Text, folder: Path, data: DataSettings | None) -> DataSettings:
 
 
 __all__ = [
-    "Arm", "Bin", "Count", "DataSettings", "DistillationSettings", "Found", "PretrainSettings",
-    "SearchSettings", "SubnetSpec", "UserError", "VocabularySettings", "count", "evaluate",
-    "extract", "pretrain", "search", "trim",
+    "Arm", "Bin", "CorrectionSettings", "Count", "DataSettings", "DistillationSettings", "Found",
+    "PretrainSettings", "SearchSettings", "SubnetSpec", "UserError", "VocabularySettings",
+    "correct", "count", "evaluate", "extract", "pretrain", "search", "trim",
 ]  # fmt: skip

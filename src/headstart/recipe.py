@@ -14,7 +14,7 @@ from headstart.searching.settings import SearchSettings
 from headstart.system.errors import UserError
 from headstart.system.settings import settings_from_tree, tree_of
 from headstart.text.settings import DataSettings, VocabularySettings
-from headstart.training.settings import PretrainSettings
+from headstart.training.settings import CorrectionSettings, PretrainSettings
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Recipe:
         student: a folder that was extracted before; empty searches for one and extracts it.
         data: the text.
         vocabulary: what is left of the teacher's, before all else.
+        teacher_correction: how the teacher is tuned on the text, before it is searched.
         search: space, bin and evolution.
         pretrain: token budget and arms.
         train: passed verbatim to transformers.TrainingArguments.
@@ -37,6 +38,7 @@ class Recipe:
     student: str = ""
     data: DataSettings = field(default_factory=DataSettings)
     vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
+    teacher_correction: CorrectionSettings = field(default_factory=CorrectionSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     train: dict[str, Any] = field(default_factory=dict)

@@ -55,6 +55,16 @@ def test_a_new_run_looks_up_every_name_once(looked_up: list[str], tmp_path: Path
     assert pinned.pretrain.baselines == (f"org/teacher@{FIRST}",)
 
 
+def test_teachers_of_arms_are_looked_up_and_pinned(looked_up: list[str], tmp_path: Path) -> None:
+    arms = [{"name": "a", "kd": {"teacher": "org/large"}}, {"name": "b", "kd": {}}, {"name": "c"}]
+    asked = recipe(tmp_path, pretrain={"arms": arms})
+    found = find_revisions(asked)
+    assert found["org/large"] == FIRST and looked_up.count("org/large") == 1
+    pinned = at_commits(asked, found).pretrain
+    assert pinned.teachers == (f"org/large@{FIRST}",)
+    assert [arm.kd and arm.kd.teacher for arm in pinned.arms] == [f"org/large@{FIRST}", "", None]
+
+
 def test_a_begun_run_looks_up_nothing(looked_up: list[str], tmp_path: Path) -> None:
     names = ("org/data:20231101.en", "org/small@v1", "org/teacher", "org/teacher@v1")
     kept = dict.fromkeys(names, SECOND)

@@ -213,6 +213,7 @@ def test_the_plan_is_of_each_arms_teacher(tree: dict[str, Any], larger: Path) ->
     assert flops == tokens * inference_flops(LAYERS, ROWS)
 
 
+@pytest.mark.exhaustive
 def test_the_example_recipe(tree: dict[str, Any], larger: Path, tmp_path: Path) -> None:
     """With small models in the places of those that it names."""
     example = recipe_to_dict(load_recipe(shipped("larger_teacher.yaml")))

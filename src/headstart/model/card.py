@@ -111,8 +111,10 @@ def training_note(arm: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         if kd
         else "cross-entropy alone"
     )
+    tuned = result["teacher"].get("correction")
+    tuning = f"- teacher tuned before on {tuned['tokens']:,} tokens of text\n" if tuned else ""
     return (
-        f"- text: {', '.join(f'`{source}`' for source in sources)}\n"
+        f"{tuning}- text: {', '.join(f'`{source}`' for source in sources)}\n"
         f"- tokens: {arm['tokens']:,}, begun from {start}\n"
         f"- loss trained on: {distilled}; learning rate {arm['learning_rate']:g}\n"
         f"- test loss: {arm['loss_before']:.4f} before, {arm['loss_final']:.4f} after "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from headstart.model.weights import (
     weight_files,
 )
 from headstart.system.errors import UserError
+from headstart.system.files import read_json
 from headstart.system.hashing import hash_files
 from headstart.system.hub import HubName
 from headstart.system.memo import remembered_of_files
@@ -40,6 +41,8 @@ TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "generation_config.json",
 )  # fmt: skip
+CORRECTION = "correction.json"
+"""In the folder of a teacher that was tuned before it was cut: what that took and gave."""
 FILES_VERSION = 1
 """Of how weights are hashed and looked through; raise it when either changes."""
 EMBEDDING = "vocab embed"
@@ -81,6 +84,17 @@ class Checkpoint:
     def files(self) -> dict[str, Path]:
         """Tensor name -> the file that holds it; errors as in `tensor_files`."""
         return tensor_files(self.folder)
+
+    @cached_property
+    def correction(self) -> dict[str, Any] | None:
+        """What its `correction.json` says of how it was tuned on a run's own text, if it was."""
+        found: dict[str, Any] | None = read_json(self.folder / CORRECTION)
+        return found
+
+    @property
+    def correction_flops(self) -> int:
+        """Of that tuning; 0 for a model as it came."""
+        return int(self.correction["flops"]) if self.correction else 0
 
     def check(self) -> None:
         """Find out whether the weights are those that the config says, and finite numbers.

@@ -16,7 +16,10 @@ from headstart.system.errors import UserError
 Indices = tuple[int, ...]
 
 SEARCH_COSTS = ("calibration_flops", "search_flops", "search_tokens", "search_seconds")
-ORIGIN_KEYS = (*SEARCH_COSTS, "loss", "parameters", "bin", "init", "scored_as", "teacher_hash")
+ORIGIN_KEYS = (
+    *SEARCH_COSTS, "correction_flops", "loss", "parameters", "bin", "init", "scored_as",
+    "teacher_hash",
+)  # fmt: skip
 """Of `search.json`, what travels with a spec: what it cost, and what it was worth untrained."""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from headstart.model.architecture import Architecture
 from headstart.model.axes import dimensions_of
 from headstart.model.card import CARD
-from headstart.model.checkpoint import Checkpoint, copy_files, write_checkpoint
+from headstart.model.checkpoint import CORRECTION, Checkpoint, copy_files, write_checkpoint
 from headstart.model.families import DROPPED
 from headstart.system.errors import UserError
 from headstart.system.files import write_json
@@ -27,7 +27,7 @@ WHOLE_TOKENIZER = "tokenizer_whole.json"
 """The teacher's tokenizer.json, by which llama.cpp's converter knows how texts are cut to words."""
 KEPT = "vocabulary.json"
 """The teacher's ids of the rows that are left, in a trimmed folder."""
-COPIED = (CARD, "chat_template*", "special_tokens_map.json")
+COPIED = (CARD, CORRECTION, "chat_template*", "special_tokens_map.json")
 NEEDED_ID_KEYS = ("_token_id", "_token_ids")
 """How keys of configs end that hold ids without which a model means something else."""
 ID_KEYS = (*NEEDED_ID_KEYS, "suppress_tokens")

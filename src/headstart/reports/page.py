@@ -201,13 +201,17 @@ def _costs(result: Result) -> dict[str, Any]:
         "validation split": f"{budget['validation_tokens']:,} tokens",
         "test split": f"{budget['test_tokens']:,} tokens",
     }
+    if correction := costs.get("correction_flops"):
+        facts = {"teacher's correction": f"{flops_text(correction)} FLOPs", **facts}
     totals = [
         Row(arm["name"], [f"{flops_text(arm['curve'][-1]['flops'])} FLOPs"], colours[arm["name"]])
         for arm in arms
         if arm["curve"]
     ]
-    parts = ("calibration", "search", "training", "teacher", "evaluation")
     ledgers = {arm["name"]: arm["flops"] for arm in arms if "flops" in arm}
+    parts: tuple[str, ...] = ("calibration", "search", "training", "teacher", "evaluation")
+    if any(ledger.get("correction") for ledger in ledgers.values()):
+        parts = ("correction", *parts)
     return {
         "rows": [*(Row(name, [amount]) for name, amount in facts.items()), *totals],
         "parts_columns": ("FLOPs", *parts),

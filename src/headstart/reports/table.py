@@ -351,6 +351,8 @@ def cost_sentence(result: Result) -> str:
     counted = (
         "Counting the search" if result["costs"]["search_flops"] else "With no search to count"
     )
+    if best.get("flops", {}).get("correction"):
+        counted += ", and with the teacher's correction"
     if factor >= 1:
         bound = "at least " if best["is_bound"] else ""
         return f"{counted}, it needs {bound}{factor_text(factor)} fewer FLOPs."

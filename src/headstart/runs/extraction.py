@@ -83,6 +83,7 @@ def extract_found(
                 **origin_of(spec, source),
                 "teacher": str(teacher.folder),
                 "teacher_hash": teacher.hash,
+                "correction_flops": teacher.correction_flops,
                 "teacher_licence": licence_of(teacher.folder),
             },
             on_tensor=advance,

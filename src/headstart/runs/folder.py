@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,32 @@ def pin_inputs(folder: Path, inputs: dict[str, Any]) -> None:
                 f"the {name} has changed since {folder} was begun; restore it or choose "
                 "another --output"
             )
-    write_json(kept, inputs)
+    write_json(kept, {**(before or {}), **inputs})
+
+
+CORRECTED = "corrected teacher"
+"""The entry of inputs.json that keeps the hash of the teacher after its correction, once that is
+done."""
+
+
+def pin_corrected(folders: Sequence[Path], teacher_hash: str) -> None:
+    """Write which corrected teacher a run reads, or hold it against the one it was begun with.
+
+    Args:
+        folders: of the run, and of each of its bins.
+        teacher_hash: of the corrected teacher.
+
+    Raises:
+        UserError: it is another one: the cache was removed, and training gave other weights.
+    """
+    for folder in folders:
+        before = read_json(folder / "inputs.json") or {}
+        if before.get(CORRECTED, teacher_hash) != teacher_hash:
+            raise UserError(
+                f"the {CORRECTED} has changed since {folder} was begun; restore it to the cache or "
+                "choose another --output"
+            )
+        write_json(folder / "inputs.json", {**before, CORRECTED: teacher_hash})
 
 
 @contextmanager

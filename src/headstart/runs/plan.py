@@ -15,6 +15,7 @@ from headstart.calibration.start import cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.recipe import Recipe
 from headstart.runs.caches import cached_distillation
+from headstart.runs.correction import check_correction, correction_recipe
 from headstart.runs.run import bin_recipes, in_tokens, needed_text
 from headstart.runs.teachers import planned_teachers
 from headstart.searching.candidate import Orders
@@ -43,6 +44,11 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     teachers, block_length = planned_teachers(recipe), recipe.data.block_length
     teacher = teachers[""]
     output.print(text_table(planned_text(recipe, teachers)))
+    if correction := plan_correction(recipe, teacher, hardware):
+        title = "the teacher, tuned on the text"
+        output.print(arms_table([correction], hardware, title, is_of_teacher=True))
+        for sentence in misfits([correction], hardware, "a smaller teacher"):
+            output.print(sentence)
     print_search_plans(recipe, teacher)
     plans = []
     for of_bin in bin_recipes(recipe):
@@ -167,6 +173,16 @@ def _plan_of(
     teacher = teachers[arm.kd.teacher if arm.kd else ""]
     runs = len(variants_of(arm, recipe.pretrain.seeds))
     return plan_arm(arm, tokens, teacher, student, setup, hardware, runs)
+
+
+def plan_correction(recipe: Recipe, teacher: Architecture, hardware: Hardware) -> ArmPlan | None:
+    """The plan of tuning the teacher; None if the recipe does not ask for it."""
+    if not recipe.teacher_correction.tokens:
+        return None
+    check_correction(recipe, hardware.gpus)
+    asked = correction_recipe(recipe)
+    (arm,) = asked.pretrain.arms
+    return _plan_of(arm, asked, teacher, teacher, {"": teacher}, hardware)
 
 
 def print_search_plans(recipe: Recipe, teacher: Architecture) -> list[SearchPlan]:

@@ -106,6 +106,7 @@ def result_of(
             "loss": teacher_loss,
             "bits_per_byte": bits_per_byte(teacher_loss, inputs.blocks.bytes_per_token("test")),
             "sizes": teacher.sizes,
+            "correction": inputs.teacher.correction,
         },
         "student": {
             "parameters": student_count.parameters,
@@ -125,6 +126,7 @@ def result_of(
         },
         "costs": {
             **costs,
+            "correction_flops": inputs.teacher.correction_flops,
             "teacher_flops_per_token": teacher_count.inference_flops_per_token,
         },
         "baselines": baselines,
@@ -180,6 +182,19 @@ def _arm_entry(
     }
 
 
+def correction_flops(arm: Arm, inputs: ArmInputs) -> int:
+    """Of tuning the models that an arm's weights were cut out of and that it learns from, each
+    once."""
+    paid = dict[str, int]()
+    if arm.init == "subnet":
+        origin = read_json(inputs.student.folder / "subnet.json") or {}
+        paid[origin.get("teacher_hash", "")] = origin.get("correction_flops", 0)
+    if arm.kd:
+        teacher = inputs.teacher_of(arm).checkpoint
+        paid[teacher.hash] = teacher.correction_flops
+    return sum(paid.values())
+
+
 def charged(
     arm: Arm, trained: Mapping[str, Any], inputs: ArmInputs, costs: Mapping[str, float]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
@@ -201,6 +216,8 @@ def charged(
     teacher = inputs.teacher_of(arm).checkpoint.architecture.count(block_length)
     is_cut = arm.init == "subnet"
     calibration, search = (costs[key] if is_cut else 0 for key in COSTS_UPFRONT)
+    correction = correction_flops(arm, inputs)
+    upfront = correction + calibration + search
 
     def asking(tokens: int) -> float:
         if not arm.kd:
@@ -212,11 +229,12 @@ def charged(
 
     def spent(point: Mapping[str, Any]) -> dict[str, Any]:
         training = point["tokens"] * model.training_flops_per_token
-        return {**point, "flops": calibration + search + training + asking(point["tokens"])}
+        return {**point, "flops": upfront + training + asking(point["tokens"])}
 
     curve, budgets = ([*map(spent, trained[key])] for key in ("curve", "budgets"))
     evaluated = len(curve) * trained["validation_tokens"] + 2 * trained["test_tokens"]
     ledger = {
+        "correction": correction,
         "calibration": calibration,
         "search": search,
         "training": trained["tokens"] * model.training_flops_per_token,

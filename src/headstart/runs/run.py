@@ -3,7 +3,7 @@
 A run folder holds:
 
     recipe.yaml               what the run is; another recipe is refused
-    inputs.json               hashes of text, teacher and given student, which may not change, and
+    inputs.json               hashes of text, teachers and given student, which may not change, and
                               commits of what is on the hub
     orders.json               what the ranks of the search mean
     search.jsonl, search.json the journal of the search and its outcome
@@ -30,6 +30,7 @@ from typing import NamedTuple
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import Recipe
+from headstart.runs.correction import check_correction, trainings_of
 from headstart.runs.folder import REVISIONS, check_run_folder, locked, pin_inputs, pin_recipe
 from headstart.runs.revisions import at_commits, find_revisions
 from headstart.runs.shapes import arm_shapes
@@ -68,7 +69,8 @@ class Run:
         recipe: of a single bin, unless the run has several; with the budget in tokens, and the
             tokens of calibration that suit the teacher.
         folder: of the run.
-        teacher: its checkpoint with the vocabulary that is left, already hashed.
+        teacher: its checkpoint with the vocabulary that is left, already hashed; corrected if the
+            recipe asks for it, once the stage has run.
         text: in tokens.
         student: one that was extracted before; None where a search finds it.
         revisions: commits of what is on the hub, by its name in the recipe.
@@ -202,6 +204,7 @@ def needed_text(recipe: Recipe, teacher: Architecture) -> Needed:
         LEAST_TRAINING_TOKENS,
         search.calibration_tokens,
         search.refit_tokens,
+        recipe.teacher_correction.tokens,
         finals.calibration_tokens,
         finals.steps * finals.batch_size * recipe.data.block_length,
         *(() if pretrain.bytes else pretrain.budget_tokens),
@@ -235,8 +238,10 @@ class _Checked(NamedTuple):
 def _checked(recipe: Recipe, student_folder: str) -> _Checked:
     """Find a user's mistakes before anything costly."""
     settings_from_tree(tree_of(recipe), Recipe)  # one made in Python may hold NaN or infinity
-    for arm in recipe.pretrain.arms:
-        check_arguments(arm, training_arguments(recipe.train, arm, Path(recipe.output)))
+    for of_arms in trainings_of(recipe):
+        for arm in of_arms.pretrain.arms:
+            check_arguments(arm, training_arguments(of_arms.train, arm, Path(recipe.output)))
+    check_correction(recipe)
     refuse_test_alone(recipe.data)
     revisions = find_revisions(recipe)
     pinned = at_commits(recipe, revisions)
@@ -300,12 +305,13 @@ def _inputs(
 ) -> dict[str, str]:
     """Check the text against the models, and hash all that the run reads."""
     check_vocabulary(text, teacher.architecture.config.vocab_size)
-    for arm in recipe.pretrain.arms:
-        arguments = training_arguments(recipe.train, arm, Path(recipe.output))
-        step_tokens = tokens_per_step(arguments, recipe.data.block_length)
-        check_step(step_tokens, text)
-        train = {**recipe.train, **arm.train}
-        budgets_of(recipe.pretrain, step_tokens, arguments.warmup_steps, train)
+    for of_arms in trainings_of(recipe):
+        for arm in of_arms.pretrain.arms:
+            arguments = training_arguments(of_arms.train, arm, Path(recipe.output))
+            step_tokens = tokens_per_step(arguments, recipe.data.block_length)
+            check_step(step_tokens, text)
+            train = {**of_arms.train, **arm.train}
+            budgets_of(of_arms.pretrain, step_tokens, arguments.warmup_steps, train)
     inputs = {"data": text.fingerprint, "teacher": teacher.hash, "choice of blocks": "spread"}
     if recipe.student and student is not None:
         inputs["student"] = student.hash

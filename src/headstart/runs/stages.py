@@ -39,8 +39,9 @@ from headstart.reports.table import (
     result_table,
 )
 from headstart.runs.caches import Teachers, cached_distillation, check_caches, write_caches
+from headstart.runs.correction import check_correction, corrected_teacher
 from headstart.runs.extraction import extract_found
-from headstart.runs.folder import locked_by_main
+from headstart.runs.folder import locked_by_main, pin_corrected
 from headstart.runs.result import Compared, result_of
 from headstart.runs.revisions import at_commits, find_revisions
 from headstart.runs.run import Run, in_tokens, needed_text, open_run
@@ -64,6 +65,15 @@ from headstart.training.variants import are_trained, run_variants
 
 Baselines = Sequence[tuple[str, Checkpoint, TokenBlocks]]
 """Models that arms are compared with: name in the recipe, checkpoint, and text in its tokens."""
+
+
+def correct_stage(run: Run) -> Run:
+    """The run with its teacher tuned on its text, if its recipe asks for that."""
+    teacher = corrected_teacher(run.recipe, run.teacher, run.text)
+    if run.recipe.teacher_correction.tokens:
+        folders = sorted({run.folder, *(of_bin.folder for of_bin in run.bins())})
+        from_main(lambda: pin_corrected(folders, teacher.hash))
+    return replace(run, teacher=teacher)
 
 
 def search_stage(run: Run) -> list[dict[str, Any]]:
@@ -263,6 +273,7 @@ def run_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     """
     with open_run(recipe) as run:
         baselines = baselines_of(run)
+        run = correct_stage(run)
         from_main(lambda: check_caches(run.teachers, run.text, recipe.pretrain.arms))
         if run.student is None:
             search_stage(run)
@@ -289,6 +300,7 @@ def run_arm_alone(recipe: Recipe, name: str) -> dict[str, Any]:
     with process_group():
         with open_run(recipe, waits=True) as run:
             baselines = baselines_of(run)
+            run = correct_stage(run)
             from_main(lambda: check_caches(run.teachers, run.text, [arms[name]]))
             if run.student is None:
                 search_stage(run)
@@ -305,7 +317,7 @@ def run_search(recipe: Recipe) -> list[dict[str, Any]]:
         The outcome of each bin, in the recipe's order.
     """
     with open_run(recipe) as run:
-        return search_stage(run)
+        return search_stage(correct_stage(run))
 
 
 def run_pretrain(recipe: Recipe) -> dict[str, Any]:
@@ -316,6 +328,7 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
     student = recipe.student or str(Path(recipe.output) / "student")
     with open_run(recipe, student) as run:
         baselines = baselines_of(run)
+        run = correct_stage(run)
         from_main(lambda: check_caches(run.teachers, run.text, recipe.pretrain.arms))
         assert run.student is not None
         return pretrain_stage(run, run.student, baselines)
@@ -331,6 +344,18 @@ def run_prepare(recipe: Recipe) -> TokenBlocks:
         UserError: as `prepare`; or the vocabulary cannot be trimmed so.
     """
     return _teachers_and_text(recipe, reads_weights=False)[1]
+
+
+def run_correct(recipe: Recipe) -> Checkpoint:
+    """Tune the teacher of a recipe on its text, without a run folder.
+
+    Raises:
+        UserError: as `check_correction` and `corrected_teacher`, or teacher or text do not read.
+    """
+    check_correction(recipe)
+    with process_group():
+        teachers, text = _teachers_and_text(recipe, reads_weights=True)
+        return corrected_teacher(recipe, teachers[""].checkpoint, text)
 
 
 def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -349,7 +374,11 @@ def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "in pretrain.arms"
         )
     with process_group():
+        check_correction(recipe)
         teachers, text = _teachers_and_text(recipe, reads_weights=True)
+        if not all(kd.teacher for kd in cached_distillation(arms)):
+            corrected = corrected_teacher(recipe, teachers[""].checkpoint, text)
+            teachers = {**teachers, "": DistillationTeacher(corrected)}
         from_main(lambda: check_caches(teachers, text, arms))
         pretrain = in_tokens(recipe.pretrain, text.bytes_per_token("validation"))
         return write_caches(teachers, text, pretrain, recipe.train, arms)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.model.architecture import Architecture
-from headstart.model.checkpoint import Checkpoint, read_architecture
+from headstart.model.checkpoint import CORRECTION, Checkpoint, copy_files, read_architecture
 from headstart.model.trim import KEPT, trimmed_architecture, write_trimmed_model
 from headstart.recipe import Recipe
 from headstart.runs.vocabulary import planned_architecture
@@ -86,6 +86,7 @@ def _trimmed(teacher: DistillationTeacher, kept: Sequence[int]) -> DistillationT
     def make(folder: Path) -> None:
         (folder / "teacher").mkdir()
         write_trimmed_model(whole, rows, folder / "teacher")
+        copy_files(whole.folder, folder / "teacher", [CORRECTION])
 
     def read(folder: Path) -> Checkpoint:
         return Checkpoint.open(folder / "teacher")

@@ -173,6 +173,7 @@ class _Search:
                 search_flops=self._search_flops(scores, finals),
             ),
             "calibration_flops": self.loaded.calibration_flops,
+            "correction_flops": self.loaded.whole.correction_flops,
         }
 
     def _search_flops(self, scores: list[Evaluated], finals: list[Evaluated]) -> int:

@@ -173,8 +173,10 @@ def _remedies(
             yield "train.fsdp: true with kd.shard_teacher: true"
 
 
-def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
-    """Plans for the terminal, one column for each arm."""
+def arms_table(
+    plans: list[ArmPlan], hardware: Hardware, title: str, is_of_teacher: bool = False
+) -> Table:
+    """Plans for the terminal, one column for each arm; or for the training of the teacher."""
     size = _size(hardware)
     machine = f"{hardware.gpus} x {hardware.peak_tflops:g} TFLOP/s at {hardware.mfu:.0%}, {size}"
     table = Table(title=f"{title}\n{machine}", box=SIMPLE_HEAD)
@@ -185,6 +187,10 @@ def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
         "tokens": [f"{plan.tokens:.3g}" for plan in plans],
         "student's FLOPs": [f"{plan.student_flops:.2e}" for plan in plans],
         "teacher's FLOPs": [f"{plan.teacher_flops:.2e}" for plan in plans],
+    }
+    if is_of_teacher:
+        rows["teacher's FLOPs"] = rows.pop("student's FLOPs")
+    rows |= {
         "hours": [f"{plan.hours:,.2f}" for plan in plans],
         "GPU hours": [f"{plan.hours * hardware.gpus:,.2f}" for plan in plans],
     }
@@ -220,8 +226,10 @@ def arms_table(plans: list[ArmPlan], hardware: Hardware, title: str) -> Table:
     return table
 
 
-def misfits(plans: list[ArmPlan], hardware: Hardware) -> list[str]:
-    """A sentence for each arm that does not fit, with what would."""
+def misfits(
+    plans: list[ArmPlan], hardware: Hardware, otherwise: str = "a smaller bin"
+) -> list[str]:
+    """A sentence for each arm that does not fit, with what would; `otherwise` if nothing does."""
     size = _size(hardware)
     sentences = []
     for plan in plans:
@@ -230,7 +238,7 @@ def misfits(plans: list[ArmPlan], hardware: Hardware) -> list[str]:
         needs = bytes_text(plan.memory.peak)
         if plan.least_peak < plan.memory.peak:
             needs += f", or {bytes_text(plan.least_peak)} with activation checkpointing,"
-        remedies = " or ".join(plan.remedies) or "a smaller bin, since nothing else fits"
+        remedies = " or ".join(plan.remedies) or f"{otherwise}, since nothing else fits"
         sentences.append(f"arm {plan.name} needs {needs} of {size}: set {remedies}")
     return sentences
 

@@ -65,6 +65,39 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class CorrectionSettings:
+    """Tuning of the teacher on the run's own text, before anything is cut out of it.
+
+    Source: teacher correction of "LLM Pruning and Distillation in Practice: The Minitron Approach"
+    (arXiv 2408.11796). Its budget and rates are of other models; ours are set here.
+
+    Attributes:
+        tokens: to train on, rounded up to whole steps; 0 for none.
+        learning_rate: the peak, which is held between warm-up and decay.
+        warmup: share of the steps over which the rate rises.
+        decay: share over which it falls to zero, at the end.
+        train: passed to TrainingArguments, over the recipe's `train`.
+    """
+
+    tokens: int = 0
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
+    decay: float = 0.2
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        prefix = "teacher_correction."
+        check_least(self, prefix, tokens=0)
+        if self.learning_rate <= 0:
+            raise UserError(f"{prefix}learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 <= self.warmup < 1 or not 0 < self.decay < 1:
+            raise UserError(
+                f"{prefix}warmup is {self.warmup} and decay {self.decay}; they are shares of the "
+                "steps, from 0 (decay: above 0) to below 1"
+            )
+
+
+@dataclass(frozen=True)
 class PretrainSettings:
     """What all arms share.
 
