@@ -37,7 +37,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from headstart.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'plotly', 'yaml'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'jinja2', 'yaml'} & set(sys.modules)\n"
         "sys.exit(f'imports {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -81,7 +81,7 @@ def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str])
         per_token + teacher_flops.inference_flops_per_token
     )
 
-    assert (folder / "report.html").stat().st_size > 1_000_000  # carries its own plotly
+    assert (folder / "report.html").stat().st_size < 200_000
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["search"]["tokens"] == 256
     assert list((folder / "arms" / "scratch").rglob("events.out.tfevents*"))
     origin = json.loads((student / "subnet.json").read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from headstart.reports.charts import Figure, arm_colours, loss_charts, search_charts
+from headstart.reports.charts import Charts, arm_colours, loss_charts, search_charts
 from headstart.reports.render import Row, write_page, yaml_text
 from headstart.reports.search import section_of
 from headstart.reports.table import (
@@ -53,12 +53,12 @@ def write_html(result: Result, path: Path) -> None:
     )
 
 
-def charts_of(result: Result) -> dict[str, Figure]:
-    """Every chart of the page by the id of the element it is drawn in."""
+def charts_of(result: Result) -> Charts:
+    """Every chart of the page by the id of its place."""
     search = _search_of(result)
     charts = loss_charts(result) | (search_charts(search) if search else {})
     if sizes := result.get("vocabulary_sizes"):
-        charts["vocabulary"] = sizes_chart(sizes, result["student"]["sizes"]["vocab"])
+        charts["vocabulary"] = {"": sizes_chart(sizes, result["student"]["sizes"]["vocab"])}
     return charts
 
 
