@@ -21,7 +21,7 @@ from headstart.model.checkpoint import Checkpoint
 from headstart.model.spec import SubnetSpec
 from headstart.runs import stages
 
-COMMANDS = ["run", "demo", "search", "extract", "pretrain", "evaluate", "report"]
+COMMANDS = ["run", "demo", "search", "extract", "pretrain", "evaluate", "generate", "report"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

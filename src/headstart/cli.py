@@ -235,6 +235,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--limit", type=int, help="items of each task")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    generate = add(
+        _generate,
+        'headstart generate runs/demo/arms/subnet+kd/model --prompt "The moon is"',
+        'headstart generate my-model/ --prompt "Once upon" "Water boils" --temperature 0.8',
+    )
+    generate.add_argument("model", metavar="MODEL", help="a folder or a hub id")
+    generate.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="to continue")
+    generate.add_argument("--tokens", type=int, default=64, help="to add, at most")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="of draws; 0 takes the likeliest token"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest of this probability"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--json", action="store_true", help="print JSON instead of text")
     export = add(
         _export,
         "headstart export runs/demo/arms/subnet+kd/model --to gguf --out student.gguf",
@@ -484,7 +500,8 @@ def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Losses of models on a text and their zero-shot scores, side by side."""
-    from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate, scores_table
+    from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate
+    from headstart.reports.scores import scores_table
     from headstart.system.progress import output
 
     if options.whole_text and not options.data:
@@ -501,6 +518,23 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         print(json.dumps(found, indent=2))
     else:
         output.print(scores_table(found))
+
+
+def _generate(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Continue texts with a model, by its likeliest tokens or by draws."""
+    from rich.text import Text
+
+    from headstart.evaluation.continuation import GenerationSettings, run_generate
+    from headstart.system.progress import output
+
+    settings = GenerationSettings(options.tokens, options.temperature, options.top_p, options.seed)
+    found = run_generate(options.model, options.prompt, settings)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for entry in found:
+        text = Text.assemble((entry["prompt"], "bold"), entry["text"])
+        output.print(text, soft_wrap=True)
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -228,3 +228,40 @@ def test_a_page_of_several_budgets_draws_what_each_saves(tmp_path: Path) -> None
     text = read_page(result, tmp_path).text
     assert "What it saves at every budget" in text and "3.50x" in text
     assert "What it saves" not in read_page(make_result(SCRATCH_ARM, make_arm("a")), tmp_path).text
+
+
+def test_page_shows_what_models_write_with_their_losses(tmp_path: Path) -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet"))
+    assert "What the models write" not in read_page(result, tmp_path).text
+    named = [("teacher", "teacher"), ("student", "student"), ("arm", "scratch"), ("arm", "subnet")]
+    models = [{"kind": kind, "name": name, "text": f"{HOSTILE} by {name}"} for kind, name in named]
+    result["continuations"] = [{"prompt": f"{HOSTILE} once", "models": models}]
+    page = read_page(result, tmp_path)
+    assert f"{HOSTILE} once …" in page.text
+    words = " ".join(page.text.split())
+    for name, loss in (
+        ("teacher", "teacher, 3.40 nats"),
+        ("student", "student, untrained, 9.10 nats"),
+        ("scratch", "scratch, 6.71 nats"),
+        ("subnet", "subnet, 6.00 nats"),
+    ):
+        assert f"{loss} {HOSTILE} by {name}" in words
+
+
+def test_page_shows_zero_shot_scores(tmp_path: Path) -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet"))
+    assert "Zero-shot" not in read_page(result, tmp_path).text
+    scores = {"piqa": {"acc": 0.3, "items": 84}}
+    result["zero_shot"] = [
+        {
+            "kind": "teacher",
+            "name": "teacher",
+            "tasks": scores | {"copa": {"acc": 1.0, "items": 9}},
+        },
+        {"kind": "student", "name": "student", "tasks": scores},
+        {"kind": "arm", "name": "subnet", "tasks": scores},
+    ]
+    words = " ".join(read_page(result, tmp_path).text.split())
+    assert "teacher 0.300 ± 0.050 1.000 ± 0.000" in words
+    assert "student, untrained 0.300 ± 0.050 –" in words
+    assert "subnet 0.300 ± 0.050 –" in words

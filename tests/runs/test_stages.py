@@ -82,6 +82,7 @@ def test_run_answers(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str])
     )
 
     assert (folder / "report.html").stat().st_size < 200_000
+    assert [len(entry["models"]) for entry in result["continuations"]] == [5, 5, 5]
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["search"]["tokens"] == 256
     assert list((folder / "arms" / "scratch").rglob("events.out.tfevents*"))
     origin = json.loads((student / "subnet.json").read_text())

@@ -39,6 +39,7 @@ from headstart.reports.table import (
     result_table,
 )
 from headstart.runs.caches import cached_distillation, check_caches, write_caches
+from headstart.runs.exhibits import Exhibit, continuations, zero_shot_scores
 from headstart.runs.extraction import extract_found
 from headstart.runs.folder import locked_by_main
 from headstart.runs.result import result_of
@@ -155,6 +156,7 @@ def report_stage(run: Run, inputs: ArmInputs, baselines: Baselines) -> dict[str,
         teacher, *others = _compared(run, baselines)
         result = result_of(recipe, run.folder, inputs, teacher["loss"], others, trained)
         result |= {"revisions": dict(run.revisions), "vocabulary_sizes": _vocabulary_sizes(run)}
+        result |= _exhibits(run, inputs, baselines, result)
         write_json(run.folder / "result.json", result)
         for entry in result["arms"]:
             model = arms / entry["name"] / entry["folder"] / "model"
@@ -163,6 +165,31 @@ def report_stage(run: Run, inputs: ArmInputs, baselines: Baselines) -> dict[str,
         return run_report(run.folder)
 
     return from_main(report)
+
+
+def _exhibits(
+    run: Run, inputs: ArmInputs, baselines: Baselines, result: dict[str, Any]
+) -> dict[str, Any]:
+    """What `result.json` shows of the models beside losses."""
+    settings = run.recipe.report
+    teacher, student = (
+        Exhibit("teacher", "teacher", run.teacher),
+        Exhibit("student", "student", inputs.student),
+    )
+    models = {
+        arm["name"]: run.folder / "arms" / arm["name"] / arm["folder"] / "model"
+        for arm in result["arms"]
+    }
+    arms = [
+        Exhibit("arm", name, Checkpoint.open(model))
+        for name, model in models.items()
+        if model.is_dir()
+    ]
+    others = [Exhibit("baseline", name, model) for name, model, _ in baselines]
+    return {
+        "continuations": continuations([teacher, student, *arms], run.text, settings),
+        "zero_shot": zero_shot_scores([teacher, *others, student, *arms], settings),
+    }
 
 
 def _shapes(run: Run, student: Checkpoint) -> dict[str, Architecture]:
