@@ -27,6 +27,10 @@ Any key of the recipe can be set as --dotted.key VALUE, for example --search.evo
 --data is short for --data.source. docs/recipe.md lists the keys."""
 
 
+KINDS = ("families", "recipes", "tasks", "starts", "spaces")
+"""What `headstart list` lists, as `headstart.runs.catalogue` has it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -34,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the machine's failure or our bug, 2 the user's mistake.
     """
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks, and waits
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not options.takes_overrides:
         parser.error(f"{options.command} does not know {overrides[0]}; see its --help")
@@ -126,6 +134,21 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument(
         "--arm", metavar="NAME", help="this arm alone, beside other processes with others"
     )
+    drafting = add(
+        _init,
+        "headstart init",
+        "headstart init --teacher my-model/ --size 90M --data corpus.jsonl --gpus 8",
+    )
+    drafting.add_argument("--teacher", help="a folder or a hub id")
+    drafting.add_argument("--size", help="of the student in parameters, such as 90M")
+    drafting.add_argument("--data", help="a file, a folder or a datasets id")
+    drafting.add_argument("--gpus", type=int, help="that train together; 0 for a CPU")
+    drafting.add_argument("--gpu-memory", default="80GB", help="of one; 80GB is an H100")
+    drafting.add_argument("--tokens", default="0", help="of each arm; chosen by size without")
+    drafting.add_argument("--output", default="runs/first", help="the run folder")
+    drafting.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="the file to write")
+    listing = add(_list, "headstart list", "headstart list recipes")
+    listing.add_argument("kind", nargs="?", choices=KINDS, help="all of them without")
     add(_jobs, "headstart jobs recipes/paper/pythia-6.9b.yaml", usage="[RECIPE] [--key VALUE ...]")
     add(
         _demo,
@@ -312,6 +335,62 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
         run_arm_alone(recipe, options.arm)
     else:
         run_recipe(recipe)
+
+
+def _init(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Write a first recipe for a teacher, a text and a machine; asks for what is not given."""
+    from headstart.system.files import refuse_taken, write_whole
+
+    refuse_taken(options.out)
+    teacher = _asked(options.teacher, "--teacher", "Teacher, a folder or a hub id")
+    size = _asked(options.size, "--size", "Parameters of the student, such as 90M")
+    data = _asked(options.data, "--data", "Text, a file, a folder or a datasets id")
+    gpus = _asked(options.gpus, "--gpus", "GPUs that train together, 0 for a CPU")
+
+    from headstart.runs.draft import DraftSettings, draft
+    from headstart.system.formats import parse_bytes, parse_count
+    from headstart.training.plan import Hardware
+
+    num_gpus, hardware = parse_count(gpus), None
+    if num_gpus:
+        memory_bytes = parse_bytes(options.gpu_memory, "--gpu-memory")
+        hardware = Hardware(num_gpus, memory_bytes=memory_bytes)
+    tokens = parse_count(options.tokens)
+    settings = DraftSettings(teacher, size, data, options.output, tokens, hardware)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(options.out, draft(settings))
+    print(options.out)
+
+
+def _asked(given: Any, option: str, question: str) -> str:
+    """What was given as an option, or what is answered to a question on a terminal.
+
+    Raises:
+        UserError: neither.
+    """
+    if given is not None:
+        return str(given)
+    answer = ""
+    if sys.stdin.isatty():
+        print(f"{question}: ", end="", file=sys.stderr, flush=True)
+        answer = sys.stdin.readline().strip()
+    if not answer:
+        raise UserError(f"init needs {option}; give it, or answer on a terminal")
+    return answer
+
+
+def _list(options: argparse.Namespace, overrides: list[str]) -> None:
+    """List what headstart knows by name: families, recipes, tasks, starts and spaces."""
+    from headstart.runs.catalogue import catalogue
+
+    found = catalogue()
+    for kind in [options.kind] if options.kind else KINDS:
+        if not options.kind:
+            print(kind)
+        width = max(map(len, found[kind]))
+        for name, note in found[kind].items():
+            indent = "" if options.kind else "  "
+            print(f"{indent}{name:{width}}  {note}".rstrip())
 
 
 def _jobs(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -16,7 +16,7 @@ from headstart.recipe import Recipe
 from headstart.runs.caches import cached_distillation
 from headstart.runs.run import bin_recipes, in_tokens, needed_text
 from headstart.runs.vocabulary import planned_architecture
-from headstart.searching.candidate import Orders
+from headstart.searching.candidate import Candidate, Orders
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
 from headstart.system.formats import bytes_text
@@ -39,21 +39,34 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     The student is the shape in the bin that is nearest to the teacher's proportions. What is
     returned is the plan of each arm, for each bin.
     """
-    teacher, block_length = planned_architecture(recipe), recipe.data.block_length
+    teacher = planned_architecture(recipe)
     output.print(text_table(planned_text(recipe, teacher)))
     print_search_plans(recipe, teacher)
     plans = []
     for of_bin in bin_recipes(recipe):
-        (nearest,) = space_of(teacher, of_bin.search, block_length).proportional(1)
-        cut_teacher = cut_architecture(teacher, of_bin.search.init)
-        student = cut_teacher.student(nearest.spec(cut_teacher, Orders.of_teacher(teacher.sizes)))
-        of_arms = of_bin.pretrain.arms
-        plans.append([_plan_of(arm, of_bin, cut_teacher, student, hardware) for arm in of_arms])
+        of_arms, nearest = plan_arms(of_bin, teacher, hardware)
+        plans.append(of_arms)
         named = ", ".join(f"{axis} {size}" for axis, size in nearest.sizes().items())
-        output.print(arms_table(plans[-1], hardware, f"a student with {named}"))
-        for sentence in misfits(plans[-1], hardware):
+        output.print(arms_table(of_arms, hardware, f"a student with {named}"))
+        for sentence in misfits(of_arms, hardware):
             output.print(sentence)
     return plans
+
+
+def plan_arms(
+    recipe: Recipe, teacher: Architecture, hardware: Hardware
+) -> tuple[list[ArmPlan], Candidate]:
+    """The plan of each arm of a single bin, and the shape that they were planned for.
+
+    Raises:
+        UserError: the bin holds no shape.
+    """
+    space = space_of(teacher, recipe.search, recipe.data.block_length)
+    (nearest,) = space.proportional(1)
+    cut_teacher = cut_architecture(teacher, recipe.search.init)
+    student = cut_teacher.student(nearest.spec(cut_teacher, Orders.of_teacher(teacher.sizes)))
+    arms = recipe.pretrain.arms
+    return [_plan_of(arm, recipe, cut_teacher, student, hardware) for arm in arms], nearest
 
 
 @dataclass(frozen=True)
