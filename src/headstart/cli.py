@@ -293,7 +293,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py, if not the installed one"
     )
-    add(_report, "headstart report runs/demo").add_argument("run_folder", type=Path)
+    reporting = add(
+        _report, "headstart report runs/demo", "headstart report runs/first runs/second"
+    )
+    reporting.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    reporting.add_argument(
+        "--out",
+        type=Path,
+        default=Path("comparison.html"),
+        help="the page of several runs; that of one is in its folder",
+    )
     return parser
 
 
@@ -631,10 +640,14 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Print the table of a finished run and write its report.html."""
-    from headstart.runs.stages import run_report
+    """Print the table of a finished run and write its report.html; or of several, side by side."""
+    from headstart.runs.stages import run_comparison, run_report
 
-    run_report(options.run_folder)
+    if len(options.runs) == 1:
+        options.run_folder = options.runs[0]
+        run_report(options.run_folder)
+    else:
+        run_comparison(options.runs, options.out)
 
 
 if __name__ == "__main__":

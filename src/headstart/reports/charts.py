@@ -30,7 +30,7 @@ Numbers = Sequence[float | None]
 # Mid-tones, each with enough contrast on the page's white and on its near-black.
 GREY = "#858d9a"
 ACCENT = "#22a06b"
-_COLOURS = ("#3f86e0", "#e5732e", "#22a06b", "#b067d9", "#d6506e", "#1f9eb5", "#b08a1e")
+COLOURS = ("#3f86e0", "#e5732e", "#22a06b", "#b067d9", "#d6506e", "#1f9eb5", "#b08a1e")
 GENERATIONS = ((127, 147, 181), (168, 115, 184), (229, 115, 46))
 """Red, green and blue of the first generation, of the middle one and of the last."""
 
@@ -115,7 +115,7 @@ def arm_colours(result: Result) -> dict[str, str]:
     """One colour per arm, the same in every table and chart; the reference is grey."""
     names = [arm["name"] for arm in result["arms"]]
     others = [name for name in names if name != result["reference"]]
-    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(others)}
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(others)}
     return {name: colours.get(name, GREY) for name in names}
 
 

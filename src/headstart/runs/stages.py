@@ -26,6 +26,7 @@ from headstart.model.spec import SubnetSpec
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.reports.page import write_html
 from headstart.reports.search import write_search_html
+from headstart.reports.several import caution_sentences, runs_table, write_comparison
 from headstart.reports.table import (
     baseline_sentences,
     bits_sentences,
@@ -411,3 +412,21 @@ def run_report(folder: Path) -> dict[str, Any]:
             output.print(sentence)
     output.print(f"report: {folder / 'report.html'}")
     return result
+
+
+def run_comparison(folders: Sequence[Path], out: Path) -> None:
+    """Print the table of several run folders, and write a page that sets them side by side.
+
+    Raises:
+        UserError: a folder stands twice, or as `load_result`.
+    """
+    names = [str(folder) for folder in folders]
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{duplicates.pop()} is given twice; name each run once")
+    runs = {name: load_result(Path(name)) for name in names}
+    output.print(runs_table(runs))
+    for sentence in caution_sentences(runs):
+        output.print(sentence)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_comparison(runs, out)
+    output.print(f"report: {out}")
