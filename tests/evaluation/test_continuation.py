@@ -101,9 +101,18 @@ def test_draws_depend_on_the_seed_and_narrow_to_the_likeliest(model: Checkpoint)
     assert drawn(temperature=5.0, top_p=1e-6) == likeliest
     first = drawn(temperature=1.0, seed=1)
     assert first != likeliest and first != drawn(temperature=1.0, seed=2)
-    assert first == continuation._continued(
-        model, prompts, GenerationSettings(8, temperature=1.0, seed=1)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    again = GenerationSettings(8, temperature=1.0, seed=1)
+    assert first == continuation._continued(model, tokenizer, prompts, again)
+
+
+def test_a_model_without_a_tokenizer_is_read_with_another_folders(
+    saved: Any, model: Checkpoint
+) -> None:
+    alone = Checkpoint.open(saved(random_teacher("llama-tied-gqa")))
+    prompts, settings = prompts_of(model, TEXTS), GenerationSettings(4)
+    found = continue_prompts(alone, prompts, settings, model.folder)
+    assert found == continue_prompts(model, prompts, settings)
 
 
 def test_draws_follow_the_models_probabilities(model: Checkpoint) -> None:

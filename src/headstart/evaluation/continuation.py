@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,18 +112,29 @@ def beginnings(blocks: TokenBlocks, count: int, num_tokens: int) -> list[Prompt]
 
 
 def continue_prompts(
-    model: Checkpoint, prompts: Sequence[Prompt], settings: GenerationSettings
+    model: Checkpoint,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    tokenizer_folder: Path | None = None,
 ) -> list[str]:
-    """What a model adds to each prompt; what was made before is read from the cache."""
+    """What a model adds to each prompt; what was made before is read from the cache.
+
+    Args:
+        model: that continues them.
+        prompts: in its tokens.
+        settings: how.
+        tokenizer_folder: whose tokenizer it is; None for the model's own.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder or model.folder)
     key = [
         model.hash,
-        tokenizer_hash(model.folder),
+        tokenizer_hash(tokenizer_folder or model.folder),
         [list(prompt) for prompt in prompts],
         [settings.new_tokens, settings.temperature, settings.top_p, settings.seed],
         default_device().type,
     ]
     found = remembered_scores(
-        "continuations", key, lambda: {"texts": _continued(model, prompts, settings)}
+        "continuations", key, lambda: {"texts": _continued(model, tokenizer, prompts, settings)}
     )
     texts: list[str] = found["texts"]
     return texts
@@ -135,9 +147,11 @@ def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Prompt) -> str:
 
 
 def _continued(
-    model: Checkpoint, prompts: Sequence[Prompt], settings: GenerationSettings
+    model: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
 ) -> list[str]:
-    tokenizer = load_tokenizer(model.folder)
     loaded = load_frozen(model.folder, default_device())
     texts = dict[int, str]()
     by_length: dict[int, list[int]] = {}  # together, and none is padded

@@ -71,7 +71,7 @@ def continuations(
     texts = []
     with progress("continue prompts", len(exhibits), "models") as advance:
         for exhibit in exhibits:
-            texts.append(continue_prompts(exhibit.model, prompts, wanted))
+            texts.append(continue_prompts(exhibit.model, prompts, wanted, first.folder))
             advance()
     return [
         {
