@@ -21,7 +21,18 @@ from headstart.model.checkpoint import Checkpoint
 from headstart.model.spec import SubnetSpec
 from headstart.runs import stages
 
-COMMANDS = ["run", "demo", "search", "extract", "pretrain", "evaluate", "report"]
+COMMANDS = [
+    "run",
+    "init",
+    "list",
+    "demo",
+    "search",
+    "extract",
+    "pretrain",
+    "evaluate",
+    "generate",
+    "report",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -37,10 +48,20 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from headstart.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'plotly', 'yaml'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'jinja2', 'yaml'} & set(sys.modules)\n"
         "sys.exit(f'imports {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_shell_is_told_how_words_go_on(tmp_path: Path) -> None:
+    pytest.importorskip("argcomplete")
+    line, answer = "headstart ex", tmp_path / "answer"
+    shell = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    shell |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_IFS": "\n"}
+    command = [sys.executable, "-m", "headstart.cli"]
+    subprocess.run(command, env={**os.environ, **shell}, check=True)
+    assert {word.strip() for word in answer.read_text().splitlines()} == {"extract", "export"}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ FILES holds, copied in any number of trips:
 - text: one or more `*.jsonl.gz` with one `{"text": ...}` a line.
 
 headstart must be importable there (`PYTHONPATH=src` will do) with its dependencies, of which
-machines with torch and transformers most often lack datasets, dill, multiprocess, gguf, plotly and
+machines with torch and transformers most often lack datasets, dill, multiprocess, gguf and
 platformdirs.
 
 When the minutes are over, whatever runs is killed, and the exit code is 3: the same command goes

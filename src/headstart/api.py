@@ -34,7 +34,7 @@ from headstart.model.count import Count
 from headstart.model.cut import assemble, place_buffers, slice_tensors
 from headstart.model.spec import SubnetSpec, spec_of
 from headstart.recipe import Recipe
-from headstart.runs import stages, trimming
+from headstart.runs import ahead, stages, trimming
 from headstart.runs.extraction import origin_of, refuse_another_teacher
 from headstart.runs.run import open_run
 from headstart.searching.bins import Bin, BinSettings
@@ -214,7 +214,7 @@ def correct(
             teacher_correction=settings,
             train=train or {},
         )
-        corrected = stages.run_correct(recipe).folder
+        corrected = ahead.run_correct(recipe).folder
     with finished_folder(Path(output)) as unfinished:
         shutil.copytree(corrected, unfinished, dirs_exist_ok=True)
     return Path(output)

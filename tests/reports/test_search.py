@@ -1,7 +1,6 @@
 """The section on a search and its page."""
 
 import copy
-import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,13 +9,14 @@ import pytest
 from tests.reports.examples import HOSTILE, PLAIN, RACED, Search, make_candidate, make_search
 
 from headstart.reports.charts import search_charts
+from headstart.reports.drawing import Tips, draw_all
 from headstart.reports.render import render
 from headstart.reports.search import section_of, write_search_html
 
 
 def section_html(search: Search) -> str:
-    charts, section = search_charts(search), section_of(search)
-    return render("search_section.html", charts=charts, search=section)
+    charts = draw_all(search_charts(search), Tips())
+    return render("search_section.html", charts=charts, search=section_of(search))
 
 
 def read_section(search: Search) -> ElementTree.Element:
@@ -51,7 +51,7 @@ def test_a_front_that_is_drawn_is_explained(front: list[int] | None, drawn: bool
 def test_without_a_spec_nothing_is_said_of_its_axes() -> None:
     section = read_section(PLAIN)
     assert "shrank" not in text_of(section)
-    assert section.find(".//svg") is None
+    assert section.find(".//svg[@class='layers']") is None
 
 
 SPEC = {"layers": "0,3", "embed": "0-15,32-47", "kv_groups": ["1", "0-3"], "mlp": ["0-63", "0-127"]}
@@ -188,6 +188,7 @@ def read_page(search: Search, folder: Path) -> str:
 def test_page_has_the_section_under_a_header(tmp_path: Path) -> None:
     page = read_page(STAND_ALONE, tmp_path)
     assert section_html(STAND_ALONE) in page
+    assert page.count('data-tip="0"') == 2  # the first candidate, in both charts
     (header,) = re.findall(r"<header>.*?</header>", page, re.DOTALL)
     assert text_of(ElementTree.fromstring(header)) == (
         "headstart search · org/teacher 12.3M parameters at a loss of 9.400 nats before training: "
@@ -215,7 +216,4 @@ def test_page_escapes_every_string_and_loads_nothing(tmp_path: Path) -> None:
     page = read_page(search, tmp_path)
     assert HOSTILE not in page
     assert page.count("<script") == read_page(STAND_ALONE, tmp_path).count("<script")
-    library = page[page.index("<script>") : page.rindex("<script>const charts")]
-    assert not re.search(r"\b(src|href)=|<(link|iframe|img)\b", page.replace(library, ""))
-    # plotly reads tags in names and hover texts, so none may reach it
-    assert "<script" not in json.dumps(search_charts(search))
+    assert not re.search(r"\b(src|href)=|<(link|iframe|img)\b", page)

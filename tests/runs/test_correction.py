@@ -25,9 +25,10 @@ from headstart.losses.next_token import mean_loss
 from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import load_recipe, recipe_from_dict, recipe_to_dict
 from headstart.runs import correction
+from headstart.runs.ahead import run_cache_teacher, run_correct
 from headstart.runs.plan import plan_correction, print_plans
 from headstart.runs.run import needed_text
-from headstart.runs.stages import run_cache_teacher, run_correct, run_recipe
+from headstart.runs.stages import run_recipe
 from headstart.runs.vocabulary import planned_architecture
 from headstart.system.errors import UserError
 from headstart.system.files import shipped

@@ -20,8 +20,9 @@ from headstart.cli import main
 from headstart.evaluation.scores import text_loss
 from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import load_recipe, recipe_from_dict, recipe_to_dict
+from headstart.runs.ahead import run_cache_teacher
 from headstart.runs.plan import planned_text, print_plans
-from headstart.runs.stages import run_cache_teacher, run_recipe
+from headstart.runs.stages import run_recipe
 from headstart.runs.teachers import checked_teachers, planned_teachers
 from headstart.system.errors import UserError
 from headstart.system.files import shipped

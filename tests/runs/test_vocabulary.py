@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from headstart.cli import main
 from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import recipe_from_dict
+from headstart.runs.ahead import run_cache_teacher
 from headstart.runs.plan import print_search_plans
-from headstart.runs.stages import run_cache_teacher, run_recipe
+from headstart.runs.stages import run_recipe
 from headstart.runs.trimming import vocabulary_sizes
 from headstart.runs.vocabulary import (
     needed_rows,

@@ -232,19 +232,23 @@ class Architecture:
                 f"{self.family.name} table expects; fetch the teacher again"
             )
 
-    def check_context(self, block_length: int) -> None:
-        """Raise a UserError if blocks are longer than the model can tell positions apart.
-
-        The limit is the config's `max_position_embeddings`, stretched where rotary positions are.
-        """
-        limit = getattr(self.config, "max_position_embeddings", None)
+    @property
+    def context_limit(self) -> int | None:
+        """Positions that the model can tell apart, as its config has them, stretched where rotary
+        positions are; None where it says nothing."""
+        limit: int | None = getattr(self.config, "max_position_embeddings", None)
         if limit is None:
-            return
+            return None
         rope = getattr(self.config, "rope_parameters", None) or {}
         for kind in (rope, *(kind for kind in rope.values() if isinstance(kind, dict))):
             original = kind.get("original_max_position_embeddings") or limit
             limit = max(limit, int(original * (kind.get("factor") or 1)))
-        if block_length > limit:
+        return limit
+
+    def check_context(self, block_length: int) -> None:
+        """Raise a UserError if blocks are longer than the model can tell positions apart."""
+        limit = self.context_limit
+        if limit is not None and block_length > limit:
             raise UserError(
                 f"data.block_length is {block_length:,}, and the model's context is {limit:,} "
                 "tokens; use at most so many"

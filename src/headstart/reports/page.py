@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from headstart.reports.charts import Figure, arm_colours, loss_charts, search_charts
+from headstart.reports.charts import Charts, arm_colours, loss_charts, search_charts
 from headstart.reports.render import Row, write_page, yaml_text
+from headstart.reports.scores import scores_cells
 from headstart.reports.search import section_of
 from headstart.reports.table import (
     BUDGET_COLUMNS,
@@ -25,7 +26,7 @@ from headstart.reports.table import (
 )
 from headstart.reports.vocabulary import COLUMNS as VOCABULARY_COLUMNS
 from headstart.reports.vocabulary import size_rows, sizes_chart
-from headstart.system.formats import count_text, duration_text, flops_text
+from headstart.system.formats import NOTHING, count_text, duration_text, flops_text
 
 
 def write_html(result: Result, path: Path) -> None:
@@ -44,6 +45,8 @@ def write_html(result: Result, path: Path) -> None:
         search=section_of(search) if search else None,
         architecture=_architecture(result["teacher"], result["student"]),
         vocabulary=_vocabulary(result),
+        continuations=_continuations(result),
+        zero_shot=_zero_shot(result),
         budgets=[Row(name, cells) for name, *cells in budget_rows(result)],
         budget_columns=BUDGET_COLUMNS,
         forecasts=forecast_sentences(result),
@@ -53,12 +56,12 @@ def write_html(result: Result, path: Path) -> None:
     )
 
 
-def charts_of(result: Result) -> dict[str, Figure]:
-    """Every chart of the page by the id of the element it is drawn in."""
+def charts_of(result: Result) -> Charts:
+    """Every chart of the page by the id of its place."""
     search = _search_of(result)
     charts = loss_charts(result) | (search_charts(search) if search else {})
     if sizes := result.get("vocabulary_sizes"):
-        charts["vocabulary"] = sizes_chart(sizes, result["student"]["sizes"]["vocab"])
+        charts["vocabulary"] = {"": sizes_chart(sizes, result["student"]["sizes"]["vocab"])}
     return charts
 
 
@@ -130,6 +133,46 @@ def _vocabulary(result: Result) -> dict[str, Any] | None:
         "rows": [Row(heading, cells) for heading, *cells in rows],
         "chosen": f"{student['sizes']['vocab']:,}",
     }
+
+
+def _continuations(result: Result) -> list[dict[str, Any]]:
+    """How each model continues each prompt, with the loss that it has; older files hold none."""
+    colours = arm_colours(result)
+    losses = {("arm", arm["name"]): arm["loss_final"] for arm in result["arms"]}
+    losses["teacher", "teacher"] = result["teacher"]["loss"]
+    for arm in result["arms"]:
+        if arm["init"] != "random":
+            losses["student", "student"] = arm["loss_before"]
+    shown = []
+    for entry in result.get("continuations", []):
+        rows = []
+        for model in entry["models"]:
+            kind, name = model["kind"], model["name"]
+            heading = "student, untrained" if kind == "student" else name
+            if (kind, name) in losses:
+                heading += f", {losses[kind, name]:.2f} nats"
+            rows.append(Row(heading, [model["text"]], colours[name] if kind == "arm" else ""))
+        shown.append({"prompt": entry["prompt"], "rows": rows})
+    return shown
+
+
+def _zero_shot(result: Result) -> dict[str, Any] | None:
+    """Scores in the tasks, a row for each model; None where there were no tasks."""
+    models = result.get("zero_shot")
+    if not models:
+        return None
+    colours = arm_colours(result)
+    cells = [scores_cells({"tasks": model["tasks"]}) for model in models]
+    columns = list(dict.fromkeys(column for of_model in cells for column in of_model))
+    rows = [
+        Row(
+            "student, untrained" if model["kind"] == "student" else model["name"],
+            [of_model.get(column, NOTHING) for column in columns],
+            colours[model["name"]] if model["kind"] == "arm" else "",
+        )
+        for model, of_model in zip(models, cells, strict=True)
+    ]
+    return {"columns": ["", *columns], "rows": rows}
 
 
 def _heads_text(sizes: Result) -> str:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from headstart.reports.charts import Figure
+from headstart.reports.charts import ACCENT, Charts
+from headstart.reports.drawing import LINE_UNITS, Tips, draw_all
 from headstart.system.files import write_whole
 
 ENVIRONMENT = Environment(
@@ -19,7 +20,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.policies["json.dumps_kwargs"] = {}  # keys stay in their order
+ENVIRONMENT.globals |= {"line_units": LINE_UNITS, "accent": ACCENT}
 
 
 class Row(NamedTuple):
@@ -41,18 +42,18 @@ def render(template: str, **values: Any) -> str:
     return ENVIRONMENT.get_template(template).render(values)
 
 
-def write_page(path: Path, template: str, charts: dict[str, Figure], **values: Any) -> None:
+def write_page(path: Path, template: str, charts: Charts, **values: Any) -> None:
     """Write one HTML file that needs no network.
 
     Args:
         path: the file to write; it appears whole or not at all.
         template: extends `frame.html`.
-        charts: every chart by the id of the element it is drawn in.
+        charts: every chart by the id of its place.
         values: what else the template is given.
     """
-    from plotly.offline import get_plotlyjs  # slow to import, and only a page needs it
-
-    write_whole(path, render(template, charts=charts, plotly=get_plotlyjs(), **values))
+    tips = Tips()
+    drawings = draw_all(charts, tips)
+    write_whole(path, render(template, charts=drawings, tips=[*tips.numbers], **values))
 
 
 def yaml_text(settings: Any) -> str:

@@ -21,7 +21,7 @@ from headstart.reports.candidates import (
     measure_text,
     raced_out,
 )
-from headstart.reports.charts import search_charts
+from headstart.reports.charts import generation_colour, search_charts
 from headstart.reports.render import Row, write_page, yaml_text
 from headstart.reports.table import size_text
 from headstart.system.formats import NOTHING, count_text, duration_text
@@ -68,6 +68,7 @@ def section_of(search: Search) -> dict[str, Any]:
         "space": search["space"],
         "order": search["order"],
         "num_raced_out": f"{num_raced_out:,}" if num_raced_out else "",
+        "generation_colours": ", ".join(map(generation_colour, (0, 0.5, 1))),
         "has_front": bool(front_of(search)),
         "kept": _kept(search) if "spec" in search else None,
         "best": _best(search),

@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from headstart.reports.charts import ACCENT, GREY, Figure, chart_layout
+from headstart.reports.charts import GREY, Axis, Chart, Series
 from headstart.system.formats import count_text, flops_text
 
 COLUMNS = ("rows", "bytes/token", "bits/byte", "embedding", "rest", "FLOPs/byte")
@@ -50,26 +50,15 @@ def sizes_table(sizes: Sizes, width: int, parameters: int) -> Table:
     return table
 
 
-def sizes_chart(sizes: Sizes, chosen: int) -> Figure:
+def sizes_chart(sizes: Sizes, chosen: int) -> Chart:
     """The teacher's bits per byte at every size, with a line at the one that was chosen."""
     rows, bits = ([entry[key] for entry in sizes] for key in ("rows", "bits_per_byte"))
-    data: list[Figure] = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "x": rows,
-            "y": bits,
-            "line": {"color": GREY, "width": 2},
-            "customdata": [entry["bytes_per_token"] for entry in sizes],
-            "hovertemplate": "%{x:,} rows<br>%{y:.3f} bits per byte<br>"
-            "%{customdata:.2f} bytes per token<extra></extra>",
-        }
+    tips = [
+        f"{entry['rows']:,} rows\n{entry['bits_per_byte']:.3f} bits per byte\n"
+        f"{entry['bytes_per_token']:.2f} bytes per token"
+        for entry in sizes
     ]
-    across = {"yref": "paper", "x0": chosen, "x1": chosen, "y0": 0, "y1": 1}
-    line = {"color": ACCENT, "width": 1.5, "dash": "dash"}
-    shapes = [{"type": "line", "layer": "below", "line": line, **across}]
-    axis = {"type": "log", "tickmode": "array", "tickvals": rows}
-    axis |= {"ticktext": [f"{size:,}" for size in rows]}
-    title = "rows of the vocabulary"
-    layout = chart_layout(title, "bits per byte, untrained teacher", axis, shapes=shapes)
-    return {"data": data, "layout": layout}
+    x = Axis("rows of the vocabulary", "{:,}".format, is_log=True, ticks=tuple(sorted(rows)))
+    y = Axis("bits per byte, untrained teacher")
+    series = Series(rows, bits, GREY, "solid", radius=3, tips=tips)
+    return Chart(x, y, (series,), cut=chosen)

@@ -19,6 +19,8 @@ from headstart.system.progress import console
 from headstart.system.settings import differences, with_defaults
 
 LOCK = ".lock"
+FREE_KEYS = ("output", "report")
+"""Of a recipe, which may change: a folder may be moved, and a report made anew."""
 
 
 def check_run_folder(recipe: Recipe) -> None:
@@ -38,7 +40,8 @@ def check_run_folder(recipe: Recipe) -> None:
         if not isinstance(begun, dict):
             raise UserError(f"{kept} is no recipe; choose another --output or delete the folder")
         theirs = with_defaults(begun, Recipe)
-        ours = recipe_to_dict(recipe) | {"output": theirs.get("output")}  # a folder may be moved
+        ours = recipe_to_dict(recipe)
+        ours |= {key: theirs.get(key) for key in FREE_KEYS}
         for key, (here, there) in differences(ours, theirs).items():
             raise UserError(
                 f"{folder} holds a run of another recipe ({key} is {there!r} there and {here!r} "

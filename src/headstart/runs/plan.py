@@ -18,7 +18,7 @@ from headstart.runs.caches import cached_distillation
 from headstart.runs.correction import check_correction, correction_recipe
 from headstart.runs.run import bin_recipes, in_tokens, needed_text
 from headstart.runs.teachers import planned_teachers
-from headstart.searching.candidate import Orders
+from headstart.searching.candidate import Candidate, Orders
 from headstart.searching.plan import SearchPlan, plan_search, plan_table
 from headstart.searching.run import space_of
 from headstart.system.formats import bytes_text
@@ -41,7 +41,7 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     The student is the shape in the bin that is nearest to the teacher's proportions. What is
     returned is the plan of each arm, for each bin.
     """
-    teachers, block_length = planned_teachers(recipe), recipe.data.block_length
+    teachers = planned_teachers(recipe)
     teacher = teachers[""]
     output.print(text_table(planned_text(recipe, teachers)))
     if correction := plan_correction(recipe, teacher, hardware):
@@ -52,20 +52,34 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     print_search_plans(recipe, teacher)
     plans = []
     for of_bin in bin_recipes(recipe):
-        (nearest,) = space_of(teacher, of_bin.search, block_length).proportional(1)
-        cut_teacher = cut_architecture(teacher, of_bin.search.init)
-        student = cut_teacher.student(nearest.spec(cut_teacher, Orders.of_teacher(teacher.sizes)))
-        plans.append(
-            [
-                _plan_of(arm, of_bin, cut_teacher, student, teachers, hardware)
-                for arm in of_bin.pretrain.arms
-            ]
-        )
+        of_arms, nearest = plan_arms(of_bin, teachers, hardware)
+        plans.append(of_arms)
         named = ", ".join(f"{axis} {size}" for axis, size in nearest.sizes().items())
-        output.print(arms_table(plans[-1], hardware, f"a student with {named}"))
-        for sentence in misfits(plans[-1], hardware):
+        output.print(arms_table(of_arms, hardware, f"a student with {named}"))
+        for sentence in misfits(of_arms, hardware):
             output.print(sentence)
     return plans
+
+
+def plan_arms(
+    recipe: Recipe, teachers: Mapping[str, Architecture], hardware: Hardware
+) -> tuple[list[ArmPlan], Candidate]:
+    """The plan of each arm of a single bin, and the shape that they were planned for.
+
+    Args:
+        teachers: by `kd.teacher`.
+
+    Raises:
+        UserError: the bin holds no shape.
+    """
+    teacher = teachers[""]
+    space = space_of(teacher, recipe.search, recipe.data.block_length)
+    (nearest,) = space.proportional(1)
+    cut_teacher = cut_architecture(teacher, recipe.search.init)
+    student = cut_teacher.student(nearest.spec(cut_teacher, Orders.of_teacher(teacher.sizes)))
+    arms = recipe.pretrain.arms
+    plans = [_plan_of(arm, recipe, cut_teacher, student, teachers, hardware) for arm in arms]
+    return plans, nearest
 
 
 @dataclass(frozen=True)

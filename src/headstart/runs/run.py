@@ -31,6 +31,7 @@ from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
 from headstart.recipe import Recipe
 from headstart.runs.correction import check_correction, trainings_of
+from headstart.runs.exhibits import check_report
 from headstart.runs.folder import REVISIONS, check_run_folder, locked, pin_inputs, pin_recipe
 from headstart.runs.revisions import at_commits, find_revisions
 from headstart.runs.shapes import arm_shapes
@@ -249,6 +250,7 @@ def _checked(recipe: Recipe, student_folder: str) -> _Checked:
     for name in pinned.pretrain.baselines:
         Checkpoint.open_whole(name)
     check_trims(teacher, recipe.vocabulary)
+    check_report(recipe.report, teacher)
     architecture = left_of(teacher.architecture, recipe.vocabulary)
     others = checked_teachers(recipe, pinned, teacher)
     shapes = {arm.shape for arm in recipe.pretrain.arms}

@@ -26,6 +26,7 @@ from headstart.model.spec import SubnetSpec
 from headstart.recipe import Recipe, recipe_to_dict
 from headstart.reports.page import write_html
 from headstart.reports.search import write_search_html
+from headstart.reports.several import caution_sentences, runs_table, write_comparison
 from headstart.reports.table import (
     baseline_sentences,
     bits_sentences,
@@ -38,17 +39,15 @@ from headstart.reports.table import (
     missing_sentences,
     result_table,
 )
-from headstart.runs.caches import Teachers, cached_distillation, check_caches, write_caches
-from headstart.runs.correction import check_correction, corrected_teacher
+from headstart.runs.caches import check_caches, write_caches
+from headstart.runs.correction import corrected_teacher
+from headstart.runs.exhibits import Exhibit, continuations, zero_shot_scores
 from headstart.runs.extraction import extract_found
 from headstart.runs.folder import locked_by_main, pin_corrected
 from headstart.runs.result import Compared, result_of
-from headstart.runs.revisions import at_commits, find_revisions
-from headstart.runs.run import Run, in_tokens, needed_text, open_run
+from headstart.runs.run import Run, needed_text, open_run
 from headstart.runs.shapes import arm_shapes
-from headstart.runs.teachers import checked_teachers, trimmed_alike
 from headstart.runs.trimming import vocabulary_sizes
-from headstart.runs.vocabulary import check_trims, trimmed_teacher
 from headstart.searching.bins import BinSettings
 from headstart.searching.run import search_bins
 from headstart.system.distributed import from_main, is_main, process_group
@@ -56,11 +55,10 @@ from headstart.system.errors import UserError
 from headstart.system.files import write_json
 from headstart.system.progress import output
 from headstart.text.blocks import TokenBlocks
-from headstart.text.prepare import check_source, check_vocabulary, prepare
-from headstart.text.settings import DataSettings, SplitName
+from headstart.text.prepare import check_vocabulary, prepare
+from headstart.text.settings import SplitName
 from headstart.training.arms import ArmInputs
 from headstart.training.settings import Arm
-from headstart.training.teacher import DistillationTeacher
 from headstart.training.variants import are_trained, run_variants
 
 Baselines = Sequence[tuple[str, Checkpoint, TokenBlocks]]
@@ -173,6 +171,7 @@ def report_stage(run: Run, inputs: ArmInputs, baselines: Baselines) -> dict[str,
         compared = _compared(run, baselines)
         result = result_of(recipe, run.folder, inputs, compared, trained)
         result |= {"revisions": dict(run.revisions), "vocabulary_sizes": _vocabulary_sizes(run)}
+        result |= _exhibits(run, inputs, baselines, result)
         write_json(run.folder / "result.json", result)
         for entry in result["arms"]:
             model = arms / entry["name"] / entry["folder"] / "model"
@@ -181,6 +180,31 @@ def report_stage(run: Run, inputs: ArmInputs, baselines: Baselines) -> dict[str,
         return run_report(run.folder)
 
     return from_main(report)
+
+
+def _exhibits(
+    run: Run, inputs: ArmInputs, baselines: Baselines, result: dict[str, Any]
+) -> dict[str, Any]:
+    """What `result.json` shows of the models beside losses."""
+    settings = run.recipe.report
+    teacher, student = (
+        Exhibit("teacher", "teacher", run.teacher),
+        Exhibit("student", "student", inputs.student),
+    )
+    models = {
+        arm["name"]: run.folder / "arms" / arm["name"] / arm["folder"] / "model"
+        for arm in result["arms"]
+    }
+    arms = [
+        Exhibit("arm", name, Checkpoint.open(model))
+        for name, model in models.items()
+        if model.is_dir()
+    ]
+    others = [Exhibit("baseline", name, model) for name, model, _ in baselines]
+    return {
+        "continuations": continuations([teacher, student, *arms], run.text, settings),
+        "zero_shot": zero_shot_scores([teacher, *others, student, *arms], settings),
+    }
 
 
 def _shapes(run: Run, student: Checkpoint) -> dict[str, Architecture]:
@@ -334,83 +358,6 @@ def run_pretrain(recipe: Recipe) -> dict[str, Any]:
         return pretrain_stage(run, run.student, baselines)
 
 
-def run_prepare(recipe: Recipe) -> TokenBlocks:
-    """Read and tokenise the text of a run, as all of its stages find it then.
-
-    Of the teacher nothing is read but its config and tokenizer, unless its vocabulary is trimmed.
-    Baselines with another tokenizer have text of their own, which is not prepared here.
-
-    Raises:
-        UserError: as `prepare`; or the vocabulary cannot be trimmed so.
-    """
-    return _teachers_and_text(recipe, reads_weights=False)[1]
-
-
-def run_correct(recipe: Recipe) -> Checkpoint:
-    """Tune the teacher of a recipe on its text, without a run folder.
-
-    Raises:
-        UserError: as `check_correction` and `corrected_teacher`, or teacher or text do not read.
-    """
-    check_correction(recipe)
-    with process_group():
-        teachers, text = _teachers_and_text(recipe, reads_weights=True)
-        return corrected_teacher(recipe, teachers[""].checkpoint, text)
-
-
-def run_cache_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Write the teacher cache of every arm that distils from one, ahead of the run.
-
-    Returns:
-        The manifest of each cache, by its path.
-
-    Raises:
-        UserError: no arm has a cache, or a folder holds another one.
-    """
-    arms = recipe.pretrain.arms
-    if not cached_distillation(arms):
-        raise UserError(
-            "no arm of the recipe distils from a cache; set kd.cache, and kd.top_k or kd.samples, "
-            "in pretrain.arms"
-        )
-    with process_group():
-        check_correction(recipe)
-        teachers, text = _teachers_and_text(recipe, reads_weights=True)
-        if not all(kd.teacher for kd in cached_distillation(arms)):
-            corrected = corrected_teacher(recipe, teachers[""].checkpoint, text)
-            teachers = {**teachers, "": DistillationTeacher(corrected)}
-        from_main(lambda: check_caches(teachers, text, arms))
-        pretrain = in_tokens(recipe.pretrain, text.bytes_per_token("validation"))
-        return write_caches(teachers, text, pretrain, recipe.train, arms)
-
-
-def _teachers_and_text(recipe: Recipe, reads_weights: bool) -> tuple[Teachers, TokenBlocks]:
-    """The teachers of a recipe, of which only one is read for the text alone, and the text in
-    tokens, without a run folder."""
-
-    def found() -> tuple[dict[str, DistillationTeacher], DataSettings]:
-        pinned = at_commits(recipe, find_revisions(recipe))
-        check_source(pinned.data)
-        opened = Checkpoint.open_whole if reads_weights else Checkpoint.open
-        whole = opened(pinned.teacher)
-        whole.architecture.check_context(pinned.data.block_length)
-        check_trims(whole, pinned.vocabulary)
-        others = checked_teachers(recipe, pinned, whole) if reads_weights else {}
-        teacher = trimmed_teacher(whole, pinned.vocabulary, pinned.data)
-        teachers = {"": DistillationTeacher(teacher), **trimmed_alike(others, whole, teacher)}
-        for of_arms in teachers.values() if reads_weights else ():
-            assert of_arms.checkpoint.hash  # which travels to the other processes
-        return teachers, pinned.data
-
-    with process_group():
-        teachers, data = from_main(found)
-        teacher = teachers[""].checkpoint
-        needed = needed_text(recipe, teacher.architecture)
-        text = prepare(data, teacher.folder, needed=needed)
-        from_main(lambda: check_vocabulary(text, teacher.architecture.config.vocab_size))
-        return teachers, text
-
-
 def run_report(folder: Path) -> dict[str, Any]:
     """Print the result table of a run folder and write its `report.html`."""
     result = load_result(folder)
@@ -430,3 +377,21 @@ def run_report(folder: Path) -> dict[str, Any]:
             output.print(sentence)
     output.print(f"report: {folder / 'report.html'}")
     return result
+
+
+def run_comparison(folders: Sequence[Path], out: Path) -> None:
+    """Print the table of several run folders, and write a page that sets them side by side.
+
+    Raises:
+        UserError: a folder stands twice, or as `load_result`.
+    """
+    names = [str(folder) for folder in folders]
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{duplicates.pop()} is given twice; name each run once")
+    runs = {name: load_result(Path(name)) for name in names}
+    output.print(runs_table(runs))
+    for sentence in caution_sentences(runs):
+        output.print(sentence)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_comparison(runs, out)
+    output.print(f"report: {out}")

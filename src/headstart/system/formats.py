@@ -35,6 +35,31 @@ def flops_text(flops: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def tick_of_count(count: float) -> str:
+    """A round count on an axis.
+
+    >>> [tick_of_count(count) for count in (0, 500, 20_000, 1_500_000, 2_000_000_000)]
+    ['0', '500', '20k', '1.5M', '2B']
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.6g}{unit}"
+    return f"{count:.6g}"
+
+
+def tick_of_power(value: float) -> str:
+    """A round number on an axis, with its power of ten written out.
+
+    >>> [tick_of_power(value) for value in (0, 1e12, 2.5e9)]
+    ['0', '10¹²', '2.5×10⁹']
+    """
+    if not value:
+        return "0"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if float(mantissa) == 1 else f"{float(mantissa):g}×{power}"
+
+
 def bytes_text(amount: float) -> str:
     """Bytes in the unit of at most three digits before the point.
 
