@@ -14,7 +14,7 @@ from headstart.recipe import load_recipe
 from headstart.runs import draft as module
 from headstart.runs.draft import DraftSettings, draft
 from headstart.runs.plan import plan_arms
-from headstart.runs.vocabulary import planned_architecture
+from headstart.runs.teachers import planned_teachers
 from headstart.training.plan import Hardware
 
 
@@ -62,7 +62,7 @@ def test_the_batch_is_the_largest_that_fits(teacher_folder: Path, corpus: Path) 
             str(teacher_folder), "40K", str(corpus), tokens=10**10, hardware=hardware
         )
         recipe = module._recipe(draft(settings))
-        plans, _ = plan_arms(recipe, planned_architecture(recipe), hardware)
+        plans, _ = plan_arms(recipe, planned_teachers(recipe), hardware)
         batch = recipe.train["per_device_train_batch_size"]
         steps = recipe.train["gradient_accumulation_steps"]
         return batch, batch * steps, max(plan.memory.peak for plan in plans)
