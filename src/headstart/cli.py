@@ -586,9 +586,7 @@ def _cache_teacher(options: argparse.Namespace, overrides: list[str]) -> None:
 
     for path, manifest in run_cache_teacher(_load(options, overrides)).items():
         if is_main():
-            tokens = manifest["blocks"] * (manifest["block_length"] - 1)
-            size = manifest["bytes_per_token"]
-            print(f"{path}: {tokens:,} tokens, {size} bytes each, {tokens * size:,} in all")
+            print(f"{path} holds what the arms read, {manifest['bytes_per_token']} bytes a token")
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -479,7 +479,9 @@ def test_a_run_begins_on_a_cache_that_is_still_written(
     part.mkdir()
     shutil.copy(whole / "cache.json", part)
     alive = part / f"{scratch_prefix(WRITING)}1"
-    alive.write_text(json.dumps({"time": time.time()}))
+    (record,) = whole.glob("whole-*.json")
+    wanted = json.loads(record.read_text())["wanted"]
+    alive.write_text(json.dumps({"time": time.time(), "wanted": wanted}))
     steps: list[int] = []
 
     def write_the_rest() -> None:
@@ -502,7 +504,7 @@ def test_a_run_begins_on_a_cache_that_is_still_written(
     monkeypatch.setattr(TeacherCache.__init__, "__defaults__", (0.01,))
     again = {**with_cache(recipe, part), "output": str(tmp_path / "again")}
     again["pretrain"]["arms"] = again["pretrain"]["arms"][1:]
-    writer = threading.Thread(target=write_the_rest)
+    writer = threading.Thread(target=write_the_rest, daemon=True)
     writer.start()
     run_recipe(recipe_from_dict(again))
     writer.join()

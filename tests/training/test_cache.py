@@ -31,11 +31,12 @@ from headstart.training.cache import (
     TeacherCache,
     block_hashes,
     is_being_written,
+    is_whole,
     names_in,
     outputs_of_batch,
 )
 from headstart.training.cache_writer import write_cache
-from headstart.training.order import arm_order, first_reads, training_order
+from headstart.training.order import Reads, Wanted, arm_reads, training_order
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.teacher import Teacher
 
@@ -68,11 +69,16 @@ def train(blocks):
 
 
 def write(path: Path | str, kd, teacher, train, **more: Any) -> dict[str, Any]:
-    options = {"order": np.arange(len(train)), "shard_bytes": SHARD_BYTES, **more}
+    options = {"wanted": whole(train), "shard_bytes": SHARD_BYTES, **more}
     batch_size = options.pop("batch_size", 5)
     return write_cache(
         str(path), identity(kd), VOCAB, lambda: (teacher, batch_size), train, **options
     )
+
+
+def whole(train: np.ndarray, num_blocks: int | None = None) -> Wanted:
+    """All of a text, or the beginning of its order."""
+    return Wanted("text's hash", (Reads(1, 0, num_blocks or len(train)),))
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -147,7 +153,7 @@ def test_bytes_per_token_are_those_on_disk(teacher, train, tmp_path, kd, dtype):
     kd = replace(kd, cache_dtype=dtype)
     manifest = write(tmp_path / "c", kd, teacher, train)
     found = json.loads((tmp_path / "c" / "cache.json").read_text())
-    assert manifest == {**found, "blocks": len(train), "block_length": train.shape[1]}
+    assert manifest == found
     shards = [load_file(path) for path in shards_of(tmp_path / "c")]
     num_bytes = sum(v.nbytes for shard in shards for name, v in shard.items() if name != "blocks")
     assert num_bytes == manifest["bytes_per_token"] * len(train) * (train.shape[1] - 1)
@@ -170,10 +176,11 @@ def test_a_cache_that_was_broken_off_goes_on(teacher, train, tmp_path, kd, num_b
         if done >= num_blocks:
             raise Killed
 
+    order = whole(train).order(len(train))
     with pytest.raises(Killed):
         write(tmp_path / "c", kd, teacher, train, on_blocks=kill)
     with pytest.raises(ValueError, match="nobody writes it; start the same command again"):
-        TeacherCache(str(tmp_path / "c"), identity(kd)).outputs(train[-1])
+        TeacherCache(str(tmp_path / "c"), identity(kd)).outputs(train[order[-1]])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*.safetensors")}
     counted: list[int] = []
     write(tmp_path / "c", kd, teacher, train, on_blocks=counted.append)
@@ -187,14 +194,15 @@ def test_processes_share_the_shards(teacher, train, tmp_path, kd, monkeypatch):
     write(tmp_path / "one", kd, teacher, train)
     monkeypatch.setattr(cache_writer, "world_size", lambda: 3)
     counted: list[int] = []
-    begun: list[Any] = []
-
-    def from_main(decide):  # all of them hear what the main process found at first
-        begun.append(begun[0] if begun else decide())
-        return begun[0]
-
-    monkeypatch.setattr(cache_writer, "from_main", from_main)
+    found: list[Any] = []
     for process in (1, 2, 0):
+        heard = iter(found)
+
+        def from_main(decide, heard=heard):  # all hear what the main process found at first
+            said = next(heard, None)
+            return found.append(decide()) or found[-1] if said is None else said
+
+        monkeypatch.setattr(cache_writer, "from_main", from_main)
         monkeypatch.setattr(cache_writer, "rank", lambda process=process: process)
         monkeypatch.setattr(cache_writer, "is_main", lambda process=process: process == 0)
         write(tmp_path / "three", kd, teacher, train, on_blocks=counted.append)
@@ -205,32 +213,51 @@ def test_processes_share_the_shards(teacher, train, tmp_path, kd, monkeypatch):
 @each_kind
 def test_a_larger_budget_adds_what_is_missing(teacher, train, tmp_path, kd):
     """In the order of training, with what was there as it was."""
-    order = training_order(len(train), len(train), seed=1)
-    less, more = order[: len(train) // 3], np.concatenate([order, order[:5]])
-    write(tmp_path / "c", kd, teacher, train, order=less)
+    write(tmp_path / "c", kd, teacher, train, wanted=whole(train, len(train) // 3))
     before = files_of(tmp_path / "c")
     asked: list[int] = []
-    write(tmp_path / "c", kd, teacher, train, order=first_reads([more]), on_blocks=asked.append)
-    assert asked[0] == len(less)
+    more = Wanted("text's hash", (Reads(1, 0, len(train) + 5), Reads(2, 3, 9)))
+    write(tmp_path / "c", kd, teacher, train, wanted=more, on_blocks=asked.append)
+    assert asked[0] == len(train) // 3
+    assert sum(asked) == len(train)
     after = files_of(tmp_path / "c")
     assert {name: after[name] for name in before} == before
     on_disk = [load_file(path)["blocks"] for path in shards_of(tmp_path / "c")]
+    order = training_order(len(train), len(train), seed=1)
     np.testing.assert_array_equal(np.concatenate(on_disk), block_hashes(train[order]))
     write(tmp_path / "whole", kd, teacher, train)
     here, there = (TeacherCache(str(tmp_path / name), identity(kd)) for name in ("c", "whole"))
     for block in train:  # draws too depend on the block alone
         torch.testing.assert_close(here.outputs(block), there.outputs(block), rtol=0, atol=1e-5)
-    write_cache(
-        str(tmp_path / "c"), identity(kd), VOCAB, lambda: pytest.fail("asked again"), train, order
-    )
+
+
+def test_what_was_found_whole_is_not_looked_through_again(teacher, train, tmp_path, monkeypatch):
+    path = str(tmp_path / "c")
+    write(path, TOP_K, teacher, train)
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_writer, "block_hashes", lambda blocks: pytest.fail("hashed"))
+        write(path, TOP_K, teacher, train, wanted=whole(train, 7))
+        nothing = Wanted("text's hash", (Reads(1, 4, 9),))
+        assert is_whole(path, nothing)
+        assert not is_whole(path, Wanted("another", nothing.reads))
+        assert not is_whole(path, Wanted("text's hash", (Reads(2, 0, 1),)))
+    last = shards_of(tmp_path / "c")[-1]
+    lost = len(load_file(last)["blocks"])
+    last.unlink()
+    asked: list[int] = []
+    write(path, TOP_K, teacher, train, on_blocks=asked.append)
+    assert asked[0] == len(train) - lost
+    assert sum(asked) == len(train)
 
 
 def test_a_block_is_waited_for_while_somebody_writes(teacher, train, tmp_path, capsys):
     """The reader begins on the first shard, and another thread writes the rest."""
     path = str(tmp_path / "c")
-    write(path, TOP_K, teacher, train, order=np.arange(8))
+    write(path, TOP_K, teacher, train, wanted=whole(train, 8))
     read = TeacherCache(path, identity(TOP_K), poll_seconds=0.01)
-    read.outputs(train[0])
+    order = whole(train).order(len(train))
+    read.outputs(train[order[0]])
+    last = train[order[-1]]
     has_begun, may_go_on = threading.Event(), threading.Event()
 
     def slow(num_blocks: int) -> None:
@@ -238,15 +265,18 @@ def test_a_block_is_waited_for_while_somebody_writes(teacher, train, tmp_path, c
             has_begun.set()
             may_go_on.wait(10)
 
-    options = {"order": np.arange(len(train)), "on_blocks": slow}
-    writer = threading.Thread(target=write, args=(path, TOP_K, teacher, train), kwargs=options)
+    writer = threading.Thread(
+        target=write, args=(path, TOP_K, teacher, train), kwargs={"on_blocks": slow}
+    )
     writer.start()
     assert has_begun.wait(10)
     threading.Timer(0.2, may_go_on.set).start()
-    found = read.outputs(train[-1])
+    assert is_being_written(path, whole(train))
+    assert not is_being_written(path, Wanted("text's hash", (Reads(1, 0, len(train) + 1),)))
+    found = read.outputs(last)
     writer.join()
     assert "waiting for kd.cache" in capsys.readouterr().err
-    expected = log_probabilities(teacher, train[-1], 2.0)
+    expected = log_probabilities(teacher, last, 2.0)
     np.testing.assert_array_equal(found["ids"], np.argsort(-expected, axis=-1)[:, :5])
     assert not is_being_written(path)
     assert not [name for name in names_in(path) if name.startswith(".")]
@@ -255,7 +285,7 @@ def test_a_block_is_waited_for_while_somebody_writes(teacher, train, tmp_path, c
 def test_a_dead_writer_is_not_waited_for(teacher, train, tmp_path, monkeypatch):
     """Neither one of this machine whose process is gone, nor one of another that is silent."""
     path = str(tmp_path / "c")
-    write(path, TOP_K, teacher, train, order=np.arange(8))
+    write(path, TOP_K, teacher, train, wanted=whole(train, 8))
     gone = subprocess.Popen(["true"])
     gone.wait()
     now = time.time()
@@ -298,9 +328,7 @@ def test_another_cache_is_refused(teacher, train, tmp_path, key, value):
         TeacherCache(str(tmp_path / "c"), other)
     kept = files_of(tmp_path / "c")
     with pytest.raises(ValueError, match=f"was written for another {key}"):
-        write_cache(
-            str(tmp_path / "c"), other, VOCAB, lambda: (teacher, 5), train, np.arange(len(train))
-        )
+        write_cache(str(tmp_path / "c"), other, VOCAB, lambda: (teacher, 5), train, whole(train))
     assert files_of(tmp_path / "c") == kept
 
 
@@ -317,12 +345,13 @@ def test_what_is_missing_or_broken_is_said(teacher, train, tmp_path):
     ):
         read.outputs(changed)
     first, second, *_ = shards_of(tmp_path / "c")
+    its_block = train[whole(train).order(len(train))[0]]
     shutil.copy(second, first)
     with pytest.raises(ValueError, match=rf"{first.name} holds other blocks"):
-        TeacherCache(path, identity(TOP_K)).outputs(train[0])
+        TeacherCache(path, identity(TOP_K)).outputs(its_block)
     first.write_bytes(first.read_bytes()[:1000])
     with pytest.raises(ValueError, match=rf"{first.name} does not read"):
-        TeacherCache(path, identity(TOP_K)).outputs(train[0])
+        TeacherCache(path, identity(TOP_K)).outputs(its_block)
     manifest = json.loads((tmp_path / "c" / "cache.json").read_text())
     earlier = {**manifest, "format": "headstart-teacher-cache/1", "data": "text's hash"}
     (tmp_path / "c" / "cache.json").write_text(json.dumps(earlier))
@@ -373,8 +402,9 @@ def test_an_arm_trains_from_the_cache_as_from_the_teacher(inputs, teacher, tmp_p
     cached = replace(kd, cache=path, cache_dtype="float32")
     wanted = CacheIdentity.of(cached, inputs.teacher.hash)
     train = inputs.blocks.split("train")
-    order = first_reads([arm_order(Arm("a"), inputs.settings, inputs.train, *train.shape)])
-    write_cache(path, wanted, VOCAB, lambda: (teacher, 8), train, order, SHARD_BYTES)
+    reads = arm_reads(Arm("a", kd=kd), inputs.settings, inputs.train, train.shape[1])
+    of_arm = Wanted("text's hash", (reads,))
+    write_cache(path, wanted, VOCAB, lambda: (teacher, 8), train, of_arm, SHARD_BYTES)
     monkeypatch.setattr(arms, "load_teacher", lambda *a: pytest.fail("the teacher was loaded"))
     offline = run_arm(Arm("a", kd=cached), inputs, tmp_path / "offline")
     losses = [[point["loss"] for point in run["curve"]] for run in (online, offline)]

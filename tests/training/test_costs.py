@@ -21,7 +21,7 @@ from headstart.text.blocks import TokenBlocks
 from headstart.training.arms import ArmInputs, run_arm
 from headstart.training.cache import CacheIdentity
 from headstart.training.cache_writer import write_cache
-from headstart.training.order import training_order
+from headstart.training.order import Reads, Wanted
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.teacher import DistillationTeacher, Teacher
 
@@ -49,14 +49,8 @@ def write_teacher_cache(kd: DistillationSettings, inputs: ArmInputs) -> None:
     teacher = Teacher(load_frozen(inputs.teacher.folder, torch.device("cpu")))
     identity = CacheIdentity.of(kd, inputs.teacher.hash)
     train, vocab = inputs.blocks.split("train"), teacher.model.config.vocab_size
-    write_cache(
-        kd.cache,
-        identity,
-        vocab,
-        lambda: (teacher, 4),
-        train,
-        training_order(len(train), len(train), 42),
-    )
+    everything = Wanted("text", (Reads(42, 0, len(train)),))
+    write_cache(kd.cache, identity, vocab, lambda: (teacher, 4), train, everything)
 
 
 @pytest.mark.parametrize(

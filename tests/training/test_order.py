@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 
+from headstart.losses.distillation import DistillationSettings
 from headstart.training.arms import ArmInputs, run_arm
-from headstart.training.order import arm_order, first_reads, training_order
+from headstart.training.order import Wanted, arm_reads, first_reads, training_order
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.trainer import DistillationTrainer
 
@@ -54,6 +55,34 @@ def test_the_model_sees_that_order(
 
     monkeypatch.setattr(DistillationTrainer, "compute_loss", recording)
     run_arm(Arm("a"), inputs, tmp_path / "arm")
-    order = arm_order(Arm("a"), settings, train, *split.shape)
+    reads = arm_reads(Arm("a"), settings, train, split.shape[1])
+    order = training_order(len(split), reads.stop, reads.seed)
+    assert reads.start == 0
     assert len(order) > len(split)
     np.testing.assert_array_equal(torch.cat(seen).numpy(), split[order])
+    assert sorted(Wanted("", (reads,)).order(len(split))) == list(range(len(split)))
+
+
+@pytest.mark.parametrize(
+    "kd",
+    [
+        DistillationSettings(0.5, 0.5),
+        DistillationSettings(1.0, 0.0),
+        DistillationSettings(0.0, 1.0, schedule="switch", schedule_tokens=250),
+        DistillationSettings(0.0, 1.0, schedule="linear", schedule_tokens=240),
+        DistillationSettings(
+            1.0, 0.0, schedule="switch", schedule_tokens=250, alpha_end=0.0, beta_end=1.0
+        ),
+        DistillationSettings(
+            1.0, 0.0, schedule="linear", schedule_tokens=250, alpha_end=0.0, beta_end=1.0
+        ),
+        DistillationSettings(0.0, 1.0, schedule="switch", schedule_tokens=9_999),
+    ],
+)
+def test_the_teacher_is_asked_in_the_steps_in_which_it_has_a_weight(
+    kd: DistillationSettings,
+) -> None:
+    weighs = [step for step in range(20) if kd.weights(step * 40)[1] > 0]
+    asked = kd.asked_steps(20, 40)
+    assert set(weighs) <= set(asked)
+    assert len(asked) <= len(weighs) + 1  # the first step of a linear rise from zero

@@ -128,6 +128,18 @@ class DistillationSettings:
             return max(0.0, tokens - self.schedule_tokens) if end else 0.0
         return tokens if end else min(tokens, self.schedule_tokens)
 
+    def asked_steps(self, num_steps: int, step_tokens: int) -> range:
+        """The optimizer steps in which the teacher has a weight.
+
+        >>> DistillationSettings(schedule="switch", schedule_tokens=1000).asked_steps(50, 300)
+        range(0, 4)
+        """
+        tokens = num_steps * step_tokens
+        asked = self.teacher_tokens(tokens)
+        if self.beta or not asked:
+            return range(math.ceil(asked / step_tokens))
+        return range(int((tokens - asked) // step_tokens), num_steps)
+
 
 def forward_kl(
     student_logits: Float[Tensor, "tokens vocab"],

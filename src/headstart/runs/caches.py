@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
-
-import numpy as np
-from jaxtyping import Int64
 
 from headstart.losses.distillation import DistillationSettings
 from headstart.searching.fitness import fitting_batch_size
 from headstart.system.device import default_device, load_frozen, release_memory
-from headstart.system.distributed import entered_by_main, from_main, world_size
+from headstart.system.distributed import entered_by_main, from_main, is_main, world_size
 from headstart.system.errors import UserError
 from headstart.system.files import cache_root
 from headstart.system.hashing import hash_bytes
@@ -25,7 +23,7 @@ from headstart.system.progress import console, progress
 from headstart.text.blocks import TokenBlocks
 from headstart.training.cache import CacheIdentity, check_cache, is_being_written
 from headstart.training.cache_writer import write_cache
-from headstart.training.order import arm_order, first_reads
+from headstart.training.order import Wanted, arm_reads
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.teacher import DistillationTeacher, Teacher
 from headstart.training.variants import variants_of
@@ -43,7 +41,7 @@ def check_caches(teachers: Teachers, text: TokenBlocks, arms: Sequence[Arm]) -> 
     """Find out, before anything costly, whether caches that were begun are those of this run.
 
     Raises:
-        UserError: one is of another teacher, text or setting, or two arms want one cache to be
+        UserError: one is of another teacher or setting, or two arms want one cache to be
             different.
     """
     identities = dict[str, CacheIdentity]()
@@ -70,8 +68,9 @@ def write_caches(
     Args:
         pretrain: with the budgets and seeds, which say what training reads, in which order.
         train: the recipe's `train:` block.
-        arms: of which caches are written.
-        reads_along: leave a cache to whoever is writing it; training then waits for each block.
+        arms: of which caches are written, those that train first first.
+        reads_along: leave a cache to whoever is writing all that is wanted of it; training then
+            waits for each block.
 
     Returns:
         The manifest of each cache that was not left, by its path.
@@ -79,23 +78,31 @@ def write_caches(
     Raises:
         UserError: as `check_caches`.
     """
-    wanted: dict[str, list[Arm]] = {}
+    sharing: dict[str, list[Arm]] = {}
     for arm in arms:
         if arm.kd and arm.kd.cache:
-            wanted.setdefault(arm.kd.cache, []).append(arm)
+            sharing.setdefault(arm.kd.cache, []).append(arm)
     manifests = {}
-    for path, sharing in wanted.items():
-        if reads_along and from_main(lambda path=path: is_being_written(path)):  # type: ignore[misc]
-            console.print(f"kd.cache {path} is being written; training begins on what is there")
+    for path, of_cache in sharing.items():
+        wanted = _wanted(of_cache, text, pretrain, train)
+        if reads_along and from_main(partial(is_being_written, path, wanted)):
+            if is_main():
+                console.print(f"kd.cache {path} is being written; training begins on what is there")
             continue
-        kd, split = sharing[0].kd, text.split("train")
+        kd = of_cache[0].kd
         assert kd is not None
-        variants = (
-            variant for arm in sharing for variant in variants_of(arm, pretrain.seeds).values()
-        )
-        order = first_reads([arm_order(each, pretrain, train, *split.shape) for each in variants])
-        manifests[path] = _written(teachers[kd.teacher], text, kd, order)
+        manifests[path] = _written(teachers[kd.teacher], text, kd, wanted)
     return manifests
+
+
+def _wanted(
+    arms: Sequence[Arm], text: TokenBlocks, pretrain: PretrainSettings, train: dict[str, Any]
+) -> Wanted:
+    """What arms with one cache read of the training split."""
+    block_length = text.split("train").shape[1]
+    variants = [variant for arm in arms for variant in variants_of(arm, pretrain.seeds).values()]
+    reads = [arm_reads(variant, pretrain, train, block_length) for variant in variants]
+    return Wanted(text.fingerprint, tuple(dict.fromkeys(reads)))
 
 
 def _identity(
@@ -108,7 +115,7 @@ def _written(
     teacher: DistillationTeacher,
     text: TokenBlocks,
     kd: DistillationSettings,
-    order: Int64[np.ndarray, " wanted"],
+    wanted: Wanted,
 ) -> dict[str, Any]:
     split, device = text.split("train"), default_device()
     block_length, architecture = split.shape[1], teacher.checkpoint.architecture
@@ -120,7 +127,8 @@ def _written(
             architecture.sizes, block_length, device, itemsize
         )
 
-    num_tokens = len(order) * block_length // world_size()
+    num_blocks = min(len(split), sum(reads.stop - reads.start for reads in wanted.reads))
+    num_tokens = num_blocks * block_length // world_size()
     with (
         _one_run_at_a_time(kd.cache),
         progress(f"cache {kd.cache}", num_tokens, "tokens") as advance,
@@ -131,7 +139,7 @@ def _written(
             architecture.config.vocab_size,
             load,
             split,
-            order,
+            wanted,
             on_blocks=lambda count: advance(count * block_length),
         )
     release_memory()

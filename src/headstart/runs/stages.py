@@ -50,14 +50,15 @@ from headstart.runs.shapes import arm_shapes
 from headstart.runs.trimming import vocabulary_sizes
 from headstart.searching.bins import BinSettings
 from headstart.searching.run import search_bins
-from headstart.system.distributed import from_main, is_main, process_group
+from headstart.system.distributed import from_main, is_main, process_group, world_size
 from headstart.system.errors import UserError
 from headstart.system.files import write_json
-from headstart.system.progress import output
+from headstart.system.progress import console, output
 from headstart.text.blocks import TokenBlocks
 from headstart.text.prepare import check_vocabulary, prepare
 from headstart.text.settings import SplitName
 from headstart.training.arms import ArmInputs
+from headstart.training.cache import CacheIncomplete
 from headstart.training.settings import Arm
 from headstart.training.variants import are_trained, run_variants
 
@@ -146,12 +147,30 @@ def arm_inputs(run: Run, student: Checkpoint) -> ArmInputs:
 
 def train_stage(run: Run, arm: Arm, inputs: ArmInputs) -> None:
     """Train an arm, or go on with it, unless that is done; other processes are kept out of its
-    folder. What is missing of its teacher cache is written first."""
-    folder = run.folder / "arms" / arm.name
+    folder. What is missing of its teacher cache is written first, or by whoever is writing it."""
+    folder, pretrain = run.folder / "arms" / arm.name, run.recipe.pretrain
+    others = [
+        other
+        for other in pretrain.arms
+        if other != arm and other.kd and arm.kd and other.kd.cache == arm.kd.cache
+    ]
+
+    def write_missing() -> None:
+        arms = [arm, *others]
+        write_caches(run.teachers, run.text, pretrain, run.recipe.train, arms, reads_along=True)
+
     with locked_by_main(folder):
-        if not from_main(lambda: are_trained(arm, run.recipe.pretrain, folder)):
-            pretrain, train = run.recipe.pretrain, run.recipe.train
-            write_caches(run.teachers, run.text, pretrain, train, [arm], reads_along=True)
+        if not from_main(lambda: are_trained(arm, pretrain, folder)):
+            write_missing()
+            try:
+                run_variants(arm, inputs, folder)
+            except CacheIncomplete as error:
+                assert arm.kd is not None
+                if world_size() > 1:  # the other processes wait for this one's gradients
+                    # Without a loader's traceback.
+                    raise CacheIncomplete.at(arm.kd.cache) from error
+                console.print(f"nobody writes kd.cache {arm.kd.cache} any more; adding the rest")
+                write_missing()
         run_variants(arm, inputs, folder)
 
 

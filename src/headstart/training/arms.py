@@ -290,7 +290,10 @@ def _train_dataset(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> Any:
     identity = CacheIdentity.of(
         arm.kd, teacher.checkpoint.hash, inputs.blocks.separator, teacher.shared_rows
     )
-    return CachedBlocks(dataset, TeacherCache(arm.kd.cache, identity))
+    steps = arm.kd.asked_steps(schedule.num_steps, schedule.step_tokens)
+    per_step = schedule.step_tokens // split.shape[1]
+    asked = range(steps.start * per_step, steps.stop * per_step)
+    return CachedBlocks(dataset, TeacherCache(arm.kd.cache, identity), asked)
 
 
 def _teacher(arm: Arm, inputs: ArmInputs, model: Any, arguments: Any) -> Teacher | None:

@@ -5,7 +5,8 @@ A cache is a folder, here or on any filesystem that fsspec knows:
     cache.json                      what it holds, and of which teacher
     00000-HASH.safetensors          outputs of the blocks that training reads first, in its order
     00000-HASH.npy                  a hash of each of these blocks' tokens; written last
-    .unfinished-PID@HOST@writing-*  when whoever writes was last seen; gone when all is written
+    whole-HASH.json                 what of a text is all there, and in which shards
+    .unfinished-PID@HOST@writing-*  what somebody writes, and when he was last seen; then gone
 
 Outputs are found by the hash of a block's tokens, not by its place. So any text may add to a cache,
 any number of processes read it, and whoever reads gets the outputs of the very block, or an error.
@@ -20,8 +21,11 @@ import json
 import re
 import time
 import uuid
+from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
@@ -33,21 +37,38 @@ from safetensors import safe_open
 from torch import Tensor
 
 from headstart.losses.distillation import DistillationSettings, Samples, TopK
+from headstart.system.distributed import is_main
 from headstart.system.errors import UserError
 from headstart.system.files import is_abandoned, scratch_prefix
 from headstart.system.progress import console
 from headstart.text.blocks import BlockDataset, token_dtype
-from headstart.text.mixture import MixedBlocks
+from headstart.training.order import Wanted
 
 CACHE_FORMAT = "headstart-teacher-cache/2"
 MANIFEST = "cache.json"
 WRITING = "writing"
-"""In the name of a file that says when its writer was last seen."""
+WRITERS = re.compile(rf"\.unfinished-\d+@[^@]*@{WRITING}-[0-9a-f]+")
+"""Names of the files that say what is being written."""
+WHOLE = re.compile(r"whole-[0-9a-f]{16}\.json")
 SILENCE_SECONDS = 300.0
 """After which a writer counts as dead."""
 SHARD = re.compile(r"\d{5,}-[0-9a-f]{16}\.npy")
+OPEN_SHARDS = 16
+"""That a reader keeps at once. Training comes to one after the other."""
 COLUMN = "teacher_"
 """What the names of a cached block's columns begin with in a batch."""
+
+
+class CacheIncomplete(UserError):
+    """A training reads a block that its cache lacks, and nobody writes the cache."""
+
+    @staticmethod
+    def at(path: str) -> CacheIncomplete:
+        """One whose sentence says what to do."""
+        return CacheIncomplete(
+            f"kd.cache {path} does not know a block of the training text, and nobody writes it; "
+            "start the same command again to add what is missing"
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +119,7 @@ class CacheIdentity:
 
 
 def block_hashes(
-    blocks: UInt[np.ndarray, "blocks tokens"] | MixedBlocks,
+    blocks: UInt[np.ndarray, "blocks tokens"] | Iterable[UInt[np.ndarray, " tokens"]],
 ) -> UInt64[np.ndarray, " blocks"]:
     """64 bits for the tokens of each block, whatever integers they are stored as."""
     digests = (
@@ -128,14 +149,17 @@ class TeacherCache:
                 f"kd.cache {path} holds no teacher cache; write it with `headstart cache-teacher`"
             )
         self._is_local = isinstance(self._files, LocalFileSystem)
-        self._places: dict[int, tuple[str, int]] = {}
-        """The shard and the row of each block, by its hash."""
-        self._indices: set[str] = set()
-        self._shards: dict[str, Any] = {}
+        self._hashes = np.empty(0, dtype=np.uint64)
+        """Of all blocks that are there, ascending; beside them the shard and the row of each."""
+        self._shard_of = self._row_of = np.empty(0, dtype=np.int32)
+        self._names: list[str] = []
+        self._shards: OrderedDict[str, tuple[str, Any]] = OrderedDict()
+        """File and content of those that were read last."""
         self._look_again()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # open files do not travel to other processes
+        # Open files do not travel to other processes.
+        return {**self.__dict__, "_shards": OrderedDict()}
 
     def outputs(self, block: UInt[np.ndarray, " tokens"]) -> dict[str, Tensor]:
         """What the teacher said of one block: each field of `TopK` or `Samples`, by its name.
@@ -143,7 +167,8 @@ class TeacherCache:
         Waits for it while somebody writes the cache.
 
         Raises:
-            UserError: the cache does not know the block, or a shard has changed.
+            CacheIncomplete: the cache does not know the block, and nobody writes it.
+            UserError: a shard has changed.
         """
         wanted = int(block_hashes(block[None])[0])
         name, row = self._place(wanted)
@@ -168,54 +193,81 @@ class TeacherCache:
     def _place(self, wanted: int) -> tuple[str, int]:
         """The shard and the row of a block, as soon as it is there."""
         has_said = False
-        while wanted not in self._places:
+        while (found := self._find(wanted)) is None:
             is_written = is_being_written(self.path)  # asked first, or its last shard is missed
             self._look_again()
-            if wanted in self._places:
+            if (found := self._find(wanted)) is not None:
                 break
             if not is_written:
-                raise UserError(
-                    f"kd.cache {self.path} does not know a block of the training text, and nobody "
-                    "writes it; start the same command again to add what is missing"
-                )
-            if not has_said:
+                raise CacheIncomplete.at(self.path)
+            if not has_said and is_main():
                 console.print(f"waiting for kd.cache {self.path}, which is still written")
-                has_said = True
+            has_said = True
             time.sleep(self.poll_seconds)
-        return self._places[wanted]
+        return found
+
+    def _find(self, wanted: int) -> tuple[str, int] | None:
+        """The shard and the row of a block, if it is known."""
+        place = int(np.searchsorted(self._hashes, np.uint64(wanted)))
+        if place == len(self._hashes) or int(self._hashes[place]) != wanted:
+            return None
+        return self._names[self._shard_of[place]], int(self._row_of[place])
 
     def _look_again(self) -> None:
         """Learn of shards that have come."""
-        for name in sorted(shard_names(self.path) - self._indices):
-            hashes = read_hashes(self.path, name)
-            self._places.update((int(found), (name, row)) for row, found in enumerate(hashes))
-            self._indices.add(name)
+        new = sorted(shard_names(self.path) - set(self._names))
+        if not new:
+            return
+        of_shards = [read_hashes(self.path, name) for name in new]
+        first = len(self._names)
+        self._names += new
+        hashes = np.concatenate([self._hashes, *of_shards])
+        shards = [np.full(len(of), first + at, np.int32) for at, of in enumerate(of_shards)]
+        rows = [np.arange(len(of), dtype=np.int32) for of in of_shards]
+        order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[order]
+        self._shard_of = np.concatenate([self._shard_of, *shards])[order]
+        self._row_of = np.concatenate([self._row_of, *rows])[order]
 
     def _open(self, name: str) -> Any:
-        if name not in self._shards:
-            local = f"{self._root}/{name}.safetensors"
+        if name in self._shards:
+            self._shards.move_to_end(name)
+            return self._shards[name][1]
+        local = f"{self._root}/{name}.safetensors"
+        if not self._is_local:
+            local = fsspec.open_local(f"simplecache::{self._files.unstrip_protocol(local)}")
+        try:
+            self._shards[name] = local, safe_open(local, framework="np")
+        except Exception as error:
+            raise UserError(
+                f"{self.path}/{name}.safetensors does not read ({error}); delete it and "
+                f"{name}.npy and start the same command again"
+            ) from error
+        if len(self._shards) > OPEN_SHARDS:
+            _, (left, _) = self._shards.popitem(last=False)
             if not self._is_local:
-                local = fsspec.open_local(f"simplecache::{self._files.unstrip_protocol(local)}")
-            try:
-                self._shards[name] = safe_open(local, framework="np")
-            except Exception as error:
-                raise UserError(
-                    f"{self.path}/{name}.safetensors does not read ({error}); delete it and "
-                    f"{name}.npy and start the same command again"
-                ) from error
-        return self._shards[name]
+                Path(left).unlink(missing_ok=True)
+        return self._shards[name][1]
 
 
 class CachedBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Training blocks, each with what the teacher said of it, in columns named after `COLUMN`."""
+    """Training blocks, each with what the teacher said of it, in columns named after `COLUMN`.
 
-    def __init__(self, blocks: BlockDataset, cache: TeacherCache) -> None:
-        self.blocks, self.cache = blocks, cache
+    Args:
+        asked: the items for which the teacher is asked; all when None.
+    """
+
+    def __init__(
+        self, blocks: BlockDataset, cache: TeacherCache, asked: range | None = None
+    ) -> None:
+        self.blocks, self.cache, self.asked = blocks, cache, asked
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if self.asked is not None and index not in self.asked:
+            return self.blocks[index]
         outputs = self.cache.outputs(self.blocks.block(index))
         columns = {f"{COLUMN}{name}": values for name, values in outputs.items()}
         return {**self.blocks[index], **columns}
@@ -273,7 +325,9 @@ def names_in(path: str) -> list[str]:
 
 def shard_names(path: str) -> set[str]:
     """Of the shards that are whole."""
-    return {name.removesuffix(".npy") for name in names_in(path) if SHARD.fullmatch(name)}
+    names = set(names_in(path))
+    stems = (name.removesuffix(".npy") for name in names if SHARD.fullmatch(name))
+    return {stem for stem in stems if f"{stem}.safetensors" in names}
 
 
 def read_hashes(path: str, name: str) -> UInt64[np.ndarray, " blocks"]:
@@ -283,15 +337,36 @@ def read_hashes(path: str, name: str) -> UInt64[np.ndarray, " blocks"]:
         return np.asarray(np.load(io.BytesIO(stream.read()), allow_pickle=False))
 
 
-def is_being_written(path: str) -> bool:
-    """Whether somebody, here or elsewhere, is adding to a cache."""
-    files, root = fsspec.url_to_fs(path)
+def is_being_written(path: str, wanted: Wanted | None = None) -> bool:
+    """Whether somebody, here or elsewhere, is adding to a cache, all that is wanted included."""
     for name in names_in(path):
-        if f"@{WRITING}-" in name and not is_abandoned(name):
-            with suppress(FileNotFoundError), files.open(f"{root}/{name}", "rb") as stream:
-                if time.time() - json.loads(stream.read())["time"] < SILENCE_SECONDS:
-                    return True
+        if not WRITERS.fullmatch(name) or is_abandoned(name):
+            continue
+        said = _read_json(path, name)
+        if said is None or time.time() - said["time"] > SILENCE_SECONDS:
+            continue
+        if wanted is None or Wanted.from_json(said["wanted"]).covers(wanted):
+            return True
     return False
+
+
+def is_whole(path: str, wanted: Wanted) -> bool:
+    """Whether it was found before that a cache holds all that is wanted, and it still does."""
+    shards = shard_names(path)
+    return any(
+        Wanted.from_json(said["wanted"]).covers(wanted) and shards.issuperset(said["shards"])
+        for name in names_in(path)
+        if WHOLE.fullmatch(name) and (said := _read_json(path, name)) is not None
+    )
+
+
+def _read_json(path: str, name: str) -> dict[str, Any] | None:
+    """The content of a file of a cache; None if it is gone."""
+    files, root = fsspec.url_to_fs(path)
+    with suppress(FileNotFoundError), files.open(f"{root}/{name}", "rb") as stream:
+        found: dict[str, Any] = json.loads(stream.read())
+        return found
+    return None
 
 
 def _refuse_others(path: str, identity: CacheIdentity, found: dict[str, Any]) -> None:

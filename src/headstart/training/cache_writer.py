@@ -22,7 +22,7 @@ from torch import Tensor
 from headstart.losses.distillation import sample, top_k
 from headstart.system.distributed import barrier, from_main, is_main, rank, world_size
 from headstart.system.files import is_abandoned, scratch_prefix
-from headstart.system.hashing import hash_bytes
+from headstart.system.hashing import hash_bytes, hash_json
 from headstart.text.blocks import document_positions, token_dtype
 from headstart.text.mixture import MixedBlocks
 from headstart.training.cache import (
@@ -34,11 +34,13 @@ from headstart.training.cache import (
     bytes_per_token,
     check_cache,
     is_being_written,
+    is_whole,
     names_in,
     put,
     read_hashes,
     shard_names,
 )
+from headstart.training.order import Wanted
 from headstart.training.teacher import Teacher
 
 SHARD_BYTES = 64_000_000
@@ -48,32 +50,17 @@ SEEN_SECONDS = SILENCE_SECONDS / 15
 Blocks = UInt[np.ndarray, "blocks tokens"] | MixedBlocks
 
 
-def missing_blocks(
-    path: str, blocks: Blocks, order: Int64[np.ndarray, " wanted"]
-) -> Int64[np.ndarray, " missing"]:
-    """Of the places in an order, those whose blocks a cache does not hold.
-
-    Args:
-        path: of a cache that was begun, or of none.
-        blocks: the training split.
-        order: places in it.
-    """
-    known = {int(found) for name in shard_names(path) for found in read_hashes(path, name)}
-    hashes = (int(block_hashes(blocks[int(place)][None])[0]) for place in order)
-    return order[[found not in known for found in hashes]]
-
-
 def write_cache(
     path: str,
     identity: CacheIdentity,
     vocab_size: int,
     load: Callable[[], tuple[Teacher, int]],
     blocks: Blocks,
-    order: Int64[np.ndarray, " wanted"],
+    wanted: Wanted,
     shard_bytes: int = SHARD_BYTES,
     on_blocks: Callable[[int], None] = lambda num_blocks: None,
 ) -> dict[str, Any]:
-    """Ask a teacher about every block that a cache does not hold yet, in a given order.
+    """Ask a teacher about every block that is wanted and not there yet, in the order of training.
 
     Processes under torchrun share the shards.
 
@@ -82,13 +69,13 @@ def write_cache(
         vocab_size: the teacher's.
         load: gives the teacher, and the blocks in a forward pass; called if anything is missing.
         blocks: the training split.
-        order: places in it, of those that training reads, the first first, each once.
+        wanted: which of them.
         shard_bytes: size of a shard; a block more, at most.
         on_blocks: called with the blocks that each batch added, and at first with this process'
             share of those found on disk.
 
     Returns:
-        The content of `cache.json`, with `blocks`, how many were wanted, and their `block_length`.
+        The content of `cache.json`.
 
     Raises:
         UserError: the folder holds another cache.
@@ -96,26 +83,48 @@ def write_cache(
     num_bytes = bytes_per_token(identity, vocab_size)
     manifest = {**asdict(identity), "bytes_per_token": num_bytes}
 
-    def begun() -> tuple[Int64[np.ndarray, " missing"], int]:
-        """What is missing, and the number of the first new shard."""
+    def begun() -> bool:
+        """Make the folder known as this cache; whether all is there."""
         if check_cache(path, identity) is None:
             put(path, MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        if is_whole(path, wanted):
+            return True
         _clear(path)
-        numbers = (int(name.partition("-")[0]) for name in shard_names(path))
-        return missing_blocks(path, blocks, order), 1 + max(numbers, default=-1)
+        return False
 
-    missing, first = from_main(begun)
-    on_blocks((len(order) - len(missing)) // world_size())
-    if len(missing):
-        step = max(1, shard_bytes // (num_bytes * (blocks.shape[1] - 1)))
-        with _seen(path):
+    if from_main(begun):
+        return manifest
+    with _seen(path, wanted):
+        missing, num_found, first = from_main(lambda: _missing(path, blocks, wanted))
+        on_blocks(num_found // world_size())
+        if len(missing):
+            step = max(1, shard_bytes // (num_bytes * (blocks.shape[1] - 1)))
             teacher, batch_size = load()
             for number in range(rank(), -(-len(missing) // step), world_size()):
                 part = missing[number * step : (number + 1) * step]
                 rows = np.stack([blocks[int(place)] for place in part])
                 _write_shard(path, first + number, rows, identity, teacher, batch_size, on_blocks)
-            barrier()  # all shards are there
-    return {**manifest, "blocks": len(order), "block_length": blocks.shape[1]}
+        barrier()  # all shards are there
+        if is_main():
+            said = {"wanted": wanted.to_json(), "shards": sorted(shard_names(path))}
+            name = f"whole-{hash_json(said['wanted'])[:16]}.json"
+            put(path, name, json.dumps(said).encode())
+    return manifest
+
+
+def _missing(
+    path: str, blocks: Blocks, wanted: Wanted
+) -> tuple[Int64[np.ndarray, " missing"], int, int]:
+    """Places of wanted blocks that a cache does not hold, how many it holds, and the number of
+    the first new shard."""
+    names = sorted(shard_names(path))
+    order = wanted.order(len(blocks))
+    known = np.concatenate([np.empty(0, np.uint64), *(read_hashes(path, name) for name in names)])
+    is_known = np.zeros(len(order), dtype=bool)
+    if len(known):
+        is_known = np.isin(block_hashes(blocks[int(place)] for place in order), known)
+    first = 1 + max((int(name.partition("-")[0]) for name in names), default=-1)
+    return order[~is_known], int(is_known.sum()), first
 
 
 def _write_shard(
@@ -178,7 +187,8 @@ def _outputs(
 def _clear(path: str) -> None:
     """Remove what killed writers have left: unfinished files, and shards without hashes."""
     files, root = fsspec.url_to_fs(path)
-    names, whole, is_written = names_in(path), shard_names(path), is_being_written(path)
+    # Whoever writes is asked first, or his last shard might be taken for left over.
+    is_written, names, whole = is_being_written(path), names_in(path), shard_names(path)
     for name in names:
         stem, dot, ending = name.rpartition(".")
         is_orphan = ending == "safetensors" and stem not in whole and not is_written
@@ -188,8 +198,8 @@ def _clear(path: str) -> None:
 
 
 @contextmanager
-def _seen(path: str) -> Iterator[None]:
-    """Say that a cache is being written, as long as the body runs; the main process does."""
+def _seen(path: str, wanted: Wanted) -> Iterator[None]:
+    """Say what is being written to a cache, as long as the body runs; the main process does."""
     if not is_main():
         yield
         return
@@ -197,7 +207,8 @@ def _seen(path: str) -> Iterator[None]:
     name, is_done = f"{scratch_prefix(WRITING)}{uuid.uuid4().hex}", threading.Event()
 
     def say() -> None:
-        put(path, name, json.dumps({"time": time.time()}).encode())
+        said = {"time": time.time(), "wanted": wanted.to_json()}
+        put(path, name, json.dumps(said).encode())
 
     def go_on_saying() -> None:
         while not is_done.wait(SEEN_SECONDS):

@@ -6,8 +6,9 @@ A teacher cache holds its blocks in this order, so that training may begin on it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def training_order(num_blocks: int, num_reads: int, seed: int) -> Int64[np.ndarr
         num_reads: blocks in all steps together.
         seed: of the first epoch; the next has the next.
     """
-    epochs = range(-(-num_reads // num_blocks))
+    epochs = range(max(1, -(-num_reads // num_blocks)))
     generators = [torch.Generator().manual_seed(seed + epoch) for epoch in epochs]
     orders = [torch.randperm(num_blocks, generator=generator) for generator in generators]
     return torch.cat(orders)[:num_reads].numpy()
@@ -60,21 +61,67 @@ def arm_budgets(
     return budgets_of(settings, step_tokens, arguments.warmup_steps, {**train, **arm.train})
 
 
-def arm_order(
-    arm: Arm,
-    settings: PretrainSettings,
-    train: dict[str, Any],
-    num_blocks: int,
-    block_length: int,
-) -> Int64[np.ndarray, " reads"]:
-    """`training_order` of an arm's largest budget; its smaller ones read the beginning of it.
+class Reads(NamedTuple):
+    """A part of a training's order: the reads from `start` to before `stop`, with its `seed`."""
+
+    seed: int
+    start: int
+    stop: int
+
+
+def arm_reads(
+    arm: Arm, settings: PretrainSettings, train: dict[str, Any], block_length: int
+) -> Reads:
+    """Those of an arm's largest budget in whose steps it learns from a teacher; all if it has none.
+
+    Smaller budgets read the beginning of the same order.
 
     Args:
         train: the recipe's `train:` block.
-        num_blocks: of the training split.
-        block_length: their tokens.
+        block_length: tokens of a block.
     """
     arguments = training_arguments(train, arm, Path())
-    largest = arm_budgets(arm, settings, train, block_length)[-1]
-    blocks_per_step = tokens_per_step(arguments, block_length) // block_length
-    return training_order(num_blocks, largest.num_steps * blocks_per_step, order_seed(arguments))
+    num_steps = arm_budgets(arm, settings, train, block_length)[-1].num_steps
+    step_tokens = tokens_per_step(arguments, block_length)
+    steps = arm.kd.asked_steps(num_steps, step_tokens) if arm.kd else range(num_steps)
+    blocks_per_step = step_tokens // block_length
+    return Reads(order_seed(arguments), steps.start * blocks_per_step, steps.stop * blocks_per_step)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a text a teacher cache is to hold.
+
+    Attributes:
+        text: fingerprint of the blocks.
+        reads: what arms read of its training split, the first first.
+    """
+
+    text: str
+    reads: tuple[Reads, ...]
+
+    def covers(self, other: Wanted) -> bool:
+        """Whether all of another's blocks are among these."""
+        return self.text == other.text and all(
+            any(
+                ours.seed == theirs.seed and ours.start <= theirs.start and theirs.stop <= ours.stop
+                for ours in self.reads
+            )
+            for theirs in other.reads
+        )
+
+    def order(self, num_blocks: int) -> Int64[np.ndarray, " blocks"]:
+        """Its places in a split of so many blocks, each once, the first to be read first."""
+        orders = [
+            training_order(num_blocks, reads.stop, reads.seed)[reads.start :]
+            for reads in dict.fromkeys(self.reads)
+        ]
+        return first_reads(orders) if any(map(len, orders)) else np.empty(0, dtype=np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text, "reads": [list(reads) for reads in self.reads]}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Wanted:
+        """Read what `to_json` writes."""
+        return Wanted(value["text"], tuple(Reads(*reads) for reads in value["reads"]))
