@@ -263,10 +263,16 @@ def _parser() -> argparse.ArgumentParser:
     generate = add(
         _generate,
         'headstart generate runs/demo/arms/subnet+kd/model --prompt "The moon is"',
-        'headstart generate my-model/ --prompt "Once upon" "Water boils" --temperature 0.8',
+        'headstart generate my-model/ --prompt "Once upon" --prompt "Water" --temperature 0.8',
     )
     generate.add_argument("model", metavar="MODEL", help="a folder or a hub id")
-    generate.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="to continue")
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="to continue; may be repeated",
+    )
     generate.add_argument("--tokens", type=int, default=64, help="to add, at most")
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="of draws; 0 takes the likeliest token"
@@ -302,8 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument(
         "--out",
         type=Path,
-        default=Path("comparison.html"),
-        help="the page of several runs; that of one is in its folder",
+        help="the page of several runs, comparison.html by default; that of one is in its folder",
     )
     return parser
 
@@ -647,10 +652,12 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> None:
     from headstart.runs.stages import run_comparison, run_report
 
     if len(options.runs) == 1:
+        if options.out is not None:
+            raise UserError("--out is for several runs; the page of one is in its folder")
         options.run_folder = options.runs[0]
         run_report(options.run_folder)
     else:
-        run_comparison(options.runs, options.out)
+        run_comparison(options.runs, options.out or Path("comparison.html"))
 
 
 if __name__ == "__main__":

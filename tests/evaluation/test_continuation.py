@@ -208,7 +208,8 @@ def test_a_block_without_a_beginning_gives_its_own(corpus: Path, teacher_folder:
 def test_the_command(
     teacher_folder: Path, capsys: pytest.CaptureFixture[str], model: Checkpoint
 ) -> None:
-    command = ["generate", str(teacher_folder), "--prompt", *TEXTS, "--tokens", "6"]
+    prompts = [word for text in TEXTS for word in ("--prompt", text)]
+    command = ["generate", *prompts, str(teacher_folder), "--tokens", "6"]
     assert main(command) == 0
     shown = capsys.readouterr().out
     expected = run_generate(str(teacher_folder), TEXTS, GenerationSettings(6))

@@ -100,7 +100,7 @@ def test_what_may_not_be_compared_is_told() -> None:
     other = runs["runs/b"]
     other["recipe"]["data"] = {"source": "other"}
     (sentence,) = caution_sentences(runs)
-    assert "other texts" in sentence
+    assert "different texts" in sentence
     other["student"]["sizes"]["vocab"] = 7
     other["compared_on"] = "test"
     assert len(caution_sentences(runs)) == 3 and "bits per byte" in caution_sentences(runs)[1]

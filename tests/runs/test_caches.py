@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from tests.runs.conftest import BLOCK_LENGTH
 from tests.runs.slow_cache_worker import SHARD_BYTES
 
 from headstart.recipe import recipe_from_dict
@@ -145,6 +146,7 @@ def test_an_arm_trains_while_another_process_writes(
 def test_processes_wait_for_what_is_still_written(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Two of them end where they would with all of the cache, and end, all of them, with a
     sentence where the writer dies; the same command goes on."""
+    recipe["pretrain"]["tokens"] = 64 * BLOCK_LENGTH  # as many whole steps of one process
     whole, part, dead = (cached(recipe, tmp_path, name) for name in ("whole", "part", "dead"))
 
     def train(of: dict[str, Any]) -> subprocess.Popen[str]:

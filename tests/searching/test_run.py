@@ -217,7 +217,8 @@ def test_what_is_paid_is_told(checkpoint: Checkpoint, blocks: TokenBlocks, tmp_p
     result = search(checkpoint, blocks, settings, tmp_path)
     assert result.keys() == {
         "format", "teacher", "spec", "loss", "parameters", "bin", "measure", "init", "scored_as",
-        "space", "order", "layer_order", "fitness", "settings", "calibration_flops", "search_flops",
+        "space", "order", "layer_order", "fitness", "settings", "calibration_flops",
+        "correction_flops", "search_flops",
         "search_tokens", "search_seconds", "candidates", "winner", "front",
     }  # fmt: skip
     assert result["format"] == "headstart-search-result/1"

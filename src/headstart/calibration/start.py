@@ -237,7 +237,7 @@ def _exchanged(
 ) -> Iterator[tuple[str, Tensor]]:
     """A student's tensors, of which each process has refitted those of its layers."""
     parts = dict(map(_owned_copy, sliced))  # all of its own before it waits for others
-    for name in list(parts):
+    for name in sorted(parts):  # or processes might exchange different ones
         layer = teacher.match(name)[1]
         of_layer = num_layers if layer is None else layer
         yield name, share.of_layer(parts.pop(name), of_layer, default_device())

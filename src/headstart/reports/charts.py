@@ -122,7 +122,13 @@ def arm_colours(result: Result) -> dict[str, str]:
 def loss_charts(result: Result) -> dict[str, Views]:
     """Each arm's loss against what it cost, and with several budgets what was saved at each."""
     several = len(result["arms"][0]["budgets"]) > 1
-    factors = {"factor-budget": {"": _factor_chart(result)}} if several else {}
+    has_factor = any(
+        match.get("tokens_factor") or match.get("flops_factor")
+        for arm in result["arms"]
+        if arm["init"] != "random"
+        for match in arm["matches"]
+    )
+    factors = {"factor-budget": {"": _factor_chart(result)}} if several and has_factor else {}
     return factors | {
         "loss-tokens": _loss_views(result, "tokens", Axis("training tokens", tick_of_count)),
         "loss-flops": _loss_views(

@@ -89,8 +89,9 @@ def draw(chart: Chart, tips: Tips) -> Drawing:
     """Lay out one view of a chart."""
     xs = [x for series in chart.series for x in series.x]
     ys = [y for series in chart.series for y in series.y]
-    if chart.level:
-        ys.append(chart.level[0])
+    level = chart.level if chart.level and _has_place(chart.level[0], chart.y) else None
+    if level:
+        ys.append(level[0])
     if chart.cut is not None:
         xs.append(chart.cut)
     x_scale, y_scale = Scale.of(chart.x, xs), Scale.of(chart.y, ys)
@@ -101,7 +102,7 @@ def draw(chart: Chart, tips: Tips) -> Drawing:
     def down(y: float) -> float:
         return round(100 - y_scale.place(y), 2)
 
-    lines = [_line(series, x_scale, y_scale, chart.y, tips) for series in chart.series]
+    lines = [_line(series, x_scale, y_scale, chart.x, chart.y, tips) for series in chart.series]
     band = None
     if chart.band:
         start, end = map(across, chart.band)
@@ -112,7 +113,7 @@ def draw(chart: Chart, tips: Tips) -> Drawing:
         x_ticks=[(across(at), text) for at, text in x_scale.ticks(chart.x)],
         y_ticks=[(down(at), text) for at, text in y_scale.ticks(chart.y)],
         lines=lines,
-        level=(down(chart.level[0]), chart.level[1]) if chart.level else None,
+        level=(down(level[0]), level[1]) if level else None,
         cut=None if chart.cut is None else across(chart.cut),
         band=band,
         ring=(across(chart.ring[0]), max(down(chart.ring[1]), 0)) if chart.ring else None,
@@ -139,7 +140,7 @@ class Scale:
         lowest, highest = axis.limits
         low = least if lowest is None else as_place(lowest)
         high = most if highest is None else as_place(highest)
-        if high <= low:
+        if high - low <= 1e-9 * max(abs(low), abs(high)):
             room = abs(low) * PADDING or 1.0
             low, high = low - room, low + room
         room = PADDING * (high - low)
@@ -206,11 +207,15 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / MAX_TICKS)]
 
 
-def _line(series: Series, x: Scale, y: Scale, y_axis: Axis, tips: Tips) -> Line:
+def _line(series: Series, x: Scale, y: Scale, x_axis: Axis, y_axis: Axis, tips: Tips) -> Line:
     ceiling = y_axis.limits[1]
     marks, path, is_joined = [], "", False
     for index, (at, value) in enumerate(zip(series.x, series.y, strict=True)):
-        if at is None or value is None or (x.is_log and at <= 0) or (y.is_log and value <= 0):
+        if (
+            at is None
+            or value is None
+            or not (_has_place(at, x_axis) and _has_place(value, y_axis))
+        ):
             is_joined = False
             continue
         across, down = x.place(at), round(100 - y.place(value), 2)

@@ -69,7 +69,12 @@ def runs_table(runs: Runs) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for column in ("run", *RUN_COLUMNS):
         left = column in ("run", "arm")
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
+        table.add_column(
+            column if left else column.replace(" ", "\n", 1),
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=not left,
+        )
     for name, result in runs.items():
         for row in run_rows(result):
             table.add_row(*map(Text, (name, *row)))
@@ -83,9 +88,7 @@ def caution_sentences(runs: Runs) -> list[str]:
         len({json.dumps(result["recipe"].get("data"), sort_keys=True) for result in runs.values()})
         > 1
     ):
-        sentences.append(
-            "The runs read other texts, so their losses are not of the same test split."
-        )
+        sentences.append("The runs read different texts, so they were not tested on the same text.")
     vocabularies = {result["student"]["sizes"]["vocab"] for result in runs.values()}
     teachers = {result["teacher"]["name"] for result in runs.values()}
     if len(vocabularies) > 1 or len(teachers) > 1:

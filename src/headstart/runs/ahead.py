@@ -38,8 +38,8 @@ def run_correct(recipe: Recipe) -> Checkpoint:
     Raises:
         UserError: as `check_correction` and `corrected_teacher`, or teacher or text do not read.
     """
-    check_correction(recipe)
     with process_group():
+        check_correction(recipe)
         teachers, text = _teachers_and_text(recipe, reads_weights=True)
         return corrected_teacher(recipe, teachers[""].checkpoint, text)
 

@@ -21,7 +21,7 @@ from headstart.system.locks import locked
 from headstart.system.memo import LOCKS
 from headstart.system.progress import console, progress
 from headstart.text.blocks import TokenBlocks
-from headstart.training.cache import CacheIdentity, check_cache, is_being_written
+from headstart.training.cache import CacheIdentity, check_cache, is_being_written, is_whole
 from headstart.training.cache_writer import write_cache
 from headstart.training.order import Wanted, arm_reads
 from headstart.training.settings import Arm, PretrainSettings
@@ -127,6 +127,11 @@ def _written(
             architecture.sizes, block_length, device, itemsize
         )
 
+    if from_main(lambda: is_whole(kd.cache, wanted)) and (
+        found := from_main(lambda: check_cache(kd.cache, _identity(kd, teacher, text)))
+    ):
+        return found
+    wanted = wanted.widened()
     num_blocks = min(len(split), sum(reads.stop - reads.start for reads in wanted.reads))
     num_tokens = num_blocks * block_length // world_size()
     with (

@@ -13,6 +13,7 @@ from headstart.recipe import Recipe, RecipeLoader, recipe_from_dict
 from headstart.runs.plan import plan_arms
 from headstart.runs.run import bin_recipes
 from headstart.runs.teachers import planned_teachers
+from headstart.searching.bins import BinSettings
 from headstart.searching.settings import SearchSettings
 from headstart.system.errors import UserError
 from headstart.system.formats import count_text, parse_count
@@ -119,10 +120,11 @@ def _text(settings: DraftSettings, teacher: Architecture, block_length: int, bat
     accumulation = max(1, round(_step_tokens(budget) / (batch * block_length * devices)))
     step_tokens = batch * block_length * devices * accumulation
     machine = f"{devices} GPU{'s' * (devices > 1)}" if hardware else "a CPU"
-    why = f"{TOKENS_PER_PARAMETER} for each parameter" if hardware else "what a CPU can do"
+    why = f"{TOKENS_PER_PARAMETER} for each parameter" if hardware else "about an hour on a CPU"
     why = "as asked" if settings.tokens else why
     search = SearchSettings()
-    evolution = search.evolution
+    evolution, tolerance = search.evolution, BinSettings.tolerance
+    ends = [parse_count(settings.size) * (1 + sign * tolerance) for sign in (-1, 1)]
     return f"""\
 # A student of about {settings.size} parameters, trained on {machine}.
 # `headstart plan RECIPE` prices it, `headstart run RECIPE` runs it; docs/recipe.md has every key.
@@ -140,7 +142,7 @@ search:
   init: {search.init}
   # Which sub-networks there are; `headstart list spaces` has the others.
   space: {search.space}
-  # Parameters, within 5 %; or {{low: 20M, high: 25M}}.
+  # Parameters, within {tolerance:.0%}; the same as {{low: {ends[0]:.0f}, high: {ends[1]:.0f}}}.
   bin: {{around: {_yaml(settings.size)}}}
   evolution: {{population: {evolution.population}, generations: {evolution.generations}}}
 

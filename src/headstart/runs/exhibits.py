@@ -66,7 +66,9 @@ def continuations(
     if settings.prompts:
         prompts = prompts_of(first, settings.prompts)
     else:
-        prompts = beginnings(text, settings.num_prompts, settings.prompt_tokens)
+        limit = first.architecture.context_limit  # of which one token at least is to be written
+        length = min(settings.prompt_tokens, limit - 1) if limit else settings.prompt_tokens
+        prompts = beginnings(text, settings.num_prompts, length)
     tokenizer, wanted = load_tokenizer(first.folder), GenerationSettings(settings.new_tokens)
     texts = []
     with progress("continue prompts", len(exhibits), "models") as advance:

@@ -314,7 +314,12 @@ def _inputs(
             check_step(step_tokens, text)
             train = {**of_arms.train, **arm.train}
             budgets_of(of_arms.pretrain, step_tokens, arguments.warmup_steps, train)
-    inputs = {"data": text.fingerprint, "teacher": teacher.hash, "choice of blocks": "spread"}
+    inputs = {
+        "data": text.fingerprint,
+        "teacher": teacher.hash,
+        "choice of blocks": "spread",
+        "order of blocks": "of the whole split",
+    }
     if recipe.student and student is not None:
         inputs["student"] = student.hash
     return inputs

@@ -54,6 +54,7 @@ from headstart.system.distributed import from_main, is_main, process_group, worl
 from headstart.system.errors import UserError
 from headstart.system.files import write_json
 from headstart.system.progress import console, output
+from headstart.system.settings import with_defaults
 from headstart.text.blocks import TokenBlocks
 from headstart.text.prepare import check_vocabulary, prepare
 from headstart.text.settings import SplitName
@@ -190,6 +191,8 @@ def report_stage(run: Run, inputs: ArmInputs, baselines: Baselines) -> dict[str,
         compared = _compared(run, baselines)
         result = result_of(recipe, run.folder, inputs, compared, trained)
         result |= {"revisions": dict(run.revisions), "vocabulary_sizes": _vocabulary_sizes(run)}
+        # What took long is safe before models are asked to write.
+        write_json(run.folder / "result.json", {**result, "continuations": [], "zero_shot": []})
         result |= _exhibits(run, inputs, baselines, result)
         write_json(run.folder / "result.json", result)
         for entry in result["arms"]:
@@ -407,7 +410,11 @@ def run_comparison(folders: Sequence[Path], out: Path) -> None:
     names = [str(folder) for folder in folders]
     if duplicates := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{duplicates.pop()} is given twice; name each run once")
-    runs = {name: load_result(Path(name)) for name in names}
+    results = {name: load_result(Path(name)) for name in names}
+    runs = {  # keys that are newer than a run stand at their defaults
+        name: {**result, "recipe": with_defaults(result["recipe"], Recipe)}
+        for name, result in results.items()
+    }
     output.print(runs_table(runs))
     for sentence in caution_sentences(runs):
         output.print(sentence)

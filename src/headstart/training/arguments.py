@@ -74,6 +74,7 @@ PASSED_OVER_VALUES = {
     ("save_strategy", "best"): "the best weights are kept in best-STEP beside the last ones",
     ("train_sampling_strategy", "batch_rebalance"): "all blocks are equally long",
     ("train_sampling_strategy", "group_by_length"): "all blocks are equally long",
+    ("train_sampling_strategy", "sequential"): "headstart shuffles the text itself",
 }
 """Of arguments that are honoured otherwise, the values that are not, and why."""
 

@@ -109,7 +109,7 @@ def run_arm(arm: Arm, inputs: ArmInputs, folder: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the run was begun with another number of processes; the arm distils from a
-            teacher of another vocabulary or from a cache of another teacher or text; there is
+            teacher of another vocabulary or from a cache of another teacher; there is
             less text than one step takes; or the budgets do not fit, see `budgets_of`.
     """
     file = folder / "arm.json"

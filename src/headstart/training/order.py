@@ -110,6 +110,20 @@ class Wanted:
             for theirs in other.reads
         )
 
+    def widened(self) -> Wanted:
+        """The same and up to a thirty-second more of each, since another number of processes
+        rounds a budget up to other steps.
+
+        >>> Wanted("", (Reads(0, 0, 1001),)).widened().reads[0].stop
+        1008
+        """
+
+        def wide(reads: Reads) -> Reads:
+            grain = max(1, (1 << reads.stop.bit_length()) >> 6)
+            return reads._replace(stop=-(-reads.stop // grain) * grain)
+
+        return Wanted(self.text, tuple(map(wide, self.reads)))
+
     def order(self, num_blocks: int) -> Int64[np.ndarray, " blocks"]:
         """Its places in a split of so many blocks, each once, the first to be read first."""
         orders = [
