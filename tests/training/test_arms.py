@@ -41,7 +41,9 @@ from headstart.training.arguments import (
     training_arguments,
 )
 from headstart.training.arms import ArmInputs, run_arm
-from headstart.training.cache import CacheIdentity, write_cache
+from headstart.training.cache import CacheIdentity
+from headstart.training.cache_writer import write_cache
+from headstart.training.order import Reads, Wanted
 from headstart.training.settings import Arm, PretrainSettings
 from headstart.training.teacher import DistillationTeacher, Teacher
 from headstart.training.trainer import DistillationTrainer, ReportStep
@@ -164,9 +166,11 @@ def test_a_teacher_with_padding_rows_teaches_what_it_teaches_without(
     kd = replace(DISTILLED.kd, teacher="wide")
     if is_cached:
         kd = replace(kd, top_k=128, cache=str(tmp_path / "cache"), cache_dtype="float32")
-        identity = CacheIdentity.of(kd, named.checkpoint.hash, "text", 128)
+        identity = CacheIdentity.of(kd, named.checkpoint.hash, None, 128)
         asked = Teacher(device.load_frozen(teacher, torch.device("cpu")))
-        write_cache(kd.cache, identity, asked, blocks.split("train"), batch_size=8)
+        train = blocks.split("train")
+        everything = Wanted("text", (Reads(0, 0, len(train)),))
+        write_cache(kd.cache, identity, 136, lambda: (asked, 8), train, everything)
     arm = replace(DISTILLED, kd=kd)
     result = run_arm(arm, with_other, tmp_path / "arm")
     assert_same_run(tmp_path / "arm", result, uninterrupted, rtol=1e-5, atol=1e-5)
