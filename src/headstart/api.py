@@ -39,7 +39,7 @@ from headstart.runs.extraction import origin_of, refuse_another_teacher
 from headstart.runs.run import open_run
 from headstart.searching.bins import Bin, BinSettings
 from headstart.searching.settings import SearchSettings
-from headstart.system.distributed import from_main
+from headstart.system.distributed import from_main, world_size
 from headstart.system.errors import UserError
 from headstart.system.files import (
     finished_folder,
@@ -204,8 +204,13 @@ def correct(
     Raises:
         UserError: something does not fit, with the mend.
     """
+    if world_size() > 1:
+        raise UserError(
+            "headstart.correct works in one process; under torchrun use `headstart run` with "
+            "teacher_correction in the recipe"
+        )
     settings = CorrectionSettings(correction) if isinstance(correction, int) else correction
-    from_main(lambda: refuse_taken(Path(output)))
+    refuse_taken(Path(output))
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
             teacher=str(_folder(teacher, tokenizer, Path(folder) / "model")),

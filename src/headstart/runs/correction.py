@@ -15,7 +15,7 @@ from typing import Any
 from headstart.model.card import CARD
 from headstart.model.checkpoint import CORRECTION, Checkpoint, copy_files, write_checkpoint
 from headstart.recipe import Recipe
-from headstart.system.distributed import entered_by_main, from_main
+from headstart.system.distributed import entered_by_main, from_main, world_size
 from headstart.system.errors import UserError
 from headstart.system.files import cache_root, finished_folder, write_json
 from headstart.system.hashing import hash_json
@@ -117,12 +117,14 @@ def corrected_teacher(recipe: Recipe, teacher: Checkpoint, text: TokenBlocks) ->
     asked = correction_recipe(recipe)
     key = from_main(lambda: _key(asked, teacher, text))
     folder = cache_root() / "corrected" / hash_json([VERSION, key])
-    training = cache_root() / "correcting" / folder.name
+    # Checkpoints go on with as many processes as before; with another number it begins anew.
+    training = cache_root() / "correcting" / f"{folder.name}-{world_size()}"
 
     def found() -> Checkpoint | None:
         if not folder.is_dir():
             return None
-        shutil.rmtree(training, ignore_errors=True)
+        for begun in training.parent.glob(f"{folder.name}-*"):
+            shutil.rmtree(begun, ignore_errors=True)
         kept = Checkpoint.open(folder)
         assert kept.hash and kept.correction  # which travel to the other processes
         return kept
