@@ -376,6 +376,13 @@ def _init(options: argparse.Namespace, overrides: list[str]) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, draft(settings))
     print(options.out)
+    if hardware:
+        from headstart.recipe import load_recipe
+        from headstart.runs.plan import misfit_sentences
+        from headstart.system.progress import output
+
+        for sentence in misfit_sentences(load_recipe(options.out), hardware):
+            output.print(sentence)
 
 
 def _asked(given: Any, option: str, question: str) -> str:

@@ -45,6 +45,12 @@ def test_a_draft_is_a_recipe_that_plan_prices(
     assert "exists already" in capsys.readouterr().err
 
 
+def test_what_fits_no_gpu_is_told(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags[flags.index("--gpus") + 1] = "1"
+    assert main(["init", *flags, "--gpu-memory", "1MB"]) == 0
+    assert "arm subnet+kd needs" in capsys.readouterr().out
+
+
 @pytest.mark.exhaustive
 def test_a_draft_runs(flags: list[str], tmp_path: Path) -> None:
     assert main(["init", *flags, "--tokens", "5000"]) == 0

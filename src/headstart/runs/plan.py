@@ -61,6 +61,16 @@ def print_plans(recipe: Recipe, hardware: Hardware) -> list[list[ArmPlan]]:
     return plans
 
 
+def misfit_sentences(recipe: Recipe, hardware: Hardware) -> list[str]:
+    """Which arms of a recipe do not fit the hardware, and what would; reads configs only."""
+    teachers = planned_teachers(recipe)
+    return [
+        sentence
+        for of_bin in bin_recipes(recipe)
+        for sentence in misfits(plan_arms(of_bin, teachers, hardware)[0], hardware)
+    ]
+
+
 def plan_arms(
     recipe: Recipe, teachers: Mapping[str, Architecture], hardware: Hardware
 ) -> tuple[list[ArmPlan], Candidate]:
