@@ -44,6 +44,19 @@ def test_a_point_without_a_place_breaks_the_line() -> None:
     assert len(line.marks) == 3
 
 
+def test_what_is_no_number_is_drawn_nowhere() -> None:
+    series = Series([0, 5, math.nan, 10], [10, math.nan, 2, 5], "", "solid", radius=1)
+    plain = Chart(ZERO_TO_TEN, ZERO_TO_TEN, (series,), level=(math.nan, "goal"))
+    drawing = draw(plain, Tips())
+    assert drawing.lines[0].path == "M0 0M1000 500"
+    assert drawing.level is None and len(drawing.lines[0].marks) == 2
+
+
+def test_values_one_rounding_apart_have_ticks() -> None:
+    axis = Axis("")
+    assert Scale.of(axis, [3.0, math.nextafter(3.0, 4.0)]).ticks(axis)
+
+
 def test_a_log_scale_drops_what_has_no_logarithm() -> None:
     log = Axis("x", limits=(1, 100), is_log=True)
     series = Series([0, 1, 10, 100], [1, 2, 3, 4], "", "solid", radius=1)

@@ -228,6 +228,11 @@ def test_a_page_of_several_budgets_draws_what_each_saves(tmp_path: Path) -> None
     text = read_page(result, tmp_path).text
     assert "What it saves at every budget" in text and "3.50x" in text
     assert "What it saves" not in read_page(make_result(SCRATCH_ARM, make_arm("a")), tmp_path).text
+    for match in start["matches"]:
+        match |= {"tokens_factor": None, "flops_factor": None}
+    without = make_result(scratch, start)
+    assert "factor-budget" not in charts_of(without)
+    assert "Every budget" in read_page(without, tmp_path).text
 
 
 def test_page_shows_what_models_write_with_their_losses(tmp_path: Path) -> None:

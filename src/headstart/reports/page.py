@@ -31,7 +31,8 @@ from headstart.system.formats import NOTHING, count_text, duration_text, flops_t
 
 def write_html(result: Result, path: Path) -> None:
     """Write the report as one HTML file that needs no network, whole or not at all."""
-    search = _search_of(result)
+    search, colours = _search_of(result), arm_colours(result)
+    started = [arm["name"] for arm in result["arms"] if arm["init"] != "random"]
     write_page(
         path,
         "run.html",
@@ -39,7 +40,8 @@ def write_html(result: Result, path: Path) -> None:
         result=result,
         heading=match_sentence(result),
         lead=cost_sentence(result),
-        colours=arm_colours(result),
+        colours=colours,
+        budget_colours={name: colours[name] for name in started},
         tokens=f"{result['budget']['tokens']:,}",
         results=_results(result),
         search=section_of(search) if search else None,
