@@ -104,6 +104,14 @@ def test_the_terminals_table_shows_these_cells() -> None:
     assert count_text(result["student"]["parameters"]) in str(result_table(result).title)
 
 
+def test_a_long_name_cuts_no_number_off() -> None:
+    console = Console(width=80, record=True)
+    result = make_result(SCRATCH_ARM, make_arm("subnet-with-a-rather-long-name-of-its-own"))
+    console.print(result_table(result))
+    text = console.export_text()
+    assert "…" not in text and all(result_rows(result)[1][index] in text for index in (2, 5, 7, 8))
+
+
 def test_terminal_table_takes_no_markup_from_names(capsys: pytest.CaptureFixture[str]) -> None:
     Console(width=300).print(result_table(make_result(SCRATCH_ARM, make_arm("[bold]x[/bold]"))))
     assert "[bold]x[/bold]" in capsys.readouterr().out

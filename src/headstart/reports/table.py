@@ -149,11 +149,11 @@ def result_table(result: Result) -> Table:
     # All arms have the same parameters, and 80 columns are few: the title names them.
     kept = [index for index, column in enumerate(COLUMNS) if column != "parameters"]
     table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    wrapping = {"loss final", "tokens to match", "time"}  # their cells have spaces to break at
+    wrapping = {"arm", "loss final", "tokens to match", "time"}  # a number stays whole
     for column in (COLUMNS[index] for index in kept):
         justify: Literal["left", "right"] = "left" if column == "arm" else "right"
         header = column.replace(" ", "\n", 1)
-        table.add_column(header, justify=justify, no_wrap=column not in wrapping)
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=column not in wrapping)
     for row in result_rows(result):
         # Text, so that brackets in a name are no markup.
         table.add_row(*(Text(row[index]) for index in kept))
