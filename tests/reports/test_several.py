@@ -44,7 +44,7 @@ def test_every_arm_has_its_row() -> None:
     assert subnet == {
         "arm": "subnet",
         "parameters": "12.3M",
-        "tokens": "50,176",
+        "tokens": "50.2k",
         "loss final": "5.500 (−0.710)",
         "bits per byte": "1.375",
         "fewer tokens": "11.7x",
@@ -94,6 +94,23 @@ def test_only_what_differs_is_shown_of_recipes() -> None:
     }
 
 
+def test_arms_are_compared_by_name() -> None:
+    runs = two_runs()
+    for result, rate in zip(runs.values(), (1e-3, 3e-3), strict=True):
+        arms = [{"name": "subnet.v2", "learning_rate": rate}, {"name": "kd", "kd": {"alpha": 1}}]
+        result["recipe"] = {"pretrain": {"arms": arms[:: 1 if rate == 1e-3 else -1]}}
+    assert differing_keys(runs) == {"pretrain.arms.subnet.v2.learning_rate": [1e-3, 3e-3]}
+
+
+def test_a_narrow_terminal_breaks_no_number() -> None:
+    console = Console(record=True, width=80)
+    console.print(runs_table(two_runs()))
+    text = console.export_text()
+    for result in two_runs().values():
+        for row in run_rows(result):
+            assert all(part in text for cell in row for part in cell.split())
+
+
 def test_what_may_not_be_compared_is_told() -> None:
     runs = two_runs()
     assert caution_sentences(runs) == []
@@ -101,6 +118,11 @@ def test_what_may_not_be_compared_is_told() -> None:
     other["recipe"]["data"] = {"source": "other"}
     (sentence,) = caution_sentences(runs)
     assert "different texts" in sentence
+    other["recipe"] = runs["runs/a"]["recipe"] | {"pretrain": {"test_tokens": 5}}
+    (sentence,) = caution_sentences(runs)
+    assert "pretrain.test_tokens differs" in sentence
+    other["recipe"]["data"] = {"source": "other"}
+    other["recipe"]["pretrain"] = {}
     other["student"]["sizes"]["vocab"] = 7
     other["compared_on"] = "test"
     assert len(caution_sentences(runs)) == 3 and "bits per byte" in caution_sentences(runs)[1]

@@ -30,7 +30,7 @@ from headstart.system.formats import (
     tick_of_count,
     tick_of_power,
 )
-from headstart.system.settings import differences
+from headstart.system.settings import FREE_KEYS, differences
 
 Runs = Mapping[str, Result]
 """The result of each run, by the name that it has in the comparison."""
@@ -45,8 +45,6 @@ RUN_COLUMNS = (
     "FLOPs in all",
     "time",
 )
-OWN_KEYS = ("output", "report")
-"""Of a recipe, which say nothing of what a run found."""
 
 
 def run_rows(result: Result) -> list[tuple[str, ...]]:
@@ -56,7 +54,7 @@ def run_rows(result: Result) -> list[tuple[str, ...]]:
         of_arm = dict(zip(COLUMNS, cells, strict=True))
         bits = arm.get("bits_per_byte_final")
         of_arm |= {
-            "tokens": f"{arm['tokens']:,}",
+            "tokens": count_text(arm["tokens"]),
             "bits per byte": NOTHING if bits is None else f"{bits:.3f}",
             "FLOPs in all": flops_text(compared_points(arm)[-1]["flops"]),
         }
@@ -66,14 +64,16 @@ def run_rows(result: Result) -> list[tuple[str, ...]]:
 
 def runs_table(runs: Runs) -> Table:
     """Every arm of every run, for the terminal."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     for column in ("run", *RUN_COLUMNS):
         left = column in ("run", "arm")
+        header = {"parameters": "para-\nmeters"}.get(column, column.replace(" ", "\n"))
         table.add_column(
-            column if left else column.replace(" ", "\n", 1),
+            header,
             justify="left" if left else "right",
             overflow="fold",
-            no_wrap=not left,
+            min_width=8 if column == "loss final" else None,
+            no_wrap=not left and column != "loss final",  # which has a space to break at
         )
     for name, result in runs.items():
         for row in run_rows(result):
@@ -89,6 +89,11 @@ def caution_sentences(runs: Runs) -> list[str]:
         > 1
     ):
         sentences.append("The runs read different texts, so they were not tested on the same text.")
+    tested = {result["recipe"].get("pretrain", {}).get("test_tokens") for result in runs.values()}
+    if len(tested) > 1:
+        sentences.append(
+            "pretrain.test_tokens differs, so the runs were not tested on the same text."
+        )
     vocabularies = {result["student"]["sizes"]["vocab"] for result in runs.values()}
     teachers = {result["teacher"]["name"] for result in runs.values()}
     if len(vocabularies) > 1 or len(teachers) > 1:
@@ -106,17 +111,37 @@ def caution_sentences(runs: Runs) -> list[str]:
 def differing_keys(runs: Runs) -> dict[str, list[Any]]:
     """What the runs' recipes differ in: dotted key -> the value of each run."""
     trees = [
-        {key: value for key, value in result["recipe"].items() if key not in OWN_KEYS}
+        _by_name({key: value for key, value in result["recipe"].items() if key not in FREE_KEYS})
         for result in runs.values()
     ]
     keys = dict.fromkeys(key for tree in trees[1:] for key in differences(trees[0], tree))
     return {key: [_value(tree, key) for tree in trees] for key in keys}
 
 
+def _by_name(tree: Any) -> Any:
+    """A tree with lists of things that have a `name`, such as arms, as dictionaries by it."""
+    if isinstance(tree, dict):
+        return {key: _by_name(value) for key, value in tree.items()}
+    if not (isinstance(tree, list) and all(isinstance(item, dict) for item in tree)):
+        return tree
+    if not tree or not all("name" in item for item in tree):
+        return tree
+    return {
+        str(item["name"]): _by_name({key: value for key, value in item.items() if key != "name"})
+        for item in tree
+    }
+
+
 def _value(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+    """What stands at a dotted key, of which a name may have dots of its own; None for nothing."""
+    if not isinstance(tree, dict) or key in tree:
+        return tree.get(key) if isinstance(tree, dict) else None
+    found = (
+        _value(tree[name], key.removeprefix(f"{name}."))
+        for name in tree
+        if key.startswith(f"{name}.")
+    )
+    return next((value for value in found if value is not None), None)
 
 
 def run_colours(runs: Runs) -> dict[str, str]:

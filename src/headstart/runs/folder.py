@@ -16,11 +16,9 @@ from headstart.system.errors import UserError
 from headstart.system.files import UNFINISHED, read_json, remove, write_json, write_whole
 from headstart.system.locks import locked as lock
 from headstart.system.progress import console
-from headstart.system.settings import differences, with_defaults
+from headstart.system.settings import FREE_KEYS, differences, with_defaults
 
 LOCK = ".lock"
-FREE_KEYS = ("output", "report")
-"""Of a recipe, which may change: a folder may be moved, and a report made anew."""
 
 
 def check_run_folder(recipe: Recipe) -> None:

@@ -15,6 +15,10 @@ from typing import Any
 
 from headstart.system.errors import UserError
 
+FREE_KEYS = ("output", "report")
+"""Of a recipe: they say nothing of what a run finds. A folder may be moved, and a report made
+anew."""
+
 
 def settings_from_tree(tree: Any, kind: Any, key: str = "") -> Any:
     """Turn a plain value into a settings class, or any annotated type.
