@@ -24,6 +24,7 @@ from tests.conftest import extract, padded, random_teacher
 from tests.model.oracles import random_layerwise_spec
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import EvalLoopOutput
 
 from headstart.losses.distillation import DistillationSettings
@@ -364,6 +365,7 @@ def test_values_that_would_have_no_effect_are_refused(key, value, tmp_path):
 def test_train_values_that_mean_nothing_give_one_sentence(train, sentence, tmp_path):
     with pytest.raises(UserError) as caught:
         training_arguments({"use_cpu": True, **train}, SUBNET, tmp_path)
+    unset_hf_deepspeed_config()  # which the exception keeps alive, for every model of this process
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
