@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from headstart.calibration import start as module
 from headstart.calibration.least_squares import refitted
+from headstart.calibration.moments import Statistics, collect_statistics
 from headstart.calibration.propagate import refit_on_itself
+from headstart.calibration.share import Share
 from headstart.calibration.start import Init, calibrate, cut_architecture
 from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import Checkpoint
@@ -86,3 +88,23 @@ def test_what_cannot_be_rotated_is_refused_before_it_is_measured(saved, blocks, 
         calibrate(checkpoint, "rotate+least_squares", blocks)
     with pytest.raises(ValueError, match="gpt_neox teacher cannot be rotated"):
         cut_architecture(checkpoint.architecture, "rotate+least_squares")
+
+
+def test_processes_exchange_tensors_in_one_order(tmp_path, monkeypatch):
+    """Of a teacher whose biases come after all weights: a layer's weight waits for its bias, on the
+    process alone that solves for the layer."""
+    monkeypatch.setattr(Share, "of_layer", lambda share, tensor, layer, device: tensor)
+    teacher = random_teacher("llama-untied-mha-biases")
+    architecture = Architecture.of(teacher.config)
+    spec = random_spec(teacher, layers=3, embed=32, mlp=40)
+    collect_statistics(teacher, [torch.arange(1, 65)[None]], tmp_path)
+    state = sorted(teacher.state_dict().items(), key=lambda pair: pair[0].endswith("bias"))
+    made, exchanged = list[list[str]](), list[list[str]]()
+    for share in (Share(0, 2), Share(1, 2)):
+        whole = refitted(state, architecture, spec, Statistics(tmp_path), share=share)
+        sliced = list(slice_tensors(whole, architecture, spec))
+        made.append([name for name, _ in sliced])
+        exchange = module._exchanged(sliced, architecture, len(spec.layers), share)
+        exchanged.append([name for name, _ in exchange])
+    assert made[0] != made[1] and sorted(made[0]) == sorted(made[1])
+    assert exchanged[0] == exchanged[1]
