@@ -333,6 +333,13 @@ def test_every_argument_that_is_passed_over_exists():
     assert set(PASSED_OVER) | set(RESERVED_ARGUMENTS) | set(LEAST) | of_values <= known
 
 
+def test_the_text_is_sampled_in_no_way_but_the_default():
+    """Of all that transformers offers, since headstart draws the order itself."""
+    field = TrainingArguments.__dataclass_fields__["train_sampling_strategy"]
+    refused = {value for key, value in PASSED_OVER_VALUES if key == field.name}
+    assert refused == {*field.metadata["choices"]} - {field.default}
+
+
 @pytest.mark.parametrize(("key", "value"), PASSED_OVER_VALUES)
 def test_values_that_would_have_no_effect_are_refused(key, value, tmp_path):
     with pytest.raises(UserError, match=rf"train.{key} cannot be {value}: .*; use another"):
