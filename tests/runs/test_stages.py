@@ -37,6 +37,7 @@ from headstart.runs import caches
 from headstart.runs.ahead import run_cache_teacher
 from headstart.runs.extraction import extract_found
 from headstart.runs.plan import print_search_plans
+from headstart.runs.run import open_run
 from headstart.runs.stages import run_pretrain, run_recipe, run_search
 from headstart.runs.trimming import trim
 from headstart.system.errors import UserError
@@ -214,6 +215,18 @@ def test_changed_text_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None
         stream.write('{"text": "one more document"}\n')
     with pytest.raises(ValueError, match="the data has changed since"):
         run_search(recipe_from_dict(recipe))
+
+
+@pytest.mark.parametrize("name", ["choice of blocks", "order of blocks"])
+def test_a_run_whose_text_had_another_order_is_refused(recipe: dict[str, Any], name: str) -> None:
+    with open_run(recipe_from_dict(recipe)) as run:
+        kept = run.folder / "inputs.json"
+        begun = json.loads(kept.read_text())
+    del begun[name]  # as an earlier version wrote it
+    kept.write_text(json.dumps(begun))
+    sentence = f"was begun by an earlier version of headstart, which had another {name}; choose"
+    with pytest.raises(UserError, match=sentence), open_run(recipe_from_dict(recipe)):
+        pass
 
 
 def test_mistakes_about_the_student_come_before_training(
