@@ -177,18 +177,24 @@ class Killed(BaseException):
     pass
 
 
+def dies_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a training die after 13 steps, and what comes next live; the steps that were trained."""
+    trained = list[int]()
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trained.append(state.global_step)
+        if len(trained) == 13:
+            raise Killed
+
+    monkeypatch.setattr(ReportStep, "on_step_end", on_step_end)
+    return trained
+
+
 def test_killed_it_goes_on_to_the_same_weights(
     tree: dict[str, Any], corrected: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "another cache"))
-    trained, dies_after = list[int](), 13
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trained.append(state.global_step)
-        if len(trained) == dies_after:
-            raise Killed
-
-    monkeypatch.setattr(ReportStep, "on_step_end", on_step_end)
+    trained = dies_once(monkeypatch)
     with pytest.raises(Killed):
         run_recipe(recipe_from_dict(tree))
     correcting = tmp_path / "another cache" / "correcting"
@@ -198,6 +204,21 @@ def test_killed_it_goes_on_to_the_same_weights(
     weights = [load_file(of.folder / "model.safetensors") for of in (again, corrected)]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
     assert again.correction["flops"] == corrected.correction["flops"]
+    assert not list(correcting.iterdir())
+
+
+def test_another_number_of_processes_begins_anew(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two, whose checkpoint would not do for one; nothing is left of it in the end."""
+    trained = dies_once(monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(correction, "world_size", lambda: 2)
+        run_correct(recipe_from_dict(tree))
+    correcting = tmp_path / "cache" / "correcting"
+    assert list(correcting.glob("*-2/checkpoint-12"))
+    run_correct(recipe_from_dict(tree))
+    assert trained == [*range(1, 14), *range(1, 21)]
     assert not list(correcting.iterdir())
 
 
@@ -223,18 +244,24 @@ def test_a_job_for_each_arm_of_two_bins_gives_the_same(
 
 @pytest.mark.exhaustive
 def test_two_processes_give_what_one_gives(
-    tree: dict[str, Any], corrected: Checkpoint, tmp_path: Path
+    tree: dict[str, Any], corrected: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the command, which goes on to its caches."""
+    """Through the command, which goes on to its caches; also where one has begun and was killed."""
     cache, file = tmp_path / "another cache", tmp_path / "halves.yaml"
     tree["train"]["per_device_train_batch_size"] = 2
     kd = {"top_k": 8, "cache": str(tmp_path / "cached")}
     tree["pretrain"]["arms"] = [{"name": "cached", "kd": kd}]
     file.write_text(yaml.safe_dump(tree))
+    dies_once(monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setenv("HEADSTART_CACHE", str(cache))
+        run_correct(recipe_from_dict(tree))
+    assert list(cache.glob("correcting/*/checkpoint-*"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc-per-node", "2", CLI, "run", str(file)]
     subprocess.run(command, env={**os.environ, "HEADSTART_CACHE": str(cache)}, check=True)
     (folder,) = (cache / "corrected").iterdir()
+    assert not list((cache / "correcting").iterdir())
     weights = [load_file(of / "model.safetensors") for of in (folder, corrected.folder)]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
     manifest = json.loads((tmp_path / "cached" / "cache.json").read_text())
