@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ import headstart
 from headstart.cli import main
 from headstart.losses.next_token import mean_loss
 from headstart.model.checkpoint import Checkpoint
-from headstart.recipe import load_recipe, recipe_from_dict, recipe_to_dict
-from headstart.runs import correction
+from headstart.recipe import Recipe, load_recipe, recipe_from_dict, recipe_to_dict
+from headstart.runs import ahead, correction
 from headstart.runs.ahead import run_cache_teacher, run_correct
 from headstart.runs.plan import plan_correction, print_plans
 from headstart.runs.run import needed_text
@@ -348,6 +350,40 @@ def test_only_a_cache_of_it_needs_it(tree: dict[str, Any], tmp_path: Path) -> No
     (manifest,) = run_cache_teacher(recipe_from_dict(tree)).values()
     assert manifest["teacher"] == Checkpoint.open(tree["teacher"]).hash
     assert not (tmp_path / "cache" / "corrected").exists()
+
+
+@pytest.mark.parametrize("work", [run_correct, run_cache_teacher])
+def test_processes_have_joined_before_a_step_is_counted(
+    work: Callable[[Recipe], Any], tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the Trainer's arguments, which count them, would join them with another time limit."""
+    joined = list[bool]()
+
+    @contextmanager
+    def process_group() -> Iterator[None]:
+        joined.append(True)
+        yield
+        joined.clear()
+
+    def check_correction(recipe: Recipe) -> None:
+        raise UserError("joined" if joined else "alone")
+
+    monkeypatch.setattr(ahead, "process_group", process_group)
+    monkeypatch.setattr(ahead, "check_correction", check_correction)
+    kd = {"top_k": 8, "cache": "cached"}
+    tree["pretrain"]["arms"] = [{"name": "cached", "kd": kd}]
+    with pytest.raises(UserError, match="joined"):
+        work(recipe_from_dict(tree))
+
+
+def test_from_python_it_is_the_work_of_one_process(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of several would write to the same folder what it has in memory."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process; under torchrun use `headstart run`"):
+        headstart.correct(tree["teacher"], tree["data"]["source"], TOKENS, tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_from_python(tree: dict[str, Any], corrected: Checkpoint, tmp_path: Path) -> None:
