@@ -31,12 +31,11 @@ from headstart.calibration.moments import (
     rms_norms_of,
     sources_of,
 )
-from headstart.calibration.share import Share
+from headstart.calibration.share import ALONE, Share
 from headstart.model.architecture import Architecture
 from headstart.model.axes import kept_indices, shape_of
 from headstart.model.spec import SubnetSpec
 
-ALONE = Share()
 RIDGE = 1e-3
 """Of the kept units' mean square. On the demo's teacher anything from 1e-5 to 1e-2 did as well."""
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headstart.calibration.layer_by_layer import LayerwiseForward
-from headstart.calibration.share import Share
+from headstart.calibration.share import ALONE, Share
 from headstart.model.architecture import Architecture
 from headstart.model.axes import axes_of, dimensions_of
 from headstart.system.errors import UserError
@@ -30,7 +30,6 @@ from headstart.system.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ALONE = Share()
 ROWS_AT_ONCE = 8192
 """Of a matrix in float64, which an embedding or an output matrix would otherwise be as a whole."""
 

@@ -39,7 +39,7 @@ from headstart.calibration.layer_by_layer import (
     linear_of,
 )
 from headstart.calibration.moments import ROWS_AT_ONCE, has_bias, products, rows_of, widest
-from headstart.calibration.share import Share
+from headstart.calibration.share import ALONE, Share
 from headstart.model.axes import kept_indices
 from headstart.model.checkpoint import Checkpoint
 from headstart.model.cut import assemble_student, embedding_scale, slice_tensors
@@ -50,7 +50,6 @@ from headstart.system.progress import progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ALONE = Share()
 PRIOR_TOKENS = 1024
 """Tokens of uncorrelated inputs, as large as the calibration text's in the mean, that speak for a
 layer as it was. What a stream lacks is noisy, and with little text there is nothing else to hold on

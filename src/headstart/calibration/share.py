@@ -34,7 +34,7 @@ class Share:
     def of_this_process(num_blocks: int, together: bool = True) -> Share:
         """This process' part of some blocks, and of all else; all of it if it works alone."""
         if not together:
-            return Share()
+            return ALONE
         return Share(rank(), world_size(), counts=rank() < num_blocks)
 
     def blocks(self, blocks: Int[Tensor, "blocks tokens"]) -> Int[Tensor, "part tokens"]:
@@ -92,3 +92,7 @@ class Share:
         sent = tensor.to(device, copy=True).contiguous()
         distributed.broadcast(sent, src=layer % self.size)
         return sent.to(tensor.device)
+
+
+ALONE = Share()
+"""All of the work, for a process that does it by itself."""

@@ -42,7 +42,7 @@ from headstart.model.spec import SubnetSpec
 from headstart.system.device import default_device, has_fast_bf16, load_frozen
 from headstart.system.distributed import from_main
 from headstart.system.hashing import hash_tensors
-from headstart.system.memo import remembered, remembered_together
+from headstart.system.memo import remembered
 from headstart.system.progress import progress
 
 LEAST_TOKENS = 32_768
@@ -136,13 +136,13 @@ def calibrate(
         "tokens": hash_tensors([("blocks", blocks)]),
         "bf16": has_fast_bf16(default_device()),
     }
-    remember = remembered_together if together else remembered
-    statistics = remember(
+    statistics = remembered(
         "statistics",
         STATISTICS_VERSION,
         key,
         make=lambda folder: _collect(teacher, blocks, folder, together),
         read=Statistics,
+        together=together,
     )
     flops = calibration_flops(teacher.architecture, init, *blocks.shape)
     if init == "least_squares":

@@ -65,6 +65,7 @@ def remembered(
     key: Any,
     make: Callable[[Path], None],
     read: Callable[[Path], Value],
+    together: bool = False,
 ) -> Value:
     """What `make` wrote for an equal key, now or earlier, on this machine.
 
@@ -75,68 +76,44 @@ def remembered(
         make: fills an empty folder, which is kept if it ends without an error.
         read: turns a filled folder into the value. If what lies there does not read, which raises
             an OSError, ValueError or SafetensorError, it is made anew.
+        together: all processes under torchrun call it at once. The main one finds out whether it is
+            there; all call `make`, which writes on that one alone.
 
     Processes that want the same at once wait for the one that makes it.
     """
-    with ExitStack() as stack:
-        unfinished = _begun(kind, version, key, read, stack)
-        if unfinished is not None:
-            make(unfinished)
-            write_json(unfinished / "key.json", {"version": version, "key": key})
-    return read(_place(kind, version, key))
-
-
-def remembered_together(
-    kind: str,
-    version: int,
-    key: Any,
-    make: Callable[[Path], None],
-    read: Callable[[Path], Value],
-) -> Value:
-    """`remembered`, for processes under torchrun that all call it at once, and make it together.
-
-    The main one finds out whether it is there; `make` writes on that one alone.
-    """
-    with ExitStack() as stack:
-        unfinished = from_main(lambda: _begun(kind, version, key, read, stack))
-        if unfinished is not None:
-            make(unfinished)
-            if is_main():
-                write_json(unfinished / "key.json", {"version": version, "key": key})
-    barrier()
-    return read(_place(kind, version, key))
-
-
-def _place(kind: str, version: int, key: Any) -> Path:
-    return cache_root() / kind / hash_json([version, key])
-
-
-def _begun(
-    kind: str, version: int, key: Any, read: Callable[[Path], Any], stack: ExitStack
-) -> Path | None:
-    """A folder to make something in, which takes its place when the stack is left and is locked
-    until then; None if it is there already."""
-    folder = _place(kind, version, key)
+    folder = cache_root() / kind / hash_json([version, key])
     remove_abandoned(folder.parent)
 
-    def is_found() -> bool:
+    def found() -> Value | None:
         if not folder.is_dir():
-            return False
+            return None
         try:
-            return read(folder) is not None
+            return read(folder)
         except (OSError, ValueError, SafetensorError):
-            return False
+            return None
 
     def wait(owner: str) -> None:
         console.print(f"{owner} makes the same {kind}; waiting for it")
 
-    if is_found():
-        return None
-    with ExitStack() as entered:
-        entered.enter_context(locked(cache_root() / LOCKS / f"{kind}-{folder.name}", wait))
-        if is_found():  # somebody has made it meanwhile
+    def begun(stack: ExitStack) -> Path | None:
+        """A folder to fill, which takes its place when the stack is left and is locked until then;
+        None if all is there."""
+        if found() is not None:
+            return None
+        stack.enter_context(locked(cache_root() / LOCKS / f"{kind}-{folder.name}", wait))
+        if found() is not None:  # somebody has made it meanwhile
             return None
         shutil.rmtree(folder, ignore_errors=True)
-        unfinished = entered.enter_context(finished_folder(folder))
-        stack.push(entered.pop_all())
-        return unfinished
+        return stack.enter_context(finished_folder(folder))
+
+    if not together and (value := found()) is not None:
+        return value
+    with ExitStack() as stack:
+        unfinished = from_main(lambda: begun(stack)) if together else begun(stack)
+        if unfinished is not None:
+            make(unfinished)
+            if is_main() or not together:
+                write_json(unfinished / "key.json", {"version": version, "key": key})
+    if together:
+        barrier()
+    return read(folder)
