@@ -127,10 +127,13 @@ def _written(
             architecture.sizes, block_length, device, itemsize
         )
 
-    if from_main(lambda: is_whole(kd.cache, wanted)) and (
-        found := from_main(lambda: check_cache(kd.cache, _identity(kd, teacher, text)))
-    ):
-        return found
+    identity = _identity(kd, teacher, text)
+
+    def found() -> dict[str, Any] | None:
+        return check_cache(kd.cache, identity) if is_whole(kd.cache, wanted) else None
+
+    if (manifest := from_main(found)) is not None:
+        return manifest
     wanted = wanted.widened()
     num_blocks = min(len(split), sum(reads.stop - reads.start for reads in wanted.reads))
     num_tokens = num_blocks * block_length // world_size()
@@ -140,7 +143,7 @@ def _written(
     ):
         manifest = write_cache(
             kd.cache,
-            _identity(kd, teacher, text),
+            identity,
             architecture.config.vocab_size,
             load,
             split,

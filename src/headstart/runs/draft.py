@@ -11,8 +11,6 @@ from headstart.model.architecture import Architecture
 from headstart.model.checkpoint import read_architecture
 from headstart.recipe import Recipe, RecipeLoader, recipe_from_dict
 from headstart.runs.plan import plan_arms
-from headstart.runs.run import bin_recipes
-from headstart.runs.teachers import planned_teachers
 from headstart.searching.bins import BinSettings
 from headstart.searching.settings import SearchSettings
 from headstart.system.errors import UserError
@@ -76,7 +74,7 @@ def draft(settings: DraftSettings) -> str:
     if not parse_count(settings.size):
         raise UserError(f"--size is {settings.size}; write a number of parameters such as 90M")
     check_source(DataSettings(settings.data, block_length=block_length))
-    batch = _fitting_batch(settings, block_length)
+    batch = _fitting_batch(settings, teacher, block_length)
     text = _text(settings, teacher, block_length, batch)
     plan_arms(_recipe(text), {"": teacher}, settings.hardware or Hardware())  # so the bin has one
     return text
@@ -86,23 +84,18 @@ def _recipe(text: str) -> Recipe:
     return recipe_from_dict(yaml.load(text, RecipeLoader))
 
 
-def _fitting_batch(settings: DraftSettings, block_length: int) -> int:
+def _fitting_batch(settings: DraftSettings, teacher: Architecture, block_length: int) -> int:
     """Blocks that a device reads at once: the most that fit in every arm, or 1."""
     hardware = settings.hardware
     if hardware is None:
         return CPU_BATCH
-    teacher, batch = read_architecture(settings.teacher), LARGEST_BATCH
+    batch = LARGEST_BATCH
     step_blocks = max(1, _step_tokens(settings.budget) // (block_length * hardware.gpus))
     while batch > step_blocks:
         batch //= 2
     while batch > 1:
         recipe = _recipe(_text(settings, teacher, block_length, batch))
-        plans = [
-            plan
-            for of_bin in bin_recipes(recipe)
-            for plan in plan_arms(of_bin, planned_teachers(recipe), hardware)[0]
-        ]
-        if all(plan.fits(hardware) for plan in plans):
+        if all(plan.fits(hardware) for plan in plan_arms(recipe, {"": teacher}, hardware)[0]):
             break
         batch //= 2
     return batch

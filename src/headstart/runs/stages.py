@@ -161,17 +161,19 @@ def train_stage(run: Run, arm: Arm, inputs: ArmInputs) -> None:
         write_caches(run.teachers, run.text, pretrain, run.recipe.train, arms, reads_along=True)
 
     with locked_by_main(folder):
-        if not from_main(lambda: are_trained(arm, pretrain, folder)):
-            write_missing()
-            try:
-                run_variants(arm, inputs, folder)
-            except CacheIncomplete as error:
-                assert arm.kd is not None
-                if world_size() > 1:  # the other processes wait for this one's gradients
-                    # Without a loader's traceback.
-                    raise CacheIncomplete.at(arm.kd.cache) from error
-                console.print(f"nobody writes kd.cache {arm.kd.cache} any more; adding the rest")
-                write_missing()
+        if from_main(lambda: are_trained(arm, pretrain, folder)):
+            return
+        write_missing()
+        try:
+            run_variants(arm, inputs, folder)
+            return
+        except CacheIncomplete as error:
+            assert arm.kd is not None
+            if world_size() > 1:  # the other processes wait for this one's gradients
+                # Without a loader's traceback.
+                raise CacheIncomplete.at(arm.kd.cache) from error
+            console.print(f"nobody writes kd.cache {arm.kd.cache} any more; adding the rest")
+        write_missing()
         run_variants(arm, inputs, folder)
 
 

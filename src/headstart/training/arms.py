@@ -31,7 +31,7 @@ from headstart.training.arguments import (
 from headstart.training.budgets import Budget, KeepBranches, begin_branch
 from headstart.training.cache import CachedBlocks, CacheIdentity, TeacherCache
 from headstart.training.checkpointing import choose_checkpointing
-from headstart.training.order import arm_budgets, order_seed, training_order
+from headstart.training.order import arm_budgets, asked_reads, order_seed, training_order
 from headstart.training.settings import STUDENT, Arm, PretrainSettings
 from headstart.training.teacher import DistillationTeacher, Teacher, load_teacher
 
@@ -290,9 +290,7 @@ def _train_dataset(arm: Arm, inputs: ArmInputs, schedule: Schedule) -> Any:
     identity = CacheIdentity.of(
         arm.kd, teacher.checkpoint.hash, inputs.blocks.separator, teacher.shared_rows
     )
-    steps = arm.kd.asked_steps(schedule.num_steps, schedule.step_tokens)
-    per_step = schedule.step_tokens // split.shape[1]
-    asked = range(steps.start * per_step, steps.stop * per_step)
+    asked = asked_reads(arm.kd, schedule.num_steps, schedule.step_tokens, split.shape[1])
     return CachedBlocks(dataset, TeacherCache(arm.kd.cache, identity), asked)
 
 

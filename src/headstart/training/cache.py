@@ -39,7 +39,7 @@ from torch import Tensor
 from headstart.losses.distillation import DistillationSettings, Samples, TopK
 from headstart.system.distributed import is_main
 from headstart.system.errors import UserError
-from headstart.system.files import is_abandoned, scratch_prefix
+from headstart.system.files import UNFINISHED, is_abandoned, scratch_prefix
 from headstart.system.progress import console
 from headstart.text.blocks import BlockDataset, token_dtype
 from headstart.training.order import Wanted
@@ -47,7 +47,7 @@ from headstart.training.order import Wanted
 CACHE_FORMAT = "headstart-teacher-cache/2"
 MANIFEST = "cache.json"
 WRITING = "writing"
-WRITERS = re.compile(rf"\.unfinished-\d+@[^@]*@{WRITING}-[0-9a-f]+")
+WRITERS = re.compile(rf"{re.escape(UNFINISHED)}\d+@[^@]*@{WRITING}-[0-9a-f]+")
 """Names of the files that say what is being written."""
 WHOLE = re.compile(r"whole-[0-9a-f]{16}\.json")
 SILENCE_SECONDS = 300.0
@@ -370,15 +370,13 @@ def _read_json(path: str, name: str) -> dict[str, Any] | None:
 
 
 def _refuse_others(path: str, identity: CacheIdentity, found: dict[str, Any]) -> None:
-    wanted_entries = asdict(identity)
-    for key in sorted(wanted_entries, key=lambda key: key != "format"):
-        wanted = wanted_entries[key]
+    if found.get("format") != identity.format:
+        raise UserError(
+            f"kd.cache {path} was written by another version of headstart; choose another "
+            "kd.cache or delete it"
+        )
+    for key, wanted in asdict(identity).items():
         if found.get(key) != wanted:
-            if key == "format":
-                raise UserError(
-                    f"kd.cache {path} was written by another version of headstart; choose another "
-                    "kd.cache or delete it"
-                )
             raise UserError(
                 f"kd.cache {path} was written for another {key} ({found.get(key)!r} there, "
                 f"{wanted!r} here); choose another kd.cache or delete it"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
+from headstart.losses.distillation import DistillationSettings
 from headstart.training.arguments import tokens_per_step, training_arguments
 from headstart.training.budgets import Budget, budgets_of
 from headstart.training.settings import Arm, PretrainSettings
@@ -45,6 +46,15 @@ def first_reads(orders: Sequence[Int64[np.ndarray, " reads"]]) -> Int64[np.ndarr
     together = np.concatenate(orders)
     _, first = np.unique(together, return_index=True)
     return np.asarray(together[np.sort(first)])
+
+
+def asked_reads(
+    kd: DistillationSettings | None, num_steps: int, step_tokens: int, block_length: int
+) -> range:
+    """Of the reads of so many steps, those for which a teacher has a weight; all without one."""
+    steps = kd.asked_steps(num_steps, step_tokens) if kd else range(num_steps)
+    blocks_per_step = step_tokens // block_length
+    return range(steps.start * blocks_per_step, steps.stop * blocks_per_step)
 
 
 def order_seed(arguments: Any) -> int:
@@ -83,9 +93,8 @@ def arm_reads(
     arguments = training_arguments(train, arm, Path())
     num_steps = arm_budgets(arm, settings, train, block_length)[-1].num_steps
     step_tokens = tokens_per_step(arguments, block_length)
-    steps = arm.kd.asked_steps(num_steps, step_tokens) if arm.kd else range(num_steps)
-    blocks_per_step = step_tokens // block_length
-    return Reads(order_seed(arguments), steps.start * blocks_per_step, steps.stop * blocks_per_step)
+    asked = asked_reads(arm.kd, num_steps, step_tokens, block_length)
+    return Reads(order_seed(arguments), asked.start, asked.stop)
 
 
 @dataclass(frozen=True)
@@ -126,11 +135,12 @@ class Wanted:
 
     def order(self, num_blocks: int) -> Int64[np.ndarray, " blocks"]:
         """Its places in a split of so many blocks, each once, the first to be read first."""
-        orders = [
-            training_order(num_blocks, reads.stop, reads.seed)[reads.start :]
-            for reads in dict.fromkeys(self.reads)
-        ]
-        return first_reads(orders) if any(map(len, orders)) else np.empty(0, dtype=np.int64)
+        return first_reads(
+            [
+                training_order(num_blocks, reads.stop, reads.seed)[reads.start :]
+                for reads in self.reads
+            ]
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"text": self.text, "reads": [list(reads) for reads in self.reads]}
