@@ -84,10 +84,8 @@ def runs_table(runs: Runs) -> Table:
 def caution_sentences(runs: Runs) -> list[str]:
     """Why figures of these runs may not be compared with one another."""
     sentences = []
-    if (
-        len({json.dumps(result["recipe"].get("data"), sort_keys=True) for result in runs.values()})
-        > 1
-    ):
+    texts = {json.dumps(result["recipe"].get("data"), sort_keys=True) for result in runs.values()}
+    if len(texts) > 1:
         sentences.append("The runs read different texts, so they were not tested on the same text.")
     tested = {result["recipe"].get("pretrain", {}).get("test_tokens") for result in runs.values()}
     if len(tested) > 1:
@@ -134,8 +132,10 @@ def _by_name(tree: Any) -> Any:
 
 def _value(tree: Any, key: str) -> Any:
     """What stands at a dotted key, of which a name may have dots of its own; None for nothing."""
-    if not isinstance(tree, dict) or key in tree:
-        return tree.get(key) if isinstance(tree, dict) else None
+    if not isinstance(tree, dict):
+        return None
+    if key in tree:
+        return tree[key]
     found = (
         _value(tree[name], key.removeprefix(f"{name}."))
         for name in tree
