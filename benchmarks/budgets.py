@@ -36,6 +36,8 @@ PAPER_TOKENS, PAPER_FLOPS = 9.2, 5.16
 """What "Where to Begin" (arXiv 2510.07227) reports."""
 FIRST_SEED = 42
 """Transformers' own."""
+BATCH = 4
+"""Blocks in a step."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,6 @@ class Start:
     cached: bool = False
 
 
-QUICK_SEARCH: dict[str, Any] = {
-    "evolution": {"generations": 3},
-    "scored_as": "refitted",
-    "scored_tokens": 2048,
-    "calibration_tokens": 4096,
-}
-"""At a third of the default search's FLOPs, since these budgets are small."""
-
 STARTS = {
     "scratch": Start(is_random=True),
     "scratch, hand-shaped": Start(is_random=True, hand_shaped=True),
@@ -87,13 +81,16 @@ STARTS = {
     "slice + distillation from a cache": Start(
         kd={"alpha": 0.5, "beta": 0.5, "top_k": 64}, cached=True
     ),
-    "slice, searched shape": Start(**QUICK_SEARCH),
+    "slice, searched shape": Start(  # at a third of the default search's FLOPs
+        evolution={"generations": 3}, scored_as="refitted", scored_tokens=2048,
+        calibration_tokens=4096,
+    ),
     "slice + search + distillation": Start(kd={"alpha": 0.5, "beta": 0.5}, evolution={}),
     "least squares": Start("least_squares"),
     "least squares, 65,536 tokens": Start("least_squares", calibration_tokens=65_536),
     "least squares + distillation": Start("least_squares", kd={"alpha": 0.5, "beta": 0.5}),
     "rotated": Start("rotate+least_squares"),
-}
+}  # fmt: skip
 """`slice + search + distillation` is the paper's method, with evolution over slices."""
 
 
@@ -175,9 +172,14 @@ def hand_shape(ratio: Ratio, folder: Path) -> str:
 
 
 def result_of(
-    name: str, start: Start, folder: Path, options: argparse.Namespace, **pretrain: Any
+    name: str,
+    start: Start,
+    folder: Path,
+    options: argparse.Namespace,
+    batch: int = BATCH,
+    **pretrain: Any,
 ) -> Any:
-    """The content of result.json of one run, trained now or found."""
+    """The content of result.json of one run with so many blocks in a step, trained now or found."""
     if (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
     ratio = RATIOS[options.ratio]
@@ -209,7 +211,7 @@ def result_of(
             "arms": [arm],
             **pretrain,
         },
-        "train": {"per_device_train_batch_size": 4},
+        "train": {"per_device_train_batch_size": batch},
     }
     run_recipe(recipe_from_dict(recipe))
     return json.loads((folder / "result.json").read_text())
@@ -222,7 +224,9 @@ def arm_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     rate = options.rate
     if rate is None:
         rates = {"learning_rates": list(start.rates)}
-        swept = result_of(name, start, folder / "sweep", options, arm=rates, budgets=[ratio.sweep])
+        swept = result_of(
+            name, start, folder / "sweep", options, options.batch, arm=rates, budgets=[ratio.sweep]
+        )
         (arm,) = swept["arms"]
         tried = ", ".join(f"{t['learning_rate']:g}: {t['loss_final']:.3f}" for t in arm["sweep"])
         print(f"{name}: validation loss at {ratio.sweep:,} tokens by rate {tried}", flush=True)
@@ -237,7 +241,8 @@ def arm_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
         runs = {"main" if is_first else f"seed-{seed}": long, "short": short if is_first else []}
         found = [
             result_of(
-                name, start, folder / run, options, arm={"learning_rate": rate}, budgets=budgets,
+                name, start, folder / run, options, options.batch,
+                arm={"learning_rate": rate}, budgets=budgets,
                 **({} if is_first else {"seeds": [seed]}),
             )["arms"][0]
             for run, budgets in runs.items() if budgets
@@ -321,6 +326,7 @@ def main() -> None:
     parser.add_argument("--ratio", choices=RATIOS, default="15", help="teacher to student, about")
     parser.add_argument("--only", nargs="+", choices=STARTS, metavar="START")
     parser.add_argument("--rate", type=float, help="of learning, instead of choosing one")
+    parser.add_argument("--batch", type=int, default=BATCH, help="blocks of 256 tokens in a step")
     parser.add_argument("--seeds", nargs="+", type=int, default=[FIRST_SEED, 1])
     parser.add_argument("--figure", type=Path, help="SVG file to draw the factors into")
     options = parser.parse_args()
